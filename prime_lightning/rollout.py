@@ -1,0 +1,172 @@
+"""The nouns that travel through the package: prompts, sampling numbers, completions, verdicts, rollouts.
+
+The one mask convention of the package: `mask` is bool and True marks a token that the policy sampled and that is trained
+on. Prompt tokens, padding and responses without a verdict are False.
+
+Plain data only: nothing here samples, grades or computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question, as the engine sees it and as the verifier needs it.
+
+    Example:
+        >>> prompt = Prompt(draw=7, token_ids=(5, 6), text="1+1=", kind="exact", answer="2", source="sums")
+        >>> prompt.answer
+        '2'
+    """
+
+    draw: int
+    """Position in the run's endless prompt order; unique in a run, it seeds the sampling of this prompt."""
+    token_ids: tuple[int, ...]
+    """Tokens given to the model, chat template applied."""
+    text: str
+    """The same as text, for logs and pages."""
+    kind: str
+    """Which verifier grades it: `exact`, `math`, `code`, or the import path of a function `(prompt, completion) -> float`."""
+    answer: str = ""
+    """Reference answer; for `code` it is empty and the tests stand in `row`."""
+    source: str = ""
+    """Name of the data set, for counts per source."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The data row it came from; verifiers read what they need (tests, entry point, ...)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Example:
+        >>> Sampling(samples=4, temperature=0.7).samples
+        4
+    """
+
+    samples: int = 4
+    """Completions of one prompt, `K` in the paper."""
+    max_tokens: int = 3072
+    """Longest completion in tokens, the stop token included."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this; 1 is off."""
+    top_k: int = 0
+    """Only this many most likely tokens; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, besides the tokenizer's end token. They stay in the completion."""
+    seed: int = 0
+    """With a prompt's `draw` and a sample's number it fixes that sample, whatever else is in the batch."""
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("samples", self.samples >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "0 (greedy) or positive"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (off) or positive"),
+        ):
+            if not ok:
+                raise ValueError(f"Expected sampling `{name}` {expected}, got {getattr(self, name)}.")
+
+
+class Finish(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The end token or a stop string was sampled."""
+    LENGTH = "length"
+    """`max_tokens` was reached: the completion is truncated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled answer. The three lists have one entry per sampled token.
+
+    Example:
+        >>> done = Completion(text="2", token_ids=[7, 1], logprobs=[-0.1, -0.2], finish=Finish.STOP, versions=[3, 3])
+        >>> done.truncated
+        False
+    """
+
+    text: str
+    """Decoded tokens, special tokens left out."""
+    token_ids: list[int]
+    """`[T]` sampled tokens, the end token included."""
+    logprobs: list[float]
+    """`[T]` nats under the distribution that was sampled from (temperature, top-p and top-k applied)."""
+    finish: Finish
+    versions: list[int]
+    """`[T]` version of the weights that sampled each token; version n is the policy after n iterations."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the token limit ended it."""
+        return self.finish is Finish.LENGTH
+
+
+class Label(StrEnum):
+    """What a verifier says of a completion."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    PARTIAL = "partial"
+    """Code that passes some of its tests; the score is their share."""
+    UNKNOWN = "unknown"
+    """The verifier failed, never the completion. It is not a label: such a response is masked out everywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A verifier's word on one completion.
+
+    Example:
+        >>> Verdict.of_score(0.25, reason="1 of 4 tests passed").label.value
+        'partial'
+        >>> Verdict.unknown("worker died").known
+        False
+    """
+
+    label: Label
+    score: float
+    """Outcome reward in [0, 1]; NaN where unknown."""
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a label to learn from."""
+        return self.label is not Label.UNKNOWN
+
+    @classmethod
+    def of_score(cls, score: float, *, reason: str = "", seconds: float = 0.0) -> Verdict:
+        """The verdict of a score in [0, 1]; anything else, NaN too, is the verifier's failure and so unknown."""
+        if not 0.0 <= score <= 1.0:
+            return cls.unknown(f"the verifier returned {score}, not a number in [0, 1]", seconds=seconds)
+        label = Label.CORRECT if score == 1.0 else Label.WRONG if score == 0.0 else Label.PARTIAL
+        return cls(label=label, score=float(score), reason=reason, seconds=seconds)
+
+    @classmethod
+    def unknown(cls, reason: str, *, seconds: float = 0.0) -> Verdict:
+        """No verdict, because of a failure of ours."""
+        return cls(label=Label.UNKNOWN, score=math.nan, reason=reason, seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A prompt, one completion and its verdict."""
+
+    prompt: Prompt
+    completion: Completion
+    verdict: Verdict
+
+
+Group = list[Rollout]
+"""The rollouts of one prompt. A group is never split between batches, ranks or minibatches."""
