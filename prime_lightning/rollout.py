@@ -1,7 +1,7 @@
 """The nouns that travel through the package: prompts, sampling numbers, completions, verdicts, rollouts.
 
-The one mask convention of the package: `mask` is bool and True marks a token that the policy sampled and that is trained
-on. Prompt tokens, padding and responses without a verdict are False.
+The one mask convention of the package: `mask` is bool; True marks a token that the policy sampled and that is
+trained on. Prompt tokens, padding and responses without a verdict are False.
 
 Plain data only: nothing here samples, grades or computes.
 """
@@ -32,7 +32,7 @@ class Prompt:
     text: str
     """The same as text, for logs and pages."""
     kind: str
-    """Which verifier grades it: `exact`, `math`, `code`, or the import path of a function `(prompt, completion) -> float`."""
+    """Who grades it: `exact`, `math`, `code`, or the import path of a function `(prompt, completion) -> float`."""
     answer: str = ""
     """Reference answer; for `code` it is empty and the tests stand in `row`."""
     source: str = ""
