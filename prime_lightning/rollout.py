@@ -41,7 +41,7 @@ class Prompt:
     """The data row it came from; verifiers read what they need (tests, entry point, ...)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How completions are drawn.
 

@@ -1,0 +1,78 @@
+"""The maths of PRIME (arXiv 2502.01456) as functions of tensors and numbers; every name here is an import path.
+
+`masked` sums over masks and groups; `reward` what a token is worth to the PRM; `prm_loss` and `health` how the PRM is
+trained and judged; `advantage` credit; `loss` the policy's and the critic's losses. Nothing here knows of a
+configuration, a model, a trainer or a batch object.
+"""
+
+from prime_lightning.algorithms.advantage import gae, gae_returns, grpo, reinforce, rloo, rloo_official
+from prime_lightning.algorithms.health import auc, calibration_error, pairwise_accuracy
+from prime_lightning.algorithms.loss import (
+    aggregate,
+    clipped_surrogate,
+    denominator,
+    drop_nonfinite,
+    importance_weight,
+    kl,
+    value_loss,
+)
+from prime_lightning.algorithms.masked import (
+    AllReduce,
+    group_mean,
+    group_pairs,
+    group_sum,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    reverse_cumsum,
+    same_group,
+    whiten,
+)
+from prime_lightning.algorithms.prm_loss import (
+    ce,
+    dpo,
+    dpo_bon_accuracy,
+    dpo_bon_reward,
+    dpo_detached,
+    per_response,
+)
+from prime_lightning.algorithms.reward import ProcessGate, normalise, process_reward, to_granularity
+
+__all__ = [
+    "AllReduce",
+    "ProcessGate",
+    "aggregate",
+    "auc",
+    "calibration_error",
+    "ce",
+    "clipped_surrogate",
+    "denominator",
+    "dpo",
+    "dpo_bon_accuracy",
+    "dpo_bon_reward",
+    "dpo_detached",
+    "drop_nonfinite",
+    "gae",
+    "gae_returns",
+    "group_mean",
+    "group_pairs",
+    "group_sum",
+    "grpo",
+    "importance_weight",
+    "kl",
+    "masked_mean",
+    "masked_sum",
+    "masked_var",
+    "normalise",
+    "pairwise_accuracy",
+    "per_response",
+    "process_reward",
+    "reinforce",
+    "reverse_cumsum",
+    "rloo",
+    "rloo_official",
+    "same_group",
+    "to_granularity",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,206 @@
+"""Losses that train the implicit PRM, all of one type: `loss(reward_B, outcome_B, group_B, valid_B) -> (sum, count)`.
+
+Shapes in names: `B` responses. `reward_B` is `beta * sum_t log(prm / reference)`, with gradients; `outcome_B` the
+outcome reward in [0, 1], NaN allowed where invalid; `group_B` any int per prompt; `valid_B` False = no known verdict.
+
+The loss is `sum / count`, with both summed over micro-batches and ranks first. `count` depends on outcome, group and
+valid alone, never on the rewards, so it can be had beforehand by a call with zeros. A loss without the attribute
+`whole_groups = False` must see all members of a group in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from prime_lightning.algorithms.masked import group_pairs, same_group
+
+PrmLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`(reward_B, outcome_B, group_B, valid_B) -> (sum over terms, number of terms)`."""
+
+_Loss = TypeVar("_Loss", bound=PrmLoss)
+
+
+def per_response(loss: _Loss) -> _Loss:
+    """Mark a PRM loss as a sum over single responses: a group may then be split between calls.
+
+    `CE` in PRIME, arXiv 2502.01456, `L = sum_i l(r_i, o_i)`, is one; a pairwise loss is none.
+
+    Args:
+        loss: The function to mark; it gets the attribute `whole_groups = False`.
+
+    Raises:
+        AttributeError: If the callable takes no attributes.
+
+    Example:
+        >>> marked = per_response(lambda reward_B, outcome_B, group_B, valid_B: (reward_B.sum(), valid_B.sum()))
+        >>> marked.whole_groups
+        False
+    """
+    loss.whole_groups = False  # type: ignore[attr-defined]
+    return loss
+
+
+@per_response
+def ce(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy with the outcome: `-sum_i [o_i log sigmoid(r_i) + (1 - o_i) log(1 - sigmoid(r_i))]`.
+
+    PRIME, arXiv 2502.01456, section 3 (L_CE). One term per valid response; an outcome between 0 and 1 (code) is a
+    soft label. In logits form: the released `sigmoid` followed by `binary_cross_entropy` has no gradient once the
+    float32 sigmoid is 1, at a reward of about 17.
+
+    Args:
+        reward_B: `[B]` sequence rewards (logits).
+        outcome_B: `[B]` outcome rewards in [0, 1].
+        group_B: `[B]` int group ids; not read.
+        valid_B: `[B]` bool.
+
+    Returns:
+        `[]` sum in nats and `[]` number of valid responses.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> ce(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # 2 log 2
+        (tensor(1.3863), tensor(2))
+    """
+    reward_B, outcome_B = torch.where(valid_B, reward_B.float(), 0.0), torch.where(valid_B, outcome_B.float(), 0.0)
+    terms_B = binary_cross_entropy_with_logits(reward_B, outcome_B, reduction="none")
+    return torch.where(valid_B, terms_B, 0.0).sum(), valid_B.sum()
+
+
+def dpo(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """All ordered pairs of a group: `-sum_{(i,j): o_i > o_j} log sigmoid(r_i - r_j)`.
+
+    PRIME, arXiv 2502.01456, App. C.2: a constant per prompt cancels, so the loss can reach 0 where CE cannot.
+
+    Args:
+        reward_B: `[B]` sequence rewards.
+        outcome_B: `[B]` outcome rewards.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool.
+
+    Returns:
+        `[]` sum in nats and `[]` number of pairs. A group of equal outcomes, or of one member, has no pair.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 0, 0])
+        >>> dpo(torch.zeros(3), outcome_B, group_B, torch.tensor([True, True, True]))  # 2 log 2
+        (tensor(1.3863), tensor(2))
+    """
+    better, worse = group_pairs(outcome_B, group_B, valid_B)
+    reward_B = torch.where(valid_B, reward_B.float(), 0.0)
+    terms = -logsigmoid(reward_B[better] - reward_B[worse])
+    return terms.sum(), valid_B.new_tensor(better.numel(), dtype=torch.long)
+
+
+def dpo_detached(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Each response against the detached mean of its opponents: `-sum_i log sigmoid(s_i (r_i - mean_j r_j))`.
+
+    `compute_detach_dpo_loss_rm`, mode `none`, of the verl recipe of PRIME, arXiv 2502.01456. `s_i` is +1 where the
+    outcome is above 0 and -1 where it is 0. The opponents of i are the group's members with a smaller outcome if
+    `s_i = 1`, with a larger one if `s_i = -1`; without any the mean is 0 and the term is that of `ce` with the label
+    rounded. So partly right code counts as right here. The recipe scores the opponents before the update, for all
+    micro-batches; here they are the rewards of this call.
+
+    Args:
+        reward_B: `[B]` sequence rewards.
+        outcome_B: `[B]` outcome rewards, 0 = wrong.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool; invalid members are nobody's opponents.
+
+    Returns:
+        `[]` sum in nats and `[]` number of valid responses.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> dpo_detached(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # 2 log 2
+        (tensor(1.3863), tensor(2))
+    """
+    return _detached_terms(reward_B, outcome_B, group_B, valid_B).sum(), valid_B.sum()
+
+
+def dpo_bon_reward(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`dpo_detached` weighted by the chance of being the best of n by reward: `w_i = n (mean_j [r_j <= r_i])^(n-1)`.
+
+    Mode `bon_rm` of the verl recipe of PRIME, arXiv 2502.01456; j runs over the n valid members of the group, i
+    among them. The recipe takes a plain sum over the micro-batch; here the caller divides by the number of responses,
+    so the loss does not grow with the batch.
+
+    Args:
+        reward_B: `[B]` sequence rewards; the weight has no gradient.
+        outcome_B: `[B]` outcome rewards, 0 = wrong.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool.
+
+    Returns:
+        `[]` weighted sum in nats and `[]` number of valid responses.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> dpo_bon_reward(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # weights 2 * 1^1
+        (tensor(2.7726), tensor(2))
+    """
+    terms_B = _detached_terms(reward_B, outcome_B, group_B, valid_B)
+    return (terms_B * _best_of_n(reward_B.detach(), group_B, valid_B)).sum(), valid_B.sum()
+
+
+def dpo_bon_accuracy(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`dpo_detached` weighted by the chance of being the best of n by outcome: `w_i = n (mean_j [o_j <= o_i])^(n-1)`.
+
+    Mode `bon_acc` of the verl recipe of PRIME, arXiv 2502.01456; otherwise as `dpo_bon_reward`.
+
+    Args:
+        reward_B: `[B]` sequence rewards.
+        outcome_B: `[B]` outcome rewards, 0 = wrong.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool.
+
+    Returns:
+        `[]` weighted sum in nats and `[]` number of valid responses.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> dpo_bon_accuracy(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # weights 2, 2 * 1/2
+        (tensor(2.0794), tensor(2))
+    """
+    terms_B = _detached_terms(reward_B, outcome_B, group_B, valid_B)
+    return (terms_B * _best_of_n(outcome_B, group_B, valid_B)).sum(), valid_B.sum()
+
+
+def _detached_terms(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
+    """`[B]` terms of `dpo_detached`, 0 where invalid."""
+    reward_B = torch.where(valid_B, reward_B.float(), 0.0)
+    right_B = outcome_B > 0
+    own_B1, other_1B = outcome_B[:, None], outcome_B[None, :]
+    opposed_BB = torch.where(right_B[:, None], other_1B < own_B1, other_1B > own_B1) & same_group(group_B, valid_B)
+    # A masked sum and not a matrix product, which TF32 or autocast would round to ten bits or fewer.
+    opponent_B = torch.where(opposed_BB, reward_B.detach()[None, :], 0.0).sum(1) / opposed_BB.sum(1).clamp(min=1)
+    terms_B = -logsigmoid((reward_B - opponent_B) * torch.where(right_B, 1.0, -1.0))
+    return torch.where(valid_B, terms_B, 0.0)
+
+
+def _best_of_n(score_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
+    """`[B]` weights `n (mean_j [s_j <= s_i])^(n-1)` over the n valid members of the group, 0 where invalid."""
+    together_BB = same_group(group_B, valid_B)
+    count_B = together_BB.sum(1).float()
+    beaten_B = (together_BB & (score_B[None, :] <= score_B[:, None])).sum(1) / count_B.clamp(min=1)
+    return torch.where(valid_B, count_B * beaten_B ** (count_B - 1).clamp(min=0), 0.0)

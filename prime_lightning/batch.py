@@ -1,0 +1,157 @@
+"""Whole groups of rollouts -> the tensors of one PRIME iteration, and ways to cut them up.
+
+Shapes: B responses, L prompt and response tokens, T response tokens. Column t of a `[B, T]` tensor is response token t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from prime_lightning.rollout import Group, Rollout
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """The rollouts of one iteration as tensors, all of one device."""
+
+    tokens_BL: Tensor
+    """Prompt and response, zeros behind."""
+    prompt_length_B: Tensor
+    response_length_B: Tensor
+    mask_BT: Tensor
+    """True on every response token of a response with a verdict."""
+    outcome_B: Tensor
+    """Verifier's score in [0, 1]; 0 where unknown."""
+    valid_B: Tensor
+    """False where the verdict is unknown, or the response is left out for being truncated."""
+    group_B: Tensor
+    """Number of the prompt; equal within a group."""
+    behaviour_logprobs_BT: Tensor
+    """Engine's log-probs of the distribution that was sampled from, nats."""
+    version_BT: Tensor
+    """Version of the weights that sampled each token."""
+    temperature: float = 1.0
+    """Of the sampling; the policy's log-probs are taken at the same."""
+    rollouts: list[Rollout] = field(default_factory=list)
+    """The same as objects, row by row, for logs."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the data module measured while it made this batch."""
+
+    def __len__(self) -> int:
+        """Number of responses."""
+        return len(self.outcome_B)
+
+    @property
+    def groups(self) -> int:
+        """Number of prompts."""
+        return int(self.group_B.unique().numel())
+
+    @classmethod
+    def of_groups(
+        cls,
+        groups: Sequence[Group],
+        *,
+        keep_truncated: bool = True,
+        temperature: float = 1.0,
+        metrics: dict[str, float] | None = None,
+    ) -> Batch:
+        """Lay out whole groups as tensors.
+
+        Args:
+            groups: Rollouts of one prompt each.
+            keep_truncated: Learn from responses that hit the token limit; otherwise they are masked out.
+            temperature: Of the sampling.
+            metrics: Carried along.
+
+        Raises:
+            ValueError: if there is no group.
+        """
+        if not groups:
+            raise ValueError("Expected at least one group of rollouts to make a batch of, got none.")
+        rollouts = [rollout for group in groups for rollout in group]
+        valid = [r.verdict.known and (keep_truncated or not r.completion.truncated) for r in rollouts]
+        response_length_B = torch.tensor([len(r.completion.token_ids) for r in rollouts])
+        valid_B = torch.tensor(valid)
+        T = int(response_length_B.max())
+        return cls(
+            tokens_BL=pad([[*r.prompt.token_ids, *r.completion.token_ids] for r in rollouts], torch.long),
+            prompt_length_B=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
+            response_length_B=response_length_B,
+            mask_BT=(torch.arange(T)[None] < response_length_B[:, None]) & valid_B[:, None],
+            outcome_B=torch.tensor([r.verdict.score if r.verdict.known else 0.0 for r in rollouts]),
+            valid_B=valid_B,
+            group_B=torch.tensor([i for i, group in enumerate(groups) for _ in group]),
+            behaviour_logprobs_BT=pad([r.completion.logprobs for r in rollouts], torch.float32),
+            version_BT=pad([r.completion.versions for r in rollouts], torch.long),
+            temperature=temperature or 1.0,
+            rollouts=rollouts,
+            metrics=dict(metrics or {}),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
+        return replace(self, **moved)
+
+    def select(self, rows: Tensor) -> Batch:
+        """These responses only, without the columns that they do not need."""
+        prompt_length_B, response_length_B = self.prompt_length_B[rows], self.response_length_B[rows]
+        L, T = int((prompt_length_B + response_length_B).max()), int(response_length_B.max())
+        width = {"tokens_BL": L, "mask_BT": T, "behaviour_logprobs_BT": T, "version_BT": T}
+        cut = {
+            f.name: getattr(self, f.name)[rows][:, : width[f.name]] if f.name in width else getattr(self, f.name)[rows]
+            for f in fields(self)
+            if f.type == "Tensor"
+        }
+        return replace(self, **cut, rollouts=[self.rollouts[i] for i in rows.tolist()] if self.rollouts else [])
+
+    def minibatches(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Shuffle the groups into `count` parts of equal size; returns the rows of each.
+
+        Raises:
+            ValueError: if there are fewer groups than parts.
+        """
+        ids = self.group_B.unique()
+        if len(ids) < count:
+            raise ValueError(
+                f"Expected at least one prompt for each of {count} minibatches, got {len(ids)} prompts. "
+                "Lower `minibatches` or raise `data.prompts_per_batch`."
+            )
+        order = ids[torch.randperm(len(ids), generator=generator).to(ids.device)]
+        return [torch.isin(self.group_B, part).nonzero().squeeze(-1) for part in order.tensor_split(count)]
+
+    def microbatches(self, rows: Tensor, token_budget: int, *, whole_groups: bool = False) -> Iterator[Tensor]:
+        """Cut rows into parts of at most `token_budget` tokens, padding counted; one unit always fits.
+
+        Units are responses, or whole groups. Units of similar length come together, so that little is padding.
+        """
+        length_B = (self.prompt_length_B + self.response_length_B)[rows]
+        if whole_groups:
+            ids = self.group_B[rows]
+            units = [rows[ids == i] for i in ids.unique()]
+            longest = [int(length_B[ids == i].max()) for i in ids.unique()]
+        else:
+            units, longest = list(rows.split(1)), length_B.tolist()
+        part: list[Tensor] = []
+        for i in sorted(range(len(units)), key=lambda i: longest[i]):
+            if part and (sum(map(len, part)) + len(units[i])) * longest[i] > token_budget:
+                yield torch.cat(part)
+                part = []
+            part.append(units[i])
+        if part:
+            yield torch.cat(part)
+
+
+def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    """Lists of different lengths as one tensor, zeros behind.
+
+    Example:
+        >>> pad([[1, 2], [3]], torch.long)
+        tensor([[1, 2],
+                [3, 0]])
+    """
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)

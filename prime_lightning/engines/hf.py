@@ -1,0 +1,285 @@
+"""Sampling with Hugging Face transformers in the trainer's process: batched, KV cache, any device.
+
+The engine to start with, to debug with and to compare others with. One batch at a time: rows that finish leave the
+batch, and new prompts wait for the next one. It leaves out continuous batching and paged attention; for those, and for
+speed on a GPU, take `engines/vllm.py`.
+
+Shapes: R rows (samples) alive, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
+
+COMPACT_BELOW = 0.8  # copy the cache without its finished rows once fewer than this share of rows is alive
+
+
+class HFEngine:
+    """An `Engine` on `transformers`.
+
+    Args:
+        batch_size: Most samples at a time.
+        dtype: Of the engine's copy of the weights.
+        device: `auto` takes the current CUDA device if there is one.
+        attention: Attention kind of `transformers` (`sdpa`, `eager`, `flash_attention_2`).
+    """
+
+    def __init__(
+        self, batch_size: int = 256, dtype: str = "float32", device: str = "auto", attention: str = "sdpa"
+    ) -> None:
+        self.version = -1
+        self.batch_size, self.dtype, self.attention = batch_size, dtype, attention
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = torch.device(name)
+
+    def start(self, model: str) -> None:
+        """Load model and tokenizer; the weights are replaced by the trainer's later."""
+        self.tokenizer = load_tokenizer(model)
+        self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)
+        self.model.eval().requires_grad_(False)
+        self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy the trainer's weights into the engine's model; tied ones need to come only once."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                known = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
+                raise ValueError(
+                    f"Expected weights of the engine's model, got {name!r} with shape {tuple(tensor.shape)} ({known}). "
+                    "Engine and policy must be built from the same model."
+                )
+            own[name].copy_(tensor)
+            missing.pop(id(own[name]), None)
+        if missing:
+            raise ValueError(f"Expected all weights of the policy, got none for {sorted(missing.values())[:3]} ...")
+        self.version = version
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Yield groups as they finish, batch by batch in the order of the prompts."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for prompt in prompts:
+            if limit is not None and len(prompt.token_ids) + sampling.max_tokens > limit:
+                raise ValueError(
+                    f"Expected prompt and completion to fit the model's {limit} positions, got {len(prompt.token_ids)} "
+                    f"prompt tokens and max_tokens {sampling.max_tokens}. Lower `max_tokens` or drop long prompts."
+                )
+        step = max(1, self.batch_size // sampling.samples)
+        for start in range(0, len(prompts), step):
+            yield from self._sample(prompts[start : start + step], sampling)
+
+    def sleep(self) -> None:
+        """Move the weights to the host."""
+        self.model.to("cpu")
+
+    def wake(self) -> None:
+        """Move the weights back."""
+        self.model.to(self.device)
+
+    def close(self) -> None:
+        """Nothing runs beside the trainer's process, so there is nothing to end."""
+
+    @torch.inference_mode()
+    def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+        rows = _Rows.of(prompts, sampling, self.version)
+        logits_RV, cache, mask_RL = self._prefill(prompts, sampling.samples)
+        waiting = [sampling.samples] * len(prompts)
+        slots = np.arange(len(rows))  # which row stands in each place of the batch
+        for step in range(sampling.max_tokens):
+            tokens_R, logprobs_R = draw(logits_RV, sampling, uniform(rows.keys[slots], step))
+            finished = self._record(rows, slots, tokens_R, logprobs_R, sampling)
+            for row in finished:
+                group = row // sampling.samples
+                waiting[group] -= 1
+                if waiting[group] == 0:
+                    members = range(group * sampling.samples, (group + 1) * sampling.samples)
+                    yield prompts[group], [rows.completion(member, self.tokenizer) for member in members]
+            alive = ~rows.done[slots]
+            if not alive.any():
+                return
+            if alive.mean() < COMPACT_BELOW:
+                keep = torch.from_numpy(np.flatnonzero(alive)).to(self.device)
+                cache.batch_select_indices(keep)
+                tokens_R, slots = tokens_R[keep], slots[alive]
+                mask_RL = None if mask_RL is None else mask_RL[keep]
+            mask_RL = None if mask_RL is None else torch.cat([mask_RL, mask_RL.new_ones(len(slots), 1)], 1)
+            logits_RV = self._forward(tokens_R[:, None], cache, mask_RL)
+
+    def _prefill(self, prompts: Sequence[Prompt], samples: int) -> tuple[Tensor, DynamicCache, Tensor | None]:
+        """Run each prompt once and repeat its cache for its samples. Prompts are padded on the left."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        tokens = np.full((len(prompts), longest), self.end_ids[0], dtype=np.int64)
+        mask = np.zeros((len(prompts), longest), dtype=np.int64)
+        for i, prompt in enumerate(prompts):
+            tokens[i, longest - len(prompt.token_ids) :] = prompt.token_ids
+            mask[i, longest - len(prompt.token_ids) :] = 1
+        mask_RL = None if mask.all() else torch.from_numpy(mask).to(self.device)
+        cache = DynamicCache(config=self.model.config)
+        logits_RV = self._forward(torch.from_numpy(tokens).to(self.device), cache, mask_RL)
+        cache.batch_repeat_interleave(samples)
+        return (
+            logits_RV.repeat_interleave(samples, 0),
+            cache,
+            None if mask_RL is None else mask_RL.repeat_interleave(samples, 0),
+        )
+
+    def _forward(self, tokens_RX: Tensor, cache: DynamicCache, mask_RL: Tensor | None) -> Tensor:
+        """Logits `[R, V]` behind the last token."""
+        positions = None
+        if mask_RL is not None:
+            positions = (mask_RL.cumsum(-1) - 1).clamp_min(0)[:, -tokens_RX.shape[1] :]
+        out = self.model(
+            input_ids=tokens_RX,
+            attention_mask=mask_RL,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def _record(
+        self, rows: _Rows, slots: np.ndarray, tokens_R: Tensor, logprobs_R: Tensor, sampling: Sampling
+    ) -> list[int]:
+        """Append the sampled tokens to the rows that are alive; return the rows that this finishes."""
+        finished = []
+        tokens, logprobs = tokens_R.tolist(), logprobs_R.tolist()
+        for place, row in enumerate(slots):
+            if rows.done[row]:
+                continue
+            rows.tokens[row].append(tokens[place])
+            rows.logprobs[row].append(logprobs[place])
+            stopped = tokens[place] in self.end_ids or self._stop_string(rows.tokens[row], sampling.stop)
+            if stopped or len(rows.tokens[row]) == sampling.max_tokens:
+                rows.done[row], rows.stopped[row] = True, stopped
+                finished.append(int(row))
+        return finished
+
+    def _stop_string(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        tail = self.tokenizer.decode(tokens[-(max(map(len, stop)) + 4) :])
+        return any(text in tail for text in stop)
+
+
+@dataclass
+class _Rows:
+    """Book-keeping of the samples of one batch, row = prompt * samples + sample."""
+
+    keys: np.ndarray
+    done: np.ndarray
+    stopped: np.ndarray
+    version: int
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> _Rows:
+        n = len(prompts) * sampling.samples
+        keys = sample_keys(sampling.seed, [prompt.draw for prompt in prompts], sampling.samples)
+        empty: tuple[list[list[int]], list[list[float]]] = [[] for _ in range(n)], [[] for _ in range(n)]
+        return cls(keys, np.zeros(n, bool), np.zeros(n, bool), version, *empty)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def completion(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Completion:
+        return Completion(
+            text=tokenizer.decode(self.tokens[row], skip_special_tokens=True),
+            token_ids=self.tokens[row],
+            logprobs=self.logprobs[row],
+            finish=Finish.STOP if self.stopped[row] else Finish.LENGTH,
+            versions=[self.version] * len(self.tokens[row]),
+        )
+
+
+def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at a given uniform number.
+
+    Returns:
+        Tokens `[R]` and their log-probs `[R]` (nats) under the distribution that was drawn from. Greedy choices
+        (temperature 0) carry the log-prob of temperature 1.
+
+    Example:
+        >>> token, logprob = draw(torch.tensor([[0.0, 0.0]]), Sampling(), np.array([0.75]))
+        >>> token.item(), round(logprob.item(), 4)
+        (1, -0.6931)
+    """
+    if sampling.temperature == 0:
+        tokens_R = logits_RV.argmax(-1)
+    else:
+        logits_RV = truncate(logits_RV / sampling.temperature, sampling.top_k, sampling.top_p)
+        cumulative_RV = logits_RV.softmax(-1).double().cumsum(-1)
+        target_R1 = torch.from_numpy(uniform_R).to(logits_RV.device)[:, None] * cumulative_RV[:, -1:]
+        # right=True: a token of probability zero spans no interval, so it is never drawn
+        tokens_R = torch.searchsorted(cumulative_RV, target_R1, right=True).squeeze(-1)
+        tokens_R = tokens_R.clamp_max(logits_RV.shape[-1] - 1)
+    return tokens_R, logits_RV.log_softmax(-1).gather(-1, tokens_R[:, None]).squeeze(-1)
+
+
+def truncate(logits_RV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set all logits outside of the `top_k` likeliest tokens, then outside of the top-p set, to minus infinity.
+
+    The top-p set is the smallest set of likeliest tokens whose probability reaches `top_p`.
+
+    Example:
+        >>> truncate(torch.tensor([[0.6, 0.3, 0.1]]).log(), 0, 0.7).exp()
+        tensor([[0.6000, 0.3000, 0.0000]])
+    """
+    if 0 < top_k < logits_RV.shape[-1]:
+        kth_R1 = logits_RV.topk(top_k).values[:, -1:]
+        logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, -torch.inf)
+    if top_p < 1:
+        sorted_RV, order_RV = logits_RV.sort(descending=True)
+        before_RV = sorted_RV.softmax(-1).cumsum(-1) - sorted_RV.softmax(-1)
+        drop_RV = torch.zeros_like(before_RV, dtype=torch.bool).scatter(-1, order_RV, before_RV >= top_p)
+        logits_RV = logits_RV.masked_fill(drop_RV, -torch.inf)
+    return logits_RV
+
+
+def sample_keys(seed: int, draws: Sequence[int], samples: int) -> np.ndarray:
+    """One 64-bit key a sample, `[len(draws) * samples]`, from seed, draw and the sample's number."""
+    keys = mix(np.asarray(draws, dtype=np.uint64) + mix(np.array([seed], dtype=np.uint64)))
+    return mix(keys[:, None] + np.arange(samples, dtype=np.uint64)).reshape(-1)
+
+
+def uniform(keys: np.ndarray, step: int) -> np.ndarray:
+    """A uniform number in [0, 1) for each key at this step: counter-based, so no generator has to be saved.
+
+    Example:
+        >>> bool(uniform(sample_keys(0, [3], 1), 5)[0] == uniform(sample_keys(0, [1, 3], 1), 5)[1])
+        True
+    """
+    counter = np.uint64((step * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
+    return (mix(keys + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers that scatters them."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation: int | list[int] | None) -> list[int]:
+    """All tokens that end a completion: the tokenizer's and those of the model's generation config.
+
+    Raises:
+        ValueError: if there is none, since no completion would ever end.
+    """
+    listed = generation if isinstance(generation, list) else [generation]
+    ids = sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
+    if not ids:
+        raise ValueError(f"Expected a tokenizer with an end token, got {tokenizer.name_or_path!r} without one.")
+    return ids

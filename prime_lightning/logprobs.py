@@ -1,0 +1,170 @@
+"""Token log-probs and entropy of a causal language model, for the response tokens only.
+
+The vocabulary projection is the memory peak of such training (tokens x 150,000 floats), so it is applied only where a
+response token is predicted and in chunks that are recomputed in the backward pass; log-softmax is float32.
+
+Shapes: B responses, L prompt and response tokens, T response tokens, N response tokens of all rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def chosen_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution, both `[N]`, in nats and float32.
+
+    Example:
+        >>> logprobs, entropy = chosen_logprobs(torch.zeros(1, 4), torch.tensor([2]))
+        >>> round(logprobs.item(), 4), round(entropy.item(), 4)
+        (-1.3863, 1.3863)
+    """
+    logits_NV = logits_NV.float() / temperature
+    normaliser_N = logits_NV.logsumexp(-1)
+    logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
+    entropy_N = normaliser_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
+    return logprobs_N, entropy_N
+
+
+def response_index(prompt_length_B: Tensor, response_length_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and response position of each response token, both `[N]`, row by row.
+
+    Example:
+        >>> response_index(torch.tensor([5, 2]), torch.tensor([2, 1]))
+        (tensor([0, 0, 1]), tensor([0, 1, 0]))
+    """
+    T = int(response_length_B.max())
+    positions_T = torch.arange(T, device=response_length_B.device)
+    rows_N, steps_N = (positions_T[None] < response_length_B[:, None]).nonzero(as_tuple=True)
+    return rows_N, steps_N
+
+
+class ScoringLM(nn.Module):
+    """A causal LM whose forward returns log-probs of given responses instead of logits.
+
+    It is one module so that DDP, FSDP and DeepSpeed wrap forward, projection and all.
+
+    Args:
+        model: A Hugging Face causal LM (or a PEFT model around one).
+        chunk_tokens: Response tokens projected onto the vocabulary at a time.
+        packed: Put all rows one behind another without padding (position ids restart at each row). Faster with flash
+            attention; with other attention kinds it costs a mask of (all tokens)^2.
+
+    Raises:
+        ValueError: for models whose head does more than a projection and a soft cap.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
+        super().__init__()
+        for name in SCALED_HEADS:
+            if getattr(model.config, name, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"Expected a model whose head is a projection, got {type(model).__name__} with {name}="
+                    f"{getattr(model.config, name)}. Its log-probs would be wrong; take another architecture."
+                )
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+        self.packed = packed
+
+    def forward(
+        self, tokens_BL: Tensor, prompt_length_B: Tensor, response_length_B: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of each response token and entropy at its place.
+
+        Args:
+            tokens_BL: Prompt and response, padded on the right; what stands in the padding does not matter.
+            prompt_length_B: Tokens of each prompt, at least 1.
+            response_length_B: Tokens of each response.
+            temperature: Divides the logits.
+
+        Returns:
+            Two tensors `[B, T]`, T the longest response, zero behind each response.
+        """
+        rows_N, steps_N = response_index(prompt_length_B, response_length_B)
+        places_N = prompt_length_B[rows_N] + steps_N
+        length_B = prompt_length_B + response_length_B
+        hidden_NH = hidden_states(self.model, tokens_BL, length_B, rows_N, places_N - 1, packed=self.packed)
+        targets_N = tokens_BL[rows_N, places_N]
+        parts = [
+            self._project(hidden_nH, targets_n, temperature)
+            for hidden_nH, targets_n in zip(
+                hidden_NH.split(self.chunk_tokens), targets_N.split(self.chunk_tokens), strict=True
+            )
+        ]
+        shape = len(tokens_BL), int(response_length_B.max())
+        logprobs_BT, entropy_BT = (
+            torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), torch.cat(part))
+            for part in zip(*parts, strict=True)
+        )
+        return logprobs_BT, entropy_BT
+
+    def _project(self, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and hidden_nH.requires_grad:
+            return checkpoint(self._chosen, hidden_nH, targets_n, temperature, use_reentrant=False)  # type: ignore
+        return self._chosen(hidden_nH, targets_n, temperature)
+
+    def _chosen(self, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        lm = causal_lm(self.model)
+        logits_nV = lm.get_output_embeddings()(hidden_nH)
+        cap = getattr(lm.config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits_nV = cap * torch.tanh(logits_nV / cap)
+        return chosen_logprobs(logits_nV, targets_n, temperature)
+
+
+class ValueLM(nn.Module):
+    """A critic: a causal LM's decoder with a scalar head, `v(prompt, y_<t)` for each response token t.
+
+    Args:
+        model: A Hugging Face causal LM; its vocabulary head is dropped.
+        chunk_tokens: Not needed here; taken so that it is made like `ScoringLM`.
+        packed: As in `ScoringLM`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
+        super().__init__()
+        self.model = causal_lm(model).base_model
+        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=model.dtype)
+        nn.init.zeros_(self.head.weight)  # a critic that knows nothing says 0
+        self.packed = packed
+
+    def forward(
+        self, tokens_BL: Tensor, prompt_length_B: Tensor, response_length_B: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Values `[B, T]` before each response token is sampled, zero behind each response, twice."""
+        rows_N, steps_N = response_index(prompt_length_B, response_length_B)
+        places_N = prompt_length_B[rows_N] + steps_N - 1
+        length_B = prompt_length_B + response_length_B
+        hidden_NH = hidden_states(self.model, tokens_BL, length_B, rows_N, places_N, packed=self.packed)
+        values_N = self.head(hidden_NH).squeeze(-1).float()
+        shape = len(tokens_BL), int(response_length_B.max())
+        values_BT = torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), values_N)
+        return values_BT, values_BT
+
+
+def hidden_states(
+    model: nn.Module, tokens_BL: Tensor, length_B: Tensor, rows_N: Tensor, places_N: Tensor, *, packed: bool
+) -> Tensor:
+    """Last hidden states `[N, H]` at the given places of right-padded rows.
+
+    Padding stands on the right and attention is causal, so no real token sees it and no mask is needed.
+    """
+    decoder = causal_lm(model).base_model
+    if not packed:
+        states_BLH = decoder(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        return states_BLH[rows_N, places_N]
+    row_X, place_X = response_index(length_B, length_B)
+    packed_1X, positions_1X = tokens_BL[row_X, place_X][None], place_X[None]
+    states_XH = decoder(input_ids=packed_1X, position_ids=positions_1X, use_cache=False).last_hidden_state[0]
+    start_B = length_B.cumsum(0) - length_B
+    return states_XH[start_B[rows_N] + places_N]
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face causal LM itself, without a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore

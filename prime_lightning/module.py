@@ -1,0 +1,349 @@
+"""`PrimeModule`: policy, implicit PRM and reference, and one PRIME iteration as one Lightning training step.
+
+PRIME is arXiv 2502.01456. Read `training_step` beside its Algorithm 1; the maths stands in `algorithms`, sampling and
+grading in `data.py`, and what happens between iterations in `callbacks.py`.
+
+Shapes: B responses, T response tokens, b and t those of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from prime_lightning import algorithms as alg
+from prime_lightning.batch import Batch
+from prime_lightning.logprobs import ScoringLM, ValueLM
+from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.replay import Replay
+from prime_lightning.stepping import SteppingModule
+
+ROLES = ("prm", "policy", "critic")
+
+
+class PrimeModule(SteppingModule):
+    """Process reinforcement through implicit rewards (PRIME, arXiv 2502.01456, Algorithm 1).
+
+    Args:
+        policy: Hugging Face id or folder of the policy to start from.
+        prm: The same for the implicit PRM, with the policy's tokenizer; null trains on outcomes only.
+        reference: The same for the frozen reference of PRM and KL; null takes the log-probs of the policy that sampled
+            the rollouts, which saves a model (paper, appendix B.1).
+        critic: The same for a critic, which `prime_lightning.algorithms.gae` needs; null for none.
+        loading: How models are loaded.
+        process_reward: The implicit process reward.
+        gate: When the process reward counts.
+        prm_loss: What trains the PRM, see `algorithms.prm_loss`.
+        advantage: Estimator, see `algorithms.advantage`.
+        credit: Discounts and weights.
+        policy_loss: Clipping, KL, entropy and importance correction.
+        policy_update: Minibatches and gradient clip of the policy.
+        prm_update: The same for the PRM.
+        critic_update: The same for the critic.
+        policy_optimizer: Optimizer of the policy.
+        prm_optimizer: Optimizer of the PRM.
+        critic_optimizer: Optimizer of the critic.
+        schedule: Learning-rate schedule of all of them, one step an iteration.
+        seed: Of the minibatches.
+
+    Raises:
+        ValueError: if a model is missing, or the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        prm: str | None = None,
+        reference: str | None = None,
+        critic: str | None = None,
+        loading: Loading = Loading(),
+        process_reward: ProcessReward = ProcessReward(),
+        gate: alg.ProcessGate | None = None,
+        prm_loss: Callable[..., Any] = alg.ce,
+        advantage: Callable[..., Tensor] = alg.rloo,
+        credit: Credit = Credit(),
+        policy_loss: PolicyLoss = PolicyLoss(),
+        policy_update: Update = Update(),
+        prm_update: Update = Update(grad_clip=10.0),
+        critic_update: Update = Update(),
+        policy_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.01),
+        prm_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, weight_decay=0.01),
+        schedule: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        if policy_loss.kl != "none" and reference is None:
+            raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
+        self.names = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
+        self.loading, self.reward, self.gate = loading, process_reward, gate or alg.ProcessGate()
+        self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
+        self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
+        self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
+        self.schedule = schedule
+        self.replay = Replay(process_reward.replay)
+        self.pass_rate = MeanMetric()
+        self._step_ends: Tensor | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One iteration of Algorithm 1, from its rollouts on."""
+        with self.one_step():
+            proximal_BT = self.score(self.policy, batch, batch.temperature)
+            reference_BT = self.reference_logprobs(batch, proximal_BT)
+            batch = self.finite(batch, proximal_BT, reference_BT)
+
+            if self.reward.update == "before":
+                self.update_prm(batch, reference_BT)
+            process_BT = self.process_reward(batch, reference_BT)
+            if self.reward.update == "after":
+                self.update_prm(batch, reference_BT)
+
+            values_BT = self.score(self.critic, batch) if self.critic else None
+            advantage_BT = self.credit(batch, process_BT, values_BT, proximal_BT, reference_BT)
+            self.update_critic(batch, values_BT)
+            self.update_policy(batch, advantage_BT, proximal_BT, reference_BT)
+        self.log_iteration(batch)
+        return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT}
+
+    def reference_logprobs(self, batch: Batch, proximal_BT: Tensor) -> Tensor:
+        """`log pi_ref`: of the frozen reference, or of the policy that sampled; always at temperature 1."""
+        if self.reference is not None:
+            return self.score(self.reference, batch)
+        return proximal_BT if batch.temperature == 1.0 else self.score(self.policy, batch)
+
+    def process_reward(self, batch: Batch, reference_BT: Tensor) -> Tensor | None:
+        """Eq. 3 for each token, normalised; the PRM's health is measured on the way, before it has seen the labels."""
+        if self.prm is None:
+            return None
+        prm_BT = self.score(self.prm, batch)
+        reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
+        self.judge_prm(batch, reward_BT.sum(1))
+        reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
+        reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.all_reduce)
+        self.measures.add("process/scale", scale)
+        return reward_BT
+
+    def update_prm(self, batch: Batch, reference_BT: Tensor) -> None:
+        """`L_CE` (or another PRM loss) on the outcome labels: the fresh rollouts, then one replayed iteration."""
+        if self.prm is None:
+            return
+        past = self.replay.draw(self.generator("replay"), self.device)
+        self.replay.add(batch, reference_BT)
+        for data, reference in [(batch, reference_BT), *past]:
+            labels = data.outcome_B, data.group_B, data.valid_B
+
+            def terms(micro: Batch, rows: Tensor, data: Batch = data, reference: Tensor = reference) -> Tensor:
+                prm_bt, _ = self.logprobs(self.prm, micro)
+                reference_bt = reference[rows, : prm_bt.shape[1]]
+                reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=self.reward.beta)
+                total, count = self.prm_loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
+                self.measures.add("prm/loss", total, count)
+                return total
+
+            def count(rows: Tensor, labels: tuple[Tensor, ...] = labels) -> Tensor:
+                return self.prm_loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]
+
+            whole = getattr(self.prm_loss, "whole_groups", True)
+            self.optimise("prm", data, terms, count, whole_groups=whole)
+
+    def credit(
+        self,
+        batch: Batch,
+        process_BT: Tensor | None,
+        values_BT: Tensor | None,
+        proximal_BT: Tensor,
+        reference_BT: Tensor,
+    ) -> Tensor:
+        """Advantages: Eq. 5, or whatever `advantage` computes from outcomes and token rewards."""
+        weights, gate = self.weights, self.gate.weight if self.prm is not None else 0.0
+        reward_BT = None if process_BT is None else weights.process_weight * gate * process_BT
+        if self.loss.kl == "reward":
+            penalty_BT = self.loss.kl_weight * alg.kl(proximal_BT, reference_BT, self.loss.kl_estimator)
+            reward_BT = -penalty_BT if reward_BT is None else reward_BT - penalty_BT
+        advantage_BT = self.advantage(
+            batch.outcome_B,
+            reward_BT,
+            batch.mask_BT,
+            batch.group_B,
+            batch.valid_B,
+            values_BT=values_BT,
+            gamma_outcome=weights.gamma_outcome,
+            gamma_process=weights.gamma_process,
+            outcome_weight=weights.outcome_weight,
+            lam=weights.lam,
+        )
+        if values_BT is not None:
+            self.returns_BT = alg.gae_returns(advantage_BT, values_BT, batch.mask_BT)
+        self.measures.add("process/weight", torch.tensor(weights.process_weight * gate))
+        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce) if weights.whiten else advantage_BT
+
+    def update_policy(self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor, reference_BT: Tensor) -> None:
+        """Eq. 6, the clipped surrogate, with the optional KL, entropy and importance terms."""
+        options, weight_BT = self.loss, None
+        corrected_BT, measured = alg.importance_weight(
+            proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=options.importance_cap or 2.0
+        )
+        self.measures.add_all(measured, batch.mask_BT.sum())
+        if options.importance_cap is not None:
+            weight_BT = corrected_BT
+
+        def terms(micro: Batch, rows: Tensor) -> Tensor:
+            policy_bt, entropy_bt = self.logprobs(self.policy, micro, batch.temperature)
+            mask_bt, t = micro.mask_BT, micro.mask_BT.shape[1]
+            total, measured = alg.clipped_surrogate(
+                policy_bt,
+                proximal_BT[rows, :t],
+                advantage_BT[rows, :t],
+                mask_bt,
+                clip_low=options.clip_low,
+                clip_high=options.clip_high,
+                weight_BT=None if weight_BT is None else weight_BT[rows, :t],
+                aggregate=options.aggregate,
+                constant_length=options.constant_length,
+            )
+            extra_bt = -options.entropy_weight * entropy_bt
+            if options.kl == "loss":
+                extra_bt = extra_bt + options.kl_weight * alg.kl(
+                    policy_bt, reference_BT[rows, :t], options.kl_estimator
+                )
+            total = total + alg.aggregate(extra_bt, mask_bt, options.aggregate, options.constant_length)
+            self.measures.add("policy/loss", total, alg.denominator(mask_bt, options.aggregate))
+            self.measures.add("policy/entropy", alg.masked_sum(entropy_bt.detach(), mask_bt), mask_bt.sum())
+            self.measures.add_all(measured, mask_bt.sum())
+            return total
+
+        self.optimise("policy", batch, terms, lambda rows: alg.denominator(batch.mask_BT[rows], options.aggregate))
+
+    def update_critic(self, batch: Batch, values_BT: Tensor | None) -> None:
+        """The critic's clipped regression towards the returns of GAE."""
+        if values_BT is None:
+            return
+
+        def terms(micro: Batch, rows: Tensor) -> Tensor:
+            mask_bt, t = micro.mask_BT, micro.mask_BT.shape[1]
+            new_bt, _ = self.logprobs(self.critic, micro)
+            total, measured = alg.value_loss(
+                new_bt, values_BT[rows, :t], self.returns_BT[rows, :t], mask_bt, clip=self.loss.value_clip
+            )
+            self.measures.add_all(measured, mask_bt.sum())
+            return total
+
+        self.optimise("critic", batch, terms, lambda rows: batch.mask_BT[rows].sum())
+
+    # ---- what is measured and logged
+
+    def finite(self, batch: Batch, *logprobs_BT: Tensor) -> Batch:
+        """The batch without tokens whose log-probs are not finite, which are counted."""
+        mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
+        self.measures.add("policy/nonfinite_tokens", dropped)
+        return replace(batch, mask_BT=mask_BT)
+
+    def judge_prm(self, batch: Batch, reward_B: Tensor) -> None:
+        """Measure how well the PRM's response rewards tell right from wrong, and tell the gate."""
+        labels = batch.outcome_B, batch.group_B, batch.valid_B
+        ce = torch.stack(alg.ce(reward_B, *labels)).double()
+        pairs = torch.stack(alg.pairwise_accuracy(reward_B, *labels)).double()
+        self.measures.add("prm/ce", *ce)
+        self.measures.add("prm/accuracy", *pairs)
+        self.measures.add("prm/auc", alg.auc(reward_B, batch.outcome_B, batch.valid_B))
+        self.measures.add("prm/calibration_error", alg.calibration_error(reward_B, batch.outcome_B, batch.valid_B))
+        ce_sum, ce_count, hits, pair_count = self.all_reduce(torch.cat([ce, pairs]), "sum").tolist()
+        self.gate.update(ce_sum / max(ce_count, 1), hits / pair_count if pair_count else None)
+
+    def step_ids(self, batch: Batch) -> Tensor | None:
+        """Number of the step that each response token belongs to, where rewards are per step."""
+        if self.reward.granularity != "step":
+            return None
+        if self._step_ends is None:
+            words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+            self._step_ends = torch.tensor([self.reward.step_separator in word for word in words])
+        T = batch.mask_BT.shape[1]
+        columns_BT = (batch.prompt_length_B[:, None] + torch.arange(T, device=self.device)).clamp_max(
+            batch.tokens_BL.shape[1] - 1
+        )
+        ends_BT = self._step_ends.to(self.device)[batch.tokens_BL.gather(1, columns_BT)]
+        return ends_BT.long().cumsum(1) - ends_BT.long()
+
+    def log_iteration(self, batch: Batch) -> None:
+        """One line of numbers an iteration."""
+        lag_BT = self.trainer.global_step - 1 - batch.version_BT
+        self.measures.add("rollout/policy_lag", lag_BT[batch.mask_BT].sum(), batch.mask_BT.sum())
+        self.measures.add("train/outcome", batch.outcome_B[batch.valid_B].sum(), batch.valid_B.sum())
+        numbers = batch.metrics | self.measures.means(self.all_reduce)
+        numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
+        self.log_dict({name: float(value) for name, value in numbers.items()}, batch_size=len(batch))
+        for name in ("rollout/accuracy", "prm/accuracy", "rollout/tokens_per_second"):
+            if name in numbers:
+                self.log(
+                    name.replace("/", "_"), float(numbers[name]), prog_bar=True, logger=False, batch_size=len(batch)
+                )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Mean outcome of the validation rollouts: pass@1 at the sampling temperature."""
+        self.pass_rate.update(batch.outcome_B[batch.valid_B])
+        self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
+        for name in ("rollout/length", "rollout/truncated", "rollout/unknown"):
+            self.log(name.replace("rollout", "val"), batch.metrics[name], batch_size=len(batch))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Rollouts with their process rewards (unnormalised)."""
+        reference_BT = self.reference_logprobs(batch, self.score(self.policy, batch, batch.temperature))
+        if self.prm is None:
+            return {"batch": batch}
+        prm_BT = self.score(self.prm, batch)
+        process_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
+        return {"batch": batch, "process_BT": process_BT}
+
+    # ---- what a Lightning module has to have
+
+    def configure_model(self) -> None:
+        """Load the models, once; strategies that shard call this inside their own context."""
+        if hasattr(self, "policy"):
+            return
+        loading = self.loading
+
+        def load(role: str, wrap: Callable[..., nn.Module] = ScoringLM) -> nn.Module | None:
+            name = self.names[role]
+            if name is None:
+                return None
+            lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
+            if loading.gradient_checkpointing:
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
+            return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+
+        self.tokenizer = load_tokenizer(self.names["policy"])
+        self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")
+        self.critic = load("critic", ValueLM)
+        if self.reference is not None:
+            self.reference.requires_grad_(False)
+
+    def configure_optimizers(self) -> list[dict[str, Any]]:
+        """One optimizer a trained model, in the order of `ROLES`."""
+        frozen = {"prm"} if self.reward.update == "none" else set()
+        self.trained = [role for role in ROLES if getattr(self, role) is not None and role not in frozen]
+        made = []
+        for role in self.trained:
+            optimizer = self.makers[role]([p for p in getattr(self, role).parameters() if p.requires_grad])
+            schedule = {"scheduler": self.schedule(optimizer), "name": f"lr/{role}"} if self.schedule else None
+            made.append({"optimizer": optimizer} | ({"lr_scheduler": schedule} if schedule else {}))
+        return made
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimizers."""
+        return {"gate": self.gate.state_dict(), "replay": self.replay.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up that state."""
+        self.gate.load_state_dict(state["gate"])
+        self.replay.load_state_dict(state["replay"])

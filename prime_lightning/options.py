@@ -1,0 +1,101 @@
+"""The numbers of `PrimeModule`, grouped by what they belong to. Defaults are the paper's where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prime_lightning.algorithms.loss import Aggregation, Estimator
+from prime_lightning.algorithms.reward import Granularity, Normalisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How models are loaded and run."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights. float32 masters with `trainer.precision: bf16-mixed` are PRIME's choice."""
+    attention: str = "sdpa"
+    """Attention kind of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    packed: bool = False
+    """Put responses one behind another without padding; for flash attention."""
+    chunk_tokens: int = 4096
+    """Response tokens projected onto the vocabulary at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessReward:
+    """The implicit process reward."""
+
+    beta: float = 0.05
+    """Of `beta * log(prm / reference)`; short responses want more, about 0.5."""
+    granularity: Granularity = "token"
+    """Reward each token, each step, or the response."""
+    step_separator: str = "\n\n"
+    """Text that ends a step; any token that contains it does."""
+    normalise: Normalisation = "batch_max"
+    """By what the reward is divided; over all ranks."""
+    update: Literal["after", "before", "none"] = "after"
+    """Train the PRM after its rewards are read (the paper's single forward), before (double forward), or not at all."""
+    replay: int = 0
+    """Past iterations to keep for one more PRM pass an iteration, over one of them; 0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credit:
+    """How rewards become advantages."""
+
+    gamma_outcome: float = 1.0
+    """Discount of the outcome reward."""
+    gamma_process: float = 1.0
+    """Discount of the process reward."""
+    outcome_weight: float = 1.0
+    """Weight of the outcome's advantage."""
+    process_weight: float = 1.0
+    """Weight of the process reward's advantage, on top of the gate's."""
+    lam: float = 1.0
+    """Lambda of GAE."""
+    whiten: bool = False
+    """Bring advantages to mean 0 and variance 1 over all tokens and ranks, as the released code does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """The policy's loss."""
+
+    clip_low: float = 0.2
+    """The ratio counts down to 1 minus this."""
+    clip_high: float = 0.2
+    """The ratio counts up to 1 plus this."""
+    aggregate: Aggregation = "token"
+    """What weighs the same: each token, each response, or each token of every batch."""
+    constant_length: int | None = None
+    """Tokens that `aggregate: constant` divides by."""
+    kl: Literal["none", "reward", "loss"] = "none"
+    """Where a KL penalty to the reference enters; the paper has none."""
+    kl_weight: float = 0.001
+    """Weight of that penalty."""
+    kl_estimator: Estimator = "k2"
+    """Schulman's estimator; `k1` inside the reward, `k2` inside the loss."""
+    entropy_weight: float = 0.0
+    """Bonus on the entropy of the policy."""
+    importance_cap: float | None = 2.0
+    """Largest weight of the truncated importance correction from engine to trainer; null is no correction."""
+    value_clip: float = 0.2
+    """How far the critic's value may move in one iteration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """How one model is updated in one iteration."""
+
+    minibatches: int = 4
+    """Optimizer steps of one pass over the rollouts."""
+    epochs: int = 1
+    """Passes over the rollouts."""
+    grad_clip: float = 1.0
+    """Greatest norm of the gradient."""
+    micro_tokens: int = 16_384
+    """Tokens, padding counted, of one forward and backward."""

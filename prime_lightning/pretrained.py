@@ -1,0 +1,53 @@
+"""Load Hugging Face models and tokenizers, with errors that say what to do; save them again.
+
+A name is a hub id or a folder, as everywhere in `transformers`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:
+    """A causal LM in training mode (transformers itself returns it in evaluation mode).
+
+    Raises:
+        ValueError: if there is no such folder or hub id, or it holds no causal LM.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ValueError(_missing("causal language model", name, error)) from error
+    return model.train()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: if there is no such folder or hub id, or it holds no tokenizer.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_missing("tokenizer", name, error)) from error
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a model and its tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def _missing(what: str, name: str, error: Exception) -> str:
+    path = Path(name)
+    if path.is_dir():
+        return f"Expected a {what} in the folder {name!r}, got {sorted(p.name for p in path.iterdir())[:8]}: {error}"
+    return (
+        f"Expected a folder or a Hugging Face id with a {what}, got {name!r}: there is no such folder here, and the "
+        f"hub did not give it ({str(error).splitlines()[0]})."
+    )

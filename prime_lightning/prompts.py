@@ -1,0 +1,236 @@
+"""Rows of a data set -> `Prompt`s, in an endless seeded order in which a position is one integer.
+
+`prompts.prompt(draw, tokenizer)` is the draw-th prompt of the run. Nothing else has to be saved to resume, and nothing
+depends on how fast rows are consumed. Data sets are read by Hugging Face `datasets`: jsonl, parquet or csv files (gzip
+too) or a hub id.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prime_lightning.rollout import Prompt
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+MATHS_USER = "{problem}\n\nPresent the answer in LaTex format: \\boxed{{Your answer}}"
+CODE_USER = (
+    "{prompt}\n\nWrite Python code to solve the problem. Present the code in\n```python\nYour code\n```\nat the end."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How a row becomes the text that the model sees.
+
+    Example:
+        >>> Template(user="{problem} =", chat=False).messages({"problem": "1+1"})
+        [{'role': 'user', 'content': '1+1 ='}]
+    """
+
+    user: str = MATHS_USER
+    """Format string over the row's fields. The default is the one of PRIME's authors for mathematics."""
+    system: str | None = None
+    """System message; None leaves it out."""
+    chat: bool = True
+    """Use the tokenizer's chat template; False gives the user text as it is."""
+
+    def messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """The row as chat messages."""
+        try:
+            user = self.user.format_map(row)
+        except KeyError as error:
+            raise ValueError(
+                f"Expected the row to have the field {error} that the template {self.user!r} names, "
+                f"got the fields {sorted(row)}. Change `template.user` or the data."
+            ) from None
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": user}]
+
+    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[int, ...]]:
+        """The text that the model sees, and its tokens."""
+        messages = self.messages(row)
+        if not self.chat:
+            text = "".join(message["content"] for message in messages)
+            return text, tuple(tokenizer(text)["input_ids"])
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"Expected a tokenizer with a chat template, got {tokenizer.name_or_path!r} without one. "
+                "Set `template.chat: false`, or take an instruct model's tokenizer."
+            )
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Prompts(ABC):
+    """An endless order of prompts. Subclasses say what the draw-th row is and how rows become prompts."""
+
+    source: str
+    kind: str
+    template: Template
+    answer_field: str = "answer"
+
+    @abstractmethod
+    def row(self, draw: int) -> Mapping[str, Any]:
+        """The row at this position of the order."""
+
+    def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """The prompt at this position, tokenized."""
+        row = self.row(draw)
+        text, token_ids = self.template.encode(row, tokenizer)
+        answer = str(row.get(self.answer_field, ""))
+        return Prompt(
+            draw=draw, token_ids=token_ids, text=text, kind=self.kind, answer=answer, source=self.source, row=row
+        )
+
+
+class DatasetPrompts(Prompts):
+    """The rows of a file or of a hub data set, each pass in a new seeded order.
+
+    Args:
+        path: A jsonl, parquet or csv file (`.gz` too), a list of such files, or a hub id.
+        kind: Verifier of these rows: `math`, `code`, `exact`, or the import path of a function.
+        template: How a row becomes text.
+        split: Split of a hub data set.
+        name: Configuration of a hub data set.
+        revision: Commit of a hub data set; pin it, since data sets change.
+        answer_field: Field with the reference answer. Every row needs it, but for `code`.
+        source: Name for counts per source; by default the file's or data set's name.
+        shuffle: Permute each pass; False keeps the file's order.
+        seed: Of the permutation.
+        limit: Only the first rows; None takes all.
+
+    Raises:
+        ValueError: if the data set is missing, empty, or has a row without an answer.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        kind: str = "math",
+        template: Template | None = None,
+        split: str = "train",
+        name: str | None = None,
+        revision: str | None = None,
+        answer_field: str = "answer",
+        source: str | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self.kind, self.answer_field, self.shuffle, self.seed = kind, answer_field, shuffle, seed
+        self.template = template or Template(user=CODE_USER if kind == "code" else MATHS_USER)
+        first = path if isinstance(path, str) else path[0]
+        self.source = source or Path(first.removesuffix(".gz")).stem
+        self.rows = load_rows(path, split=split, name=name, revision=revision)
+        if limit is not None:
+            self.rows = self.rows.select(range(min(limit, len(self.rows))))
+        self._check(first)
+
+    def _check(self, path: str) -> None:
+        if len(self.rows) == 0:
+            raise ValueError(f"Expected at least one row in {path!r}, got an empty data set.")
+        if self.kind == "code":
+            return
+        if self.answer_field not in self.rows.column_names:
+            raise ValueError(
+                f"Expected the field {self.answer_field!r} in {path!r}, got {sorted(self.rows.column_names)}. "
+                "Set `answer_field`."
+            )
+        answers = self.rows[self.answer_field]
+        missing = [i for i, answer in enumerate(answers) if answer is None or not str(answer).strip()]
+        if missing:
+            raise ValueError(
+                f"Expected an answer in every row of {path!r}, got none in {len(missing)} of {len(self.rows)} "
+                f"(rows {missing[:5]} ..., counted from 0). Drop or fill these rows."
+            )
+
+    def __len__(self) -> int:
+        """Rows in one pass."""
+        return len(self.rows)
+
+    def row(self, draw: int) -> Mapping[str, Any]:
+        """The row at this position: pass `draw // n`, place `draw % n` of that pass's permutation."""
+        lap, place = divmod(draw, len(self.rows))
+        index = int(permutation(len(self.rows), self.seed, lap)[place]) if self.shuffle else place
+        return self.rows[index]  # type: ignore[no-any-return]
+
+
+class MixedPrompts(Prompts):
+    """Several sources in one run, in fixed proportions.
+
+    Each stretch of `sum(weights)` draws holds `weights[i]` draws of source i, so each source keeps its own order.
+
+    Args:
+        parts: The sources; each keeps its verifier and its template.
+        weights: Whole numbers, one a source; by default all 1.
+    """
+
+    def __init__(self, parts: list[Prompts], weights: list[int] | None = None) -> None:
+        self.parts = parts
+        self.weights = weights or [1] * len(parts)
+        if len(self.weights) != len(parts) or min(self.weights, default=0) < 1:
+            raise ValueError(f"Expected one whole weight >= 1 for each of {len(parts)} parts, got {weights}.")
+        # Spread each source evenly over the stretch: sort all places by their fraction of the source's share.
+        places = [((k + 0.5) / weight, i, k) for i, weight in enumerate(self.weights) for k in range(weight)]
+        self._pattern = [(i, k) for _, i, k in sorted(places)]
+
+    def locate(self, draw: int) -> tuple[int, int]:
+        """Which source this draw belongs to, and its position in that source's own order."""
+        stretch, place = divmod(draw, len(self._pattern))
+        part, k = self._pattern[place]
+        return part, stretch * self.weights[part] + k
+
+    def row(self, draw: int) -> Mapping[str, Any]:
+        """The row at this position."""
+        part, inner = self.locate(draw)
+        return self.parts[part].row(inner)
+
+    def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """The prompt at this position, by its source's template; its `draw` is this run's."""
+        part, inner = self.locate(draw)
+        prompt = self.parts[part].prompt(inner, tokenizer)
+        return Prompt(
+            draw=draw,
+            token_ids=prompt.token_ids,
+            text=prompt.text,
+            kind=prompt.kind,
+            answer=prompt.answer,
+            source=prompt.source,
+            row=prompt.row,
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def permutation(n: int, seed: int, lap: int) -> np.ndarray:
+    """The seeded order of n rows in the lap-th pass."""
+    return np.random.default_rng([seed, lap]).permutation(n)
+
+
+def load_rows(path: str | Sequence[str], *, split: str, name: str | None, revision: str | None) -> datasets.Dataset:
+    """Read files (by their ending) or a hub data set.
+
+    Raises:
+        ValueError: if a file is missing, or neither a file nor a data set that can be loaded.
+    """
+    files = [path] if isinstance(path, str) else list(path)
+    loader = LOADERS.get(Path(files[0].removesuffix(".gz")).suffix)
+    if loader is not None:
+        missing = [file for file in files if "://" not in file and not Path(file).is_file()]
+        if missing:
+            raise ValueError(f"Expected a data file, got {missing[0]!r}, which does not exist.")
+        return datasets.load_dataset(loader, data_files=files, split="train")
+    try:
+        return datasets.load_dataset(files[0], name, split=split, revision=revision)
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"Expected a {'/'.join(LOADERS)} file or a data set of the hub, got {files[0]!r}: {error}"
+        ) from error

@@ -1,0 +1,200 @@
+"""Supervised warm start: maximise the log-prob of given responses, prompts masked out.
+
+PRIME starts from a model fine-tuned like this (arXiv 2502.01456, section 4: learning rate 1e-5, cosine, warm-up 10 %,
+batch 96, 3 epochs). Ordinary Lightning automatic optimization; started by `prime-lightning sft`.
+
+Shapes: B responses, L prompt and response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from prime_lightning.batch import pad
+from prime_lightning.logprobs import ScoringLM
+from prime_lightning.options import Loading
+from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.prompts import Template, load_rows, permutation
+
+Lesson = tuple[Tensor, Tensor, Tensor]
+"""`tokens_BL`, `prompt_length_B`, `response_length_B`: ready for `ScoringLM`, padded or packed."""
+
+
+class Lessons(Protocol):
+    """Worked examples: rows whose template gives the prompt, with the `response` to learn."""
+
+    template: Template
+
+    def __len__(self) -> int:
+        """Number of lessons in an epoch."""
+        ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """A row with the template's fields and `response`."""
+        ...
+
+
+class DatasetLessons:
+    """Lessons from a file or a hub data set.
+
+    Args:
+        path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
+        response_field: Field with the response.
+        template: How a row becomes the prompt.
+        split: Split of a hub data set.
+        name: Configuration of a hub data set.
+        revision: Commit of a hub data set.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        response_field: str = "response",
+        template: Template | None = None,
+        split: str = "train",
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.template, self.response_field = template or Template(), response_field
+        self.rows = load_rows(path, split=split, name=name, revision=revision)
+        if response_field not in self.rows.column_names:
+            raise ValueError(
+                f"Expected the field {response_field!r} in {path!r}, got {sorted(self.rows.column_names)}. "
+                "Set `response_field`."
+            )
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """A row, its response under `response`."""
+        row = self.rows[index]
+        return {**row, "response": row[self.response_field]}
+
+
+class LessonLoader:
+    """Batches in a seeded order of each epoch; its position is saved and restored."""
+
+    def __init__(self, options: LessonDataModule, rank: int, world: int) -> None:
+        self.options, self.rank, self.world = options, rank, world
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.options.lessons) // self.options.batch_size
+
+    def __iter__(self) -> Iterator[Lesson]:
+        size = self.options.batch_size
+        order = permutation(len(self.options.lessons), self.options.seed, self.epoch)
+        while self.position < len(self):
+            indices = order[self.position * size : (self.position + 1) * size][self.rank :: self.world]
+            self.position += 1
+            yield self.options.collate([self.options.lessons[int(i)] for i in indices])
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and position in it."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up a saved position."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class LessonDataModule(pl.LightningDataModule):
+    """Feeds lessons.
+
+    Args:
+        model: Hugging Face id or folder, for the tokenizer.
+        lessons: What to learn from.
+        batch_size: Lessons of an optimizer step, over all ranks.
+        max_tokens: Longer lessons are cut at the end.
+        seed: Of the order.
+    """
+
+    def __init__(self, model: str, lessons: Any, batch_size: int = 96, max_tokens: int = 4096, seed: int = 42) -> None:
+        super().__init__()
+        if len(lessons) < batch_size:
+            raise ValueError(f"Expected at least one batch of {batch_size} lessons, got {len(lessons)} lessons.")
+        self.model, self.lessons, self.batch_size = model, lessons, batch_size
+        self.max_tokens, self.seed = max_tokens, seed
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer."""
+        self.tokenizer = load_tokenizer(self.model)
+
+    def train_dataloader(self) -> LessonLoader:
+        """The loader of this rank."""
+        assert self.trainer is not None
+        return LessonLoader(self, self.trainer.global_rank, self.trainer.world_size)
+
+    def collate(self, rows: list[Mapping[str, Any]]) -> Lesson:
+        """Tokenize rows; each response ends with the end token."""
+        assert self.tokenizer is not None
+        prompts = [list(self.lessons.template.encode(row, self.tokenizer)[1]) for row in rows]
+        texts = [row["response"] for row in rows]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        tokens = [
+            (prompt + list(response) + [end])[: self.max_tokens]
+            for prompt, response in zip(prompts, encoded, strict=True)
+        ]
+        prompt_length_B = torch.tensor([len(prompt) for prompt in prompts])
+        length_B = torch.tensor([len(row) for row in tokens])
+        return pad(tokens, torch.long), prompt_length_B, (length_B - prompt_length_B).clamp_min(0)
+
+
+class SFTModule(pl.LightningModule):
+    """A causal LM that learns responses: loss = - mean over response tokens of their log-prob, in nats.
+
+    Args:
+        policy: Hugging Face id or folder.
+        loading: How the model is loaded.
+        optimizer: Optimizer.
+        warmup: Share of all steps in which the learning rate rises from 0; then it falls as a cosine, to 0.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        loading: Loading = Loading(),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.name, self.loading, self.optimizer, self.warmup = policy, loading, optimizer, warmup
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if hasattr(self, "policy"):
+            return
+        model = load_causal_lm(self.name, dtype=self.loading.dtype, attention=self.loading.attention)
+        if self.loading.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.tokenizer = load_tokenizer(self.name)
+        self.policy = ScoringLM(model, chunk_tokens=self.loading.chunk_tokens, packed=self.loading.packed)
+
+    def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
+        """Mean negative log-prob of the response tokens."""
+        logprobs_BT, _ = self.policy(*batch)
+        loss = -logprobs_BT.sum() / batch[2].sum()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Cosine schedule with warm-up over all steps of the run."""
+        optimizer = self.optimizer(self.policy.parameters())
+        trainer = self.trainer
+        loader = LessonLoader(trainer.datamodule, 0, 1)  # type: ignore[attr-defined]
+        steps = trainer.max_steps if trainer.max_steps > 0 else len(loader) * (trainer.max_epochs or 1)
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,167 @@
+"""Several optimizers, minibatches and micro-batches in one training step that Lightning counts as one.
+
+The Lightning plumbing below `PrimeModule`, so that the module itself can read like the paper: optimizer steps over
+token-budgeted micro-batches with one global denominator, gradients that are not finite, sums over ranks, step counting,
+and the state that makes a resumed run equal to one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from torch import Tensor, nn
+
+from prime_lightning.batch import Batch
+from prime_lightning.measures import Measures
+from prime_lightning.options import Update
+
+Terms = Callable[[Batch, Tensor], Tensor]
+"""`(micro-batch, its rows in the batch) -> sum of the loss terms`."""
+SKIPS_IN_A_ROW = 5
+
+
+class SteppingModule(pl.LightningModule):
+    """Manual optimization of named models ("roles"), each with its own optimizer and `Update`."""
+
+    trained: list[str]
+    """Roles that have an optimizer, in the order of `configure_optimizers`."""
+    updates: dict[str, Update]
+    """How each role is updated."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints leave the frozen reference out; see `load_state_dict`
+        self.seed = seed
+        self.skipped_in_a_row = 0
+        self.measures = Measures()
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Make all optimizer steps inside count as one step of the trainer, and step the schedules once at its end.
+
+        `max_steps`, checkpoints and loggers then count iterations.
+        """
+        self.measures = Measures()
+        optimizers = self.optimizers()
+        listed = optimizers if isinstance(optimizers, list) else [optimizers]
+        self.optimizer_of: dict[str, LightningOptimizer] = dict(zip(self.trained, listed, strict=True))
+        for optimizer in listed:
+            optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
+        yield
+        schedulers = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()  # type: ignore[call-arg]
+        loop = self.trainer.fit_loop.epoch_loop.manual_optimization
+        loop._on_before_step()
+        loop._on_after_step()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a block to the metric `time/<phase>`."""
+        start = time.perf_counter()
+        yield
+        self.measures.add(f"time/{phase}", torch.tensor(time.perf_counter() - start), 0.0)
+
+    def logprobs(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs (or values) and entropy of each response token, `[b, t]`."""
+        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, temperature)  # type: ignore
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """Log-probs (or values) of all response tokens, `[B, T]`, in micro-batches without gradient."""
+        out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
+        everything = torch.arange(len(batch), device=self.device)
+        for rows in batch.microbatches(everything, self.updates["policy"].micro_tokens):
+            scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
+            out_BT[rows, : scored_bt.shape[1]] = scored_bt
+        return out_BT
+
+    def optimise(
+        self, role: str, batch: Batch, terms: Terms, count: Callable[[Tensor], Tensor], *, whole_groups: bool = False
+    ) -> None:
+        """Optimizer steps over shuffled minibatches of whole groups; a step's loss is `sum of terms / global count`.
+
+        Args:
+            role: Which model.
+            batch: All rollouts of the iteration.
+            terms: Sum of the loss terms of a micro-batch.
+            count: Number of terms of a minibatch, from its rows.
+            whole_groups: Do not split groups between micro-batches.
+        """
+        update, generator = self.updates[role], self.generator(role)
+        for _ in range(update.epochs):
+            for rows in batch.minibatches(update.minibatches, generator):
+                total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
+                for micro in batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups):
+                    loss = terms(batch.select(micro), micro)
+                    self.manual_backward(loss * (self.trainer.world_size / total))
+                self.apply(role, update.grad_clip)
+
+    def apply(self, role: str, grad_clip: float) -> None:
+        """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
+        optimizer = self.optimizer_of[role]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        broken = self.all_reduce(norm.isfinite().logical_not().float(), "sum") > 0
+        self.measures.add(f"{role}/skipped_steps", broken.float(), 0.0)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if broken else 0
+        if not broken:
+            self.measures.add(f"{role}/grad_norm", norm)
+            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+            optimizer.step()
+        optimizer.zero_grad()
+        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise RuntimeError(
+                f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
+                f"{self.trainer.global_step}. Look at {role}/grad_norm and importance/abs_diff_max of the iterations "
+                f"before, lower the learning rate of the {role}, and check the weights that it starts from."
+            )
+
+    def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
+        """Sum or maximum over all ranks."""
+        if self.trainer.world_size == 1:
+            return tensor
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)  # type: ignore[arg-type,return-value]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator that depends on the seed, the iteration and the purpose, so that none has to be saved."""
+        key = f"{self.seed}/{self.trainer.global_step}/{purpose}"
+        return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights, optimizers and schedules; tensors and plain values."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up what `extra_state` gave."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen reference out, and put the extra state and torch's generator in."""
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith("reference.")}
+        checkpoint["prime"] = {
+            **self.extra_state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other models, then take up the extra state."""
+        mine = {name for name in self.state_dict() if not name.startswith("reference.")}
+        differing = sorted(mine ^ checkpoint["state_dict"].keys())
+        if differing:
+            raise ValueError(
+                f"Expected a checkpoint of the same models, got one that differs in {len(differing)} weights "
+                f"({', '.join(differing[:3])} ...). Start it with the config that wrote it."
+            )
+        self.skipped_in_a_row = checkpoint["prime"]["skipped_in_a_row"]
+        torch.set_rng_state(checkpoint["prime"]["torch_rng"])
+        self.load_extra_state(checkpoint["prime"])

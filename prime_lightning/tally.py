@@ -1,0 +1,76 @@
+"""Counts over the groups sampled for one batch: accuracy, acceptance, lengths, verdicts per source, seconds."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prime_lightning.rollout import Group
+
+
+class Tally:
+    """Adds groups up and gives metrics with slashed names.
+
+    Example:
+        >>> tally = Tally()
+        >>> tally.add([], "few_valid")
+        >>> tally.summary()["filter/few_valid"]
+        1.0
+    """
+
+    def __init__(self) -> None:
+        self.metrics: Counter[str] = Counter()
+        self.groups = self.accepted = self.responses = self.known = self.tokens = self.truncated = 0
+        self.score = 0.0
+        self._seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of a block to a phase."""
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - start  # type: ignore[assignment]
+
+    def add(self, group: Group, reason: str | None) -> None:
+        """Count a group; `reason` says why it was rejected."""
+        self.groups += 1
+        self.accepted += reason is None
+        if reason is not None:
+            self.metrics[f"filter/{reason}"] += 1
+        for rollout in group:
+            self.responses += 1
+            self.tokens += len(rollout.completion.token_ids)
+            self.truncated += rollout.completion.truncated
+            self.metrics[f"verdict/{rollout.prompt.source}/{rollout.verdict.label}"] += 1
+            if rollout.verdict.known:
+                self.known += 1
+                self.score += rollout.verdict.score
+
+    @property
+    def accuracy(self) -> float:
+        """Mean outcome of all graded responses, before the filter."""
+        return self.score / max(self.known, 1)
+
+    def rejected(self) -> str:
+        """Reasons of rejection with their counts."""
+        counts = {k.removeprefix("filter/"): v for k, v in self.metrics.items() if k.startswith("filter/")}
+        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+    def summary(self) -> dict[str, float]:
+        """All metrics, as numbers."""
+        seconds = self._seconds["sample"]
+        return {
+            "rollout/accuracy": self.accuracy,
+            "rollout/acceptance": self.accepted / max(self.groups, 1),
+            "rollout/groups": float(self.groups),
+            "rollout/responses": float(self.responses),
+            "rollout/tokens": float(self.tokens),
+            "rollout/length": self.tokens / max(self.responses, 1),
+            "rollout/truncated": self.truncated / max(self.responses, 1),
+            "rollout/unknown": 1 - self.known / max(self.responses, 1),
+            "rollout/tokens_per_second": self.tokens / seconds if seconds else 0.0,
+            **{f"time/{phase}": spent for phase, spent in self._seconds.items()},
+            **{name: float(count) for name, count in self.metrics.items()},
+        }
