@@ -18,11 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from prime_lightning.prompts import Prompts, Template
 
@@ -164,6 +160,8 @@ class ArithmeticLessons:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """The index-th lesson."""
+        if not 0 <= index < self.size:
+            raise IndexError(index)  # ends a plain loop over the lessons
         rng = np.random.default_rng([self.seed, index])
         problem = self.teacher.chains.problem(rng)
         return {"problem": problem, "response": self.teacher.solve(problem, rng)}
@@ -186,18 +184,15 @@ def step_truth(problem: str, answer: str, chains: Chains | None = None) -> list[
     return truth
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character.
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token a character; others are left out. Its class is the one that transformers loads for a Qwen2 model.
 
     Example:
         >>> build_tokenizer().decode(build_tokenizer()("7;#7")["input_ids"])
         '7;#7'
     """
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *DIGITS, *OPERATIONS, *"=;#^"])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<pad>", eos_token="<eos>", pad_token="<pad>")
 
 
 def write_model(folder: str | Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 2) -> Path:

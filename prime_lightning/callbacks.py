@@ -203,6 +203,6 @@ class PrimeProgress(ProgressBar):
 
 def _total(trainer: pl.Trainer) -> int:
     """Steps of the run."""
-    batches = trainer.num_training_batches
-    steps = batches * (trainer.max_epochs or 1) if batches != float("inf") else trainer.max_steps
-    return int(min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 1
+    limits = batches * epochs, trainer.max_steps  # -1 is no limit, of epochs and of steps
+    return int(min((limit for limit in limits if 0 < limit < float("inf")), default=0))

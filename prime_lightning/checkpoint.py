@@ -33,8 +33,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             partial.replace(target)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
             raise OSError(
                 f"Could not write the checkpoint {target}: {error}. The last one is untouched; free some space and "
                 "resume from it with --ckpt_path."
             ) from error
+        finally:
+            partial.unlink(missing_ok=True)  # it is there only if something went wrong

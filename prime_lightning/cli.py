@@ -1,13 +1,15 @@
 """The `prime-lightning` command.
 
-`fit`, `validate`, `test` and `predict` are LightningCLI's, over `PrimeModule` and `RolloutDataModule`; `sft` is its `fit`
-over the supervised warm start. `quickstart` runs them one after another, and `verify` grades a file. Configurations are
-layered: `--config a.yaml --config b.yaml --model.seed 3`, later wins, and `${...}` is resolved after all of them.
+`fit`, `validate`, `test` and `predict` are LightningCLI's, over `PrimeModule` and `RolloutDataModule`; `sft` is its
+`fit` over the supervised warm start. `quickstart` runs them one after another, and `verify` grades a file.
+Configurations are layered: `--config a.yaml --config b.yaml --model.seed 3`, later wins, and `${...}` is resolved after
+all of them.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,12 @@ from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.sft import LessonDataModule, SFTModule
 
+MEANT_AS_IT_IS = (
+    "LightningCLI's args parameter",  # `main` is its only caller
+    "Using ModelCheckpoint with manual optimization",  # checkpoints are of finished iterations
+    "Total length of `list` across ranks is zero",  # no validation
+    ".*LeafSpec",  # between lightning and torch
+)
 USAGE = """prime-lightning: train reasoning models with PRIME
 
   prime-lightning quickstart [--out DIR] [--seed N]   a tiny model learns arithmetic, on a CPU, in minutes
@@ -36,13 +44,21 @@ class PrimeCLI(LightningCLI):
     """LightningCLI with layered configs, the package's callbacks, and errors without tracebacks."""
 
     def __init__(
-        self, model: type[pl.LightningModule], data: type[pl.LightningDataModule], args: Sequence[str]
+        self,
+        model: type[pl.LightningModule],
+        data: type[pl.LightningDataModule],
+        args: Sequence[str],
+        *,
+        run: bool = True,
     ) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        for message in MEANT_AS_IT_IS:
+            warnings.filterwarnings("ignore", message=message)
         super().__init__(
             model,
             data,
             args=list(args),
+            run=run,
             seed_everything_default=0,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
@@ -83,18 +99,26 @@ def _run(command: str, rest: list[str]) -> int:
     if command == "quickstart":
         from prime_lightning.quickstart import main as quickstart
 
-        return quickstart(rest)
+        return quickstart(rest, lightning)
     if command == "verify":
         from prime_lightning.verifiers.command import main as verify
 
         return verify(rest)
-    if command == "sft":
-        PrimeCLI(SFTModule, LessonDataModule, ["fit", *rest])
-    else:
-        PrimeCLI(PrimeModule, RolloutDataModule, [command, *rest])
+    lightning([command, *rest])
     return 0
+
+
+def lightning(args: list[str]) -> PrimeCLI:
+    """Run one of LightningCLI's subcommands, or `sft`."""
+    if args[0] == "sft":
+        return PrimeCLI(SFTModule, LessonDataModule, ["fit", *args[1:]])
+    return PrimeCLI(PrimeModule, RolloutDataModule, args)
 
 
 def _complain(error: Any) -> int:
     print(f"prime-lightning: {error}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ It knows nothing of the algorithm; who sends weights to the engine is a callback
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -328,4 +329,5 @@ class RolloutDataModule(pl.LightningDataModule):
         """Close engine and verifiers; the next `setup` starts the engine again."""
         self.engine.close()
         self.verifiers.close()
+        self.verifiers = copy.copy(self.verifiers)  # a fresh one, which starts its workers when it is used
         self.tokenizer = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 def chosen_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -61,11 +61,12 @@ class ScoringLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
         super().__init__()
+        config = causal_lm(model).config.get_text_config()
         for name in SCALED_HEADS:
-            if getattr(model.config, name, None) not in (None, 1, 1.0):
+            if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ValueError(
                     f"Expected a model whose head is a projection, got {type(model).__name__} with {name}="
-                    f"{getattr(model.config, name)}. Its log-probs would be wrong; take another architecture."
+                    f"{getattr(config, name)}. Its log-probs would be wrong; take another architecture."
                 )
         self.model = model
         self.chunk_tokens = chunk_tokens
@@ -111,7 +112,7 @@ class ScoringLM(nn.Module):
     def _chosen(self, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         lm = causal_lm(self.model)
         logits_nV = lm.get_output_embeddings()(hidden_nH)
-        cap = getattr(lm.config, "final_logit_softcapping", None)
+        cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
         if cap is not None:
             logits_nV = cap * torch.tanh(logits_nV / cap)
         return chosen_logprobs(logits_nV, targets_n, temperature)

@@ -278,12 +278,9 @@ class PrimeModule(SteppingModule):
         self.measures.add("train/outcome", batch.outcome_B[batch.valid_B].sum(), batch.valid_B.sum())
         numbers = batch.metrics | self.measures.means(self.all_reduce)
         numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
-        self.log_dict({name: float(value) for name, value in numbers.items()}, batch_size=len(batch))
-        for name in ("rollout/accuracy", "prm/accuracy", "rollout/tokens_per_second"):
-            if name in numbers:
-                self.log(
-                    name.replace("/", "_"), float(numbers[name]), prog_bar=True, logger=False, batch_size=len(batch)
-                )
+        for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
+            logger.log_metrics(numbers, step=self.trainer.global_step - 1)
+        self.log_dict(numbers, logger=False, batch_size=len(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean outcome of the validation rollouts: pass@1 at the sampling temperature."""

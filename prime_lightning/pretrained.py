@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation=attention)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(_missing("causal language model", name, error)) from error
     return model.train()  # type: ignore[no-any-return]
 
@@ -32,9 +33,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ValueError: if there is no such folder or hub id, or it holds no tokenizer.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise ValueError("it has no tokenizer files")  # transformers makes up an empty tokenizer then
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_missing("tokenizer", name, error)) from error
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

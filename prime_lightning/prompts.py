@@ -8,6 +8,7 @@ too) or a hub id.
 from __future__ import annotations
 
 import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,19 +77,31 @@ class Prompts(ABC):
     source: str
     kind: str
     template: Template
-    answer_field: str = "answer"
 
     @abstractmethod
     def row(self, draw: int) -> Mapping[str, Any]:
         """The row at this position of the order."""
 
+    def answer_of(self, row: Mapping[str, Any]) -> str:
+        """The reference answer of this row."""
+        return str(row.get("answer", ""))
+
+    def kind_of(self, row: Mapping[str, Any]) -> str:
+        """Which verifier grades this row."""
+        return self.kind
+
     def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The prompt at this position, tokenized."""
         row = self.row(draw)
         text, token_ids = self.template.encode(row, tokenizer)
-        answer = str(row.get(self.answer_field, ""))
         return Prompt(
-            draw=draw, token_ids=token_ids, text=text, kind=self.kind, answer=answer, source=self.source, row=row
+            draw=draw,
+            token_ids=token_ids,
+            text=text,
+            kind=self.kind_of(row),
+            answer=self.answer_of(row),
+            source=self.source,
+            row=row,
         )
 
 
@@ -103,6 +116,7 @@ class DatasetPrompts(Prompts):
         name: Configuration of a hub data set.
         revision: Commit of a hub data set; pin it, since data sets change.
         answer_field: Field with the reference answer. Every row needs it, but for `code`.
+        answer_pattern: Regular expression whose first group is the answer inside that field; None takes all of it.
         source: Name for counts per source; by default the file's or data set's name.
         shuffle: Permute each pass; False keeps the file's order.
         seed: Of the permutation.
@@ -121,12 +135,14 @@ class DatasetPrompts(Prompts):
         name: str | None = None,
         revision: str | None = None,
         answer_field: str = "answer",
+        answer_pattern: str | None = None,
         source: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
-        self.kind, self.answer_field, self.shuffle, self.seed = kind, answer_field, shuffle, seed
+        self.kind, self.shuffle, self.seed = kind, shuffle, seed
+        self.answer_field, self.answer_pattern = answer_field, answer_pattern
         self.template = template or Template(user=CODE_USER if kind == "code" else MATHS_USER)
         first = path if isinstance(path, str) else path[0]
         self.source = source or Path(first.removesuffix(".gz")).stem
@@ -138,20 +154,19 @@ class DatasetPrompts(Prompts):
     def _check(self, path: str) -> None:
         if len(self.rows) == 0:
             raise ValueError(f"Expected at least one row in {path!r}, got an empty data set.")
-        if self.kind == "code":
-            return
-        if self.answer_field not in self.rows.column_names:
-            raise ValueError(
-                f"Expected the field {self.answer_field!r} in {path!r}, got {sorted(self.rows.column_names)}. "
-                "Set `answer_field`."
-            )
-        answers = self.rows[self.answer_field]
-        missing = [i for i, answer in enumerate(answers) if answer is None or not str(answer).strip()]
-        if missing:
-            raise ValueError(
-                f"Expected an answer in every row of {path!r}, got none in {len(missing)} of {len(self.rows)} "
-                f"(rows {missing[:5]} ..., counted from 0). Drop or fill these rows."
-            )
+        if self.kind != "code":
+            check_filled(self.rows, self.answer_field, path, option="answer_field")
+
+    def answer_of(self, row: Mapping[str, Any]) -> str:
+        """The answer's field, or what the pattern finds in it."""
+        answer = row.get(self.answer_field)
+        text = "" if answer is None else str(answer)
+        if self.answer_pattern is None:
+            return text
+        found = re.search(self.answer_pattern, text)
+        if found is None:
+            raise ValueError(f"Expected an answer that matches `answer_pattern` {self.answer_pattern!r}, got {text!r}.")
+        return found.group(1)
 
     def __len__(self) -> int:
         """Rows in one pass."""
@@ -215,6 +230,22 @@ def permutation(n: int, seed: int, lap: int) -> np.ndarray:
     return np.random.default_rng([seed, lap]).permutation(n)
 
 
+def check_filled(rows: datasets.Dataset, field: str, path: str, *, option: str) -> None:
+    """Refuse rows that lack a field.
+
+    Raises:
+        ValueError: if no row has it, or it is empty in some.
+    """
+    if field not in rows.column_names:
+        raise ValueError(f"Expected the field {field!r} in {path!r}, got {sorted(rows.column_names)}. Set `{option}`.")
+    missing = [i for i, value in enumerate(rows[field]) if value is None or not str(value).strip()]
+    if missing:
+        raise ValueError(
+            f"Expected `{field}` in every row of {path!r}, got none in {len(missing)} of {len(rows)} "
+            f"(rows {missing[:5]} ..., counted from 0). Drop or fill these rows."
+        )
+
+
 def load_rows(path: str | Sequence[str], *, split: str, name: str | None, revision: str | None) -> datasets.Dataset:
     """Read files (by their ending) or a hub data set.
 
@@ -227,7 +258,12 @@ def load_rows(path: str | Sequence[str], *, split: str, name: str | None, revisi
         missing = [file for file in files if "://" not in file and not Path(file).is_file()]
         if missing:
             raise ValueError(f"Expected a data file, got {missing[0]!r}, which does not exist.")
-        return datasets.load_dataset(loader, data_files=files, split="train")
+        try:
+            return datasets.load_dataset(loader, data_files=files, split="train")
+        except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(
+                f"Expected rows in {files}, got a file that is empty or cannot be read: {error.__cause__ or 'no rows'}."
+            ) from error
     try:
         return datasets.load_dataset(files[0], name, split=split, revision=revision)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:

@@ -21,7 +21,7 @@ from prime_lightning.batch import pad
 from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
-from prime_lightning.prompts import Template, load_rows, permutation
+from prime_lightning.prompts import Template, check_filled, load_rows, permutation
 
 Lesson = tuple[Tensor, Tensor, Tensor]
 """`tokens_BL`, `prompt_length_B`, `response_length_B`: ready for `ScoringLM`, padded or packed."""
@@ -64,11 +64,7 @@ class DatasetLessons:
     ) -> None:
         self.template, self.response_field = template or Template(), response_field
         self.rows = load_rows(path, split=split, name=name, revision=revision)
-        if response_field not in self.rows.column_names:
-            raise ValueError(
-                f"Expected the field {response_field!r} in {path!r}, got {sorted(self.rows.column_names)}. "
-                "Set `response_field`."
-            )
+        check_filled(self.rows, response_field, path, option="response_field")
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -85,28 +81,28 @@ class LessonLoader:
 
     def __init__(self, options: LessonDataModule, rank: int, world: int) -> None:
         self.options, self.rank, self.world = options, rank, world
-        self.epoch = self.position = 0
+        self.position = 0  # batches taken in all epochs
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         return len(self.options.lessons) // self.options.batch_size
 
     def __iter__(self) -> Iterator[Lesson]:
-        size = self.options.batch_size
-        order = permutation(len(self.options.lessons), self.options.seed, self.epoch)
-        while self.position < len(self):
-            indices = order[self.position * size : (self.position + 1) * size][self.rank :: self.world]
+        size, lessons = self.options.batch_size, self.options.lessons
+        for _ in range(len(self) - self.position % len(self)):
+            epoch, place = divmod(self.position, len(self))
+            order = permutation(len(lessons), self.options.seed, epoch)
+            indices = order[place * size : (place + 1) * size][self.rank :: self.world]
             self.position += 1
-            yield self.options.collate([self.options.lessons[int(i)] for i in indices])
-        self.epoch, self.position = self.epoch + 1, 0
+            yield self.options.collate([lessons[int(i)] for i in indices])
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and position in it."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Batches taken so far."""
+        return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take up a saved position."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.position = state["position"]
 
 
 class LessonDataModule(pl.LightningDataModule):
@@ -120,7 +116,7 @@ class LessonDataModule(pl.LightningDataModule):
         seed: Of the order.
     """
 
-    def __init__(self, model: str, lessons: Any, batch_size: int = 96, max_tokens: int = 4096, seed: int = 42) -> None:
+    def __init__(self, model: str, lessons: Lessons, batch_size: int = 96, max_tokens: int = 4096, seed: int = 42) -> None:
         super().__init__()
         if len(lessons) < batch_size:
             raise ValueError(f"Expected at least one batch of {batch_size} lessons, got {len(lessons)} lessons.")
@@ -148,9 +144,9 @@ class LessonDataModule(pl.LightningDataModule):
             (prompt + list(response) + [end])[: self.max_tokens]
             for prompt, response in zip(prompts, encoded, strict=True)
         ]
-        prompt_length_B = torch.tensor([len(prompt) for prompt in prompts])
         length_B = torch.tensor([len(row) for row in tokens])
-        return pad(tokens, torch.long), prompt_length_B, (length_B - prompt_length_B).clamp_min(0)
+        prompt_length_B = torch.tensor([len(prompt) for prompt in prompts]).minimum(length_B)
+        return pad(tokens, torch.long), prompt_length_B, length_B - prompt_length_B
 
 
 class SFTModule(pl.LightningModule):
@@ -186,7 +182,7 @@ class SFTModule(pl.LightningModule):
     def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the response tokens."""
         logprobs_BT, _ = self.policy(*batch)
-        loss = -logprobs_BT.sum() / batch[2].sum()
+        loss = -logprobs_BT.sum() / batch[2].sum().clamp_min(1)  # prompts may have left no room for responses
         self.log("loss", loss, prog_bar=True)
         return loss
 

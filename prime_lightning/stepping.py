@@ -7,6 +7,7 @@ and the state that makes a resumed run equal to one that was never stopped.
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -79,9 +80,10 @@ class SteppingModule(pl.LightningModule):
         """Log-probs (or values) of all response tokens, `[B, T]`, in micro-batches without gradient."""
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         everything = torch.arange(len(batch), device=self.device)
-        for rows in batch.microbatches(everything, self.updates["policy"].micro_tokens):
-            scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
-            out_BT[rows, : scored_bt.shape[1]] = scored_bt
+        with self.timed("score"):
+            for rows in batch.microbatches(everything, self.updates["policy"].micro_tokens):
+                scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
+                out_BT[rows, : scored_bt.shape[1]] = scored_bt
         return out_BT
 
     def optimise(
@@ -97,8 +99,9 @@ class SteppingModule(pl.LightningModule):
             whole_groups: Do not split groups between micro-batches.
         """
         update, generator = self.updates[role], self.generator(role)
-        for _ in range(update.epochs):
-            for rows in batch.minibatches(update.minibatches, generator):
+        passes = (batch.minibatches(update.minibatches, generator) for _ in range(update.epochs))
+        with self.timed(role):
+            for rows in itertools.chain.from_iterable(passes):
                 total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
                 for micro in batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups):
                     loss = terms(batch.select(micro), micro)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,11 @@ class HFEngine:
     """
 
     def __init__(
-        self, batch_size: int = 256, dtype: str = "float32", device: str = "auto", attention: str = "sdpa"
+        self,
+        batch_size: int = 256,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str = "auto",
+        attention: str = "sdpa",
     ) -> None:
         self.version = -1
         self.batch_size, self.dtype, self.attention = batch_size, dtype, attention
@@ -46,6 +51,7 @@ class HFEngine:
         self.tokenizer = load_tokenizer(model)
         self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)
         self.model.eval().requires_grad_(False)
+        self.version = -1
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -168,7 +174,8 @@ class HFEngine:
     def _stop_string(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
         if not stop:
             return False
-        tail = self.tokenizer.decode(tokens[-(max(map(len, stop)) + 4) :])
+        longest = max(len(text.encode()) for text in stop)  # byte-level tokenizers may spend a token on each byte
+        tail = self.tokenizer.decode(tokens[-(longest + 4) :])
         return any(text in tail for text in stop)
 
 

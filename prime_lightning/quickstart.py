@@ -1,0 +1,140 @@
+"""`prime-lightning quickstart`: a tiny model learns chained arithmetic by PRIME, on a CPU, in a few minutes.
+
+It makes a random model, warms it up on an imperfect teacher, measures it, trains it by PRIME, and measures it again on
+the same 1,000 problems that it never trained on. Each step is a `prime-lightning` command that it prints, so that the
+way out of the toy is another `--config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from prime_lightning.arithmetic import write_model
+
+Command = Callable[[list[str]], Any]
+"""Runs a subcommand and returns its LightningCLI."""
+
+
+def main(args: Sequence[str], command: Command) -> int:
+    """Run the quickstart; `command` runs a subcommand."""
+    options = parser().parse_args(args)
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"Expected a new or empty folder, got {options.out!r} with files in it. Choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    quiet()
+    torch.set_num_threads(options.threads)
+    summary = run(out, options.seed, options.set, command)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    drawn = draw_curves(out)
+    print(
+        f"\nPRIME took the tiny model from {summary['pass1_before']:.1%} to {summary['pass1_after']:.1%} of "
+        f"{summary['problems']} fresh problems (pass@1 at temperature 1) in {summary['seconds']:.0f} s, seed "
+        f"{options.seed}.\nCurves: {drawn}   Trained models: {out / 'policy'}, {out / 'prm'}   "
+        f"Rollouts, token by token: {out / 'rollouts.jsonl'}"
+    )
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    made = argparse.ArgumentParser(prog="prime-lightning quickstart", description=__doc__)
+    made.add_argument("--out", default="runs/quickstart", help="new folder for everything that it writes")
+    made.add_argument("--seed", type=int, default=0, help="of the model, the problems and the sampling")
+    made.add_argument("--threads", type=int, default=1, help="of torch; matrices this small gain nothing from more")
+    made.add_argument(
+        "--set", nargs="*", default=[], metavar="OPTION", help="more options for `fit`, such as --trainer.max_steps=10"
+    )
+    return made
+
+
+def run(out: Path, seed: int, extra: list[str], command: Command) -> dict[str, Any]:
+    """All steps; returns what `summary.json` holds."""
+    started = time.perf_counter()
+    folder = ["--trainer.default_root_dir", str(out), "--seed_everything", str(seed)]
+    prime = ["--config", str(config("quickstart.yaml")), *folder]
+    write_model(out / "init", seed=seed)
+
+    def measure(model: Path) -> float:
+        quietly = ["--trainer.logger", "false", "--verbose", "false"]
+        ran = told(command, ["validate", *prime, "--model.policy", str(model), *quietly])
+        return float(ran.trainer.callback_metrics["val/pass1"])
+
+    told(command, ["sft", "--config", str(config("quickstart_sft.yaml")), *folder])
+    before = measure(out / "warm" / "policy")
+    trained = told(command, ["fit", *prime, *extra])
+    after = measure(out / "policy")
+    return {
+        "pass1_before": before,
+        "pass1_after": after,
+        "seconds": time.perf_counter() - started,
+        "problems": trained.datamodule.validation_prompts,
+        "iterations": trained.trainer.global_step,
+        "seed": seed,
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def told(command: Command, args: list[str]) -> Any:
+    """Print a command, then run it."""
+    print(f"\n$ prime-lightning {shlex.join(args)}", flush=True)
+    return command(args)
+
+
+def config(name: str) -> Path:
+    """A shipped configuration: inside an installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    inside = package / "conf" / name
+    return inside if inside.is_file() else package.parent / "conf" / name
+
+
+def draw_curves(out: Path) -> str:
+    """Plot accuracy, PRM accuracy and CE over the iterations; returns the file's name, or why there is none."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return 'none (pip install "prime-lightning[report]" draws them)'
+    with next((out / "csv").glob("version_*/metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = (
+        ("rollout/accuracy", "right answers (training rollouts)", None),
+        ("prm/accuracy", "PRM ranks right above wrong", 0.5),
+        ("prm/ce", "PRM cross entropy (nats)", 0.6931),
+    )
+    for axes, (name, title, chance) in zip(figure.subplots(1, 3), panels, strict=True):
+        points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*points, strict=True), color="#0072b2")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.tick_params(labelsize=8)
+        if chance is not None:
+            axes.axhline(chance, color="#888888", linewidth=0.8, linestyle="--")
+    figure.savefig(out / "curves.png", dpi=150)
+    return str(out / "curves.png")
+
+
+def quiet() -> None:
+    """Leave out what a reader of the quickstart cannot use."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    for message in (".*LeafSpec.*", ".*Checkpoint directory.*"):
+        warnings.filterwarnings("ignore", message=message)

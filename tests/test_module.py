@@ -1,0 +1,224 @@
+"""One PRIME iteration, on a tiny model, through the real data module, engine and trainer."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from prime_lightning import algorithms as alg
+from prime_lightning.data import AccuracyFilter
+from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Update
+from prime_lightning.rollout import Sampling
+
+
+def weights(module, role):
+    return {name: p.detach().clone() for name, p in getattr(module, role).named_parameters()}
+
+
+def moved(module, role, before):
+    return max(float((p.detach() - before[name]).abs().max()) for name, p in getattr(module, role).named_parameters())
+
+
+def test_iterations_are_counted_once_and_are_on_policy(warm_model, tmp_path):
+    prime = tiny.module(warm_model)  # two minibatches of two models: four optimizer steps an iteration
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 3)
+    assert prime.trainer.global_step == 3
+    assert [row["rollout/policy_lag"] for row in history.rows] == [0, 0, 0]
+    assert prime.trainer.datamodule.engine.version == 3
+    for row in history.rows:  # engine and trainer are the same model in the same precision
+        assert row["importance/abs_diff_max"] < 1e-4
+        assert row["rollout/unknown"] == 0
+
+
+def test_without_prm_the_advantage_is_plain_rloo(warm_model, tmp_path):
+    prime = tiny.module(warm_model, prm=None)
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
+    out = history.outputs[0]
+    batch = out["batch"]
+    for i in range(len(batch)):  # Eq. 4, written out
+        others = [j for j in range(len(batch)) if j != i and batch.group_B[j] == batch.group_B[i]]
+        expected = batch.outcome_B[i] - sum(batch.outcome_B[j] for j in others) / len(others)
+        n = int(batch.response_length_B[i])
+        torch.testing.assert_close(out["advantage_BT"][i, :n], expected.expand(n))
+    assert out["process_BT"] is None
+
+
+def test_single_forward_rewards_come_from_one_prm_version(warm_model, tmp_path):
+    """All process rewards of an iteration are those of the PRM before its update; of the double forward, after it."""
+    raw = ProcessReward(beta=0.5, normalise="none")
+    for update, same_as_start in (("after", True), ("before", False), ("none", True)):
+        prime = tiny.module(
+            warm_model, reference=str(warm_model), process_reward=ProcessReward(beta=0.5, normalise="none", update=update)
+        )
+        out = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1).outputs[0]
+        # the PRM starts as the reference, so before any update every reward is zero
+        assert (float(out["process_BT"].abs().max()) < 1e-6) is same_as_start
+    assert raw.update == "after"
+
+
+def test_a_frozen_prm_and_the_reference_stay_as_they_are(warm_model, tmp_path):
+    prime = tiny.module(warm_model, reference=str(warm_model), process_reward=ProcessReward(update="none"))
+    prime.configure_model()
+    before = {role: weights(prime, role) for role in ("prm", "reference", "policy")}
+    tiny.fit(tmp_path, prime, tiny.data(warm_model), 2)
+    assert moved(prime, "prm", before["prm"]) == 0
+    assert moved(prime, "reference", before["reference"]) == 0
+    assert moved(prime, "policy", before["policy"]) > 0
+
+
+def test_prm_update_lowers_its_cross_entropy(warm_model, tmp_path):
+    """Many passes over one batch must fit its labels, whichever loss trains the PRM."""
+    for loss in (alg.ce, alg.dpo, alg.dpo_detached):
+        update = Update(minibatches=1, epochs=15, grad_clip=10.0)
+        reward = ProcessReward(beta=1.0, update="before")
+        prime = tiny.module(warm_model, prm_loss=loss, prm_update=update, process_reward=reward)
+        history = tiny.fit(tmp_path, prime, tiny.data(warm_model, prompts_per_batch=8), 1)
+        assert history.rows[0]["prm/accuracy"] > 0.8, loss.__name__
+        if loss is alg.ce:
+            assert history.rows[0]["prm/ce"] < math.log(2)
+
+
+def test_micro_batches_do_not_change_the_gradient(warm_model, tmp_path):
+    """Splitting a step into micro-batches, even of one response, gives the weights of one large batch."""
+    ended = []
+    for micro_tokens in (1, 100_000):
+        update = Update(minibatches=1, micro_tokens=micro_tokens)
+        prime = tiny.module(warm_model, policy_update=update, prm_update=update)
+        tiny.fit(tmp_path, prime, tiny.data(warm_model), 2)
+        ended.append({role: weights(prime, role) for role in ("policy", "prm")})
+    for role in ("policy", "prm"):
+        for name, tensor in ended[0][role].items():
+            torch.testing.assert_close(tensor, ended[1][role][name], atol=2e-5, rtol=0)
+
+
+def test_the_gate_keeps_an_ignorant_prm_out(warm_model, tmp_path):
+    gate = alg.ProcessGate(after=2, max_ce=None, min_accuracy=0.0, ramp=2)
+    prime = tiny.module(warm_model, gate=gate)
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 4)
+    assert [row["process/weight"] for row in history.rows] == [0.0, 0.0, 0.5, 1.0]
+
+
+def test_unknown_verdicts_teach_nothing(warm_model, tmp_path):
+    """A verifier that fails on everything leaves policy and PRM untouched, and is counted."""
+    rollouts = tiny.data(warm_model, accuracy_filter=AccuracyFilter(low=0, high=1, min_valid=0))
+    rollouts.train.kind = "tests_have_no_such.verifier"
+    prime = tiny.module(warm_model)
+    with pytest.raises(ValueError, match="tests_have_no_such"):
+        tiny.fit(tmp_path, prime, rollouts, 1)
+    rollouts = tiny.data(warm_model, accuracy_filter=AccuracyFilter(low=0, high=1, min_valid=0))
+    rollouts.train.kind = "math.sqrt"  # sqrt(prompt, completion) is a TypeError each time
+    prime = tiny.module(warm_model)
+    prime.configure_model()
+    before = weights(prime, "policy")
+    history = tiny.fit(tmp_path, prime, rollouts, 1)
+    assert history.rows[0]["rollout/unknown"] == 1
+    assert moved(prime, "policy", before) == 0
+
+
+def test_non_finite_weights_skip_steps_and_then_stop(warm_model, tmp_path):
+    prime = tiny.module(warm_model, prm=None, policy_update=Update(minibatches=1))
+    prime.configure_model()
+    history = tiny.History()
+    rollouts = tiny.data(warm_model)
+
+    class Poison(tiny.pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            handle = module.policy.model.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
+            module.handles = [*getattr(module, "handles", []), handle]
+
+    trainer = tiny.trainer(tmp_path, 10, Poison(), history=history)
+    before = weights(prime, "policy")
+    with pytest.raises(RuntimeError, match="gradient of the policy was not finite 5 times in a row, at iteration 4"):
+        trainer.fit(prime, rollouts)
+    assert [row["policy/skipped_steps"] for row in history.rows] == [1, 1, 1, 1]
+    assert moved(prime, "policy", before) == 0
+
+
+def test_tokens_with_non_finite_logprobs_are_dropped_and_counted(warm_model, tmp_path):
+    class Broken(tiny.HFEngine):
+        def stream(self, prompts, sampling):
+            for prompt, completions in super().stream(prompts, sampling):
+                completions[0].logprobs[0] = float("-inf")
+                yield prompt, completions
+
+    history = tiny.fit(tmp_path, tiny.module(warm_model), tiny.data(warm_model, engine=Broken()), 1)
+    assert history.rows[0]["policy/nonfinite_tokens"] == 4  # one of each group
+    assert not history.outputs[0]["batch"].mask_BT[0, 0]
+    assert all(math.isfinite(v) for v in history.rows[0].values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"advantage": alg.grpo},
+        {"advantage": alg.reinforce},
+        {"advantage": alg.rloo_official, "credit": Credit(whiten=True)},
+        {"process_reward": ProcessReward(granularity="step", step_separator=";")},
+        {"process_reward": ProcessReward(granularity="response", normalise="batch_std")},
+        {"policy_loss": PolicyLoss(kl="reward", kl_weight=0.1, kl_estimator="k1"), "reference": True},
+        {"policy_loss": PolicyLoss(kl="loss", kl_weight=0.1), "reference": True},
+        {"policy_loss": PolicyLoss(aggregate="sequence", entropy_weight=0.01, importance_cap=None)},
+        {"policy_loss": PolicyLoss(aggregate="constant", constant_length=8, clip_high=0.28)},
+        {"process_reward": ProcessReward(replay=2)},
+        {"prm_loss": alg.dpo_bon_reward},
+        {"schedule": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.5, total_iters=2)},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_every_option_trains(warm_model, tmp_path, options):
+    options = dict(options)
+    if options.get("reference"):
+        options["reference"] = str(warm_model)
+    prime = tiny.module(warm_model, gate=alg.ProcessGate(max_ce=None, min_accuracy=0.0), **options)
+    prime.configure_model()
+    before = weights(prime, "policy")
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 3)
+    assert 1e-5 < moved(prime, "policy", before) < 0.1
+    assert all(math.isfinite(v) for row in history.rows for k, v in row.items() if k != "prm/auc")
+
+
+def test_ppo_trains_a_critic(warm_model, tmp_path):
+    prime = tiny.module(warm_model, critic=str(warm_model), advantage=alg.gae, critic_optimizer=tiny.adam(1e-2))
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model, prompts_per_batch=16), 8)
+    errors = [row["value/squared_error"] for row in history.rows]
+    assert errors[-1] < errors[0]  # the critic starts at zero and moves towards the mean return
+
+
+def test_step_rewards_stand_on_the_separator(warm_model, tmp_path):
+    reward = ProcessReward(granularity="step", step_separator=";", normalise="none", update="before", beta=1.0)
+    prime = tiny.module(warm_model, process_reward=reward)
+    out = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1).outputs[0]
+    batch, process_BT = out["batch"], out["process_BT"]
+    separator = prime.tokenizer.convert_tokens_to_ids(";")
+    for i, rollout in enumerate(batch.rollouts):
+        tokens = rollout.completion.token_ids
+        for t in range(len(tokens) - 1):  # the last token ends the last step
+            assert tokens[t] == separator or float(process_BT[i, t]) == 0
+
+
+def test_temperature_of_the_sampling_is_the_policys(warm_model, tmp_path):
+    """At temperature 0.7 the trainer's log-probs equal the engine's, which sampled at 0.7."""
+    rollouts = tiny.data(warm_model, sampling=Sampling(samples=4, max_tokens=8, temperature=0.7))
+    history = tiny.fit(tmp_path, tiny.module(warm_model), rollouts, 2)
+    assert max(row["importance/abs_diff_max"] for row in history.rows) < 1e-4
+
+
+def test_kl_needs_a_reference(warm_model):
+    with pytest.raises(ValueError, match="Expected a `reference` model for the KL penalty"):
+        tiny.module(warm_model, policy_loss=PolicyLoss(kl="loss"))
+
+
+def test_a_group_of_one_is_refused(warm_model, tmp_path):
+    rollouts = tiny.data(
+        warm_model,
+        sampling=Sampling(samples=1, max_tokens=8),
+        accuracy_filter=AccuracyFilter(low=0, high=1, min_valid=1),
+    )
+    with pytest.raises(ValueError, match=r"sampling\.samples"):
+        tiny.fit(tmp_path, tiny.module(warm_model), rollouts, 1)
+
+
+def test_more_minibatches_than_prompts_is_refused(warm_model, tmp_path):
+    prime = tiny.module(warm_model, policy_update=Update(minibatches=5))
+    with pytest.raises(ValueError, match="at least one prompt for each of 5 minibatches, got 4"):
+        tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
