@@ -29,6 +29,7 @@ from prime_lightning.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
 LONG_PROMPTS_IN_A_ROW = 10_000
+ENDLESS = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,25 +96,25 @@ class RolloutSource:
 
 
 class TrainingLoader:
-    """One item = one `Batch` of `groups` accepted groups, sampled on demand; endless up to its length.
+    """One item = one `Batch` of `groups` accepted groups, sampled on demand; it never ends, `trainer.max_steps` does.
 
     Position and surplus are saved and restored, so a resumed run goes on with the very next prompt.
     """
 
-    def __init__(self, source: RolloutSource, options: RolloutDataModule, length: int, rank: int, world: int) -> None:
+    def __init__(self, source: RolloutSource, options: RolloutDataModule, rank: int, world: int) -> None:
         if options.prompts_per_batch % world:
             raise ValueError(
                 f"Expected `data.prompts_per_batch` to be divisible by the number of ranks, got "
                 f"{options.prompts_per_batch} prompts on {world} ranks."
             )
-        self.source, self.options, self.length, self.rank, self.world = source, options, length, rank, world
+        self.source, self.options, self.rank, self.world = source, options, rank, world
         self.groups = options.prompts_per_batch // world
         self.position = 0
         self.surplus: list[Group] = []
 
     def __len__(self) -> int:
-        """Iterations of the run."""
-        return self.length
+        """More iterations than any run has, so that a finished run can be resumed for more."""
+        return ENDLESS
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -287,12 +288,12 @@ class RolloutDataModule(pl.LightningDataModule):
         return RolloutSource(prompts, self.tokenizer, self.engine, self.verifiers)
 
     def train_dataloader(self) -> TrainingLoader:
-        """The stream of batches; as long as the run has iterations."""
+        """The stream of batches."""
         assert self.trainer is not None
         if self.trainer.max_steps < 1:
             raise ValueError("Expected `trainer.max_steps`, the number of iterations, got none. Set it in the config.")
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return TrainingLoader(self.source(self.train), self, self.trainer.max_steps, rank, world)
+        return TrainingLoader(self.source(self.train), self, rank, world)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation rollouts, or nothing if there are no validation prompts."""

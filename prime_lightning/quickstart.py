@@ -37,7 +37,7 @@ def main(args: Sequence[str], command: Command) -> int:
     out.mkdir(parents=True, exist_ok=True)
     quiet()
     torch.set_num_threads(options.threads)
-    summary = run(out, options.seed, options.set, command)
+    summary = run(out, options, command)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     drawn = draw_curves(out)
     print(
@@ -55,27 +55,27 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", default="runs/quickstart", help="new folder for everything that it writes")
     made.add_argument("--seed", type=int, default=0, help="of the model, the problems and the sampling")
     made.add_argument("--threads", type=int, default=1, help="of torch; matrices this small gain nothing from more")
-    made.add_argument(
-        "--set", nargs="*", default=[], metavar="OPTION", help="more options for `fit`, such as --trainer.max_steps=10"
-    )
+    made.add_argument("--lessons", type=int, default=64_000, help="examples of the warm start")
+    made.add_argument("--iterations", type=int, default=40, help="of PRIME")
     return made
 
 
-def run(out: Path, seed: int, extra: list[str], command: Command) -> dict[str, Any]:
+def run(out: Path, options: argparse.Namespace, command: Command) -> dict[str, Any]:
     """All steps; returns what `summary.json` holds."""
     started = time.perf_counter()
-    folder = ["--trainer.default_root_dir", str(out), "--seed_everything", str(seed)]
+    folder = ["--trainer.default_root_dir", str(out), "--seed_everything", str(options.seed)]
     prime = ["--config", str(config("quickstart.yaml")), *folder]
-    write_model(out / "init", seed=seed)
+    write_model(out / "init", seed=options.seed)
 
     def measure(model: Path) -> float:
         quietly = ["--trainer.logger", "false", "--verbose", "false"]
         ran = told(command, ["validate", *prime, "--model.policy", str(model), *quietly])
         return float(ran.trainer.callback_metrics["val/pass1"])
 
-    told(command, ["sft", "--config", str(config("quickstart_sft.yaml")), *folder])
+    lessons = ["--data.lessons.init_args.size", str(options.lessons)]
+    told(command, ["sft", "--config", str(config("quickstart_sft.yaml")), *folder, *lessons])
     before = measure(out / "warm" / "policy")
-    trained = told(command, ["fit", *prime, *extra])
+    trained = told(command, ["fit", *prime, "--trainer.max_steps", str(options.iterations)])
     after = measure(out / "policy")
     return {
         "pass1_before": before,
@@ -83,7 +83,7 @@ def run(out: Path, seed: int, extra: list[str], command: Command) -> dict[str, A
         "seconds": time.perf_counter() - started,
         "problems": trained.datamodule.validation_prompts,
         "iterations": trained.trainer.global_step,
-        "seed": seed,
+        "seed": options.seed,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,

@@ -1,0 +1,102 @@
+"""Imports go downwards only, and each heavy guest has its doors. CONTRIBUTING.md says what the floors are."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "prime_lightning"
+FLOORS = [
+    {"rollout", "algorithms.masked"},
+    {"algorithms.reward", "algorithms.prm_loss", "algorithms.health", "algorithms.advantage", "algorithms.loss"},
+    {"algorithms", "logprobs", "batch", "prompts", "tally", "pretrained", "checkpoint", "verifiers", "engines"},
+    {"arithmetic", "eurus", "options", "measures", "replay", "engines.*"},
+    {"stepping", "sft", "data"},
+    {"module"},
+    {"callbacks", "quickstart"},
+    {"cli"},
+]
+DOORS = {
+    "vllm": {"engines.*"},
+    "deepspeed": {"strategy"},
+    "evaluate": {"benchmark"},
+    "matplotlib": {"quickstart"},
+    "rich": {"callbacks", "verifiers.*"},
+    "datasets": {"prompts"},
+    "sympy": {"verifiers.*"},
+    "math_verify": {"verifiers.*"},
+    "lightning": {"checkpoint", "stepping", "sft", "data", "module", "callbacks", "cli"},
+    "torch": {"*", "!verifiers.*", "!rollout", "!tally", "!prompts"},
+    "transformers": {"*", "!verifiers.*", "!algorithms.*", "!rollout", "!batch"},
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+    """Every imported module's full name; `from a import b` gives a.b if that is a module of ours, else a."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for full in (f"{node.module}.{alias.name}" for alias in node.names):
+                room = PACKAGE.parent / full.replace(".", "/")
+                yield full if room.with_suffix(".py").is_file() or room.is_dir() else node.module
+
+
+def matches(name, pattern):
+    return pattern in ("*", name) or (pattern.endswith(".*") and name.split(".")[0] == pattern[:-2])
+
+
+def floor(name):
+    exact = [i for i, names in enumerate(FLOORS) if name in names]
+    family = [i for i, names in enumerate(FLOORS) if any(matches(name, n) for n in names if n.endswith(".*"))]
+    return (exact or family or [None])[0]
+
+
+GRAPH = {name: set(imports(tree)) for name, tree in modules()}
+OWN = {
+    name: {i.removeprefix("prime_lightning.") for i in found if i.removeprefix("prime_lightning.") in GRAPH}
+    for name, found in GRAPH.items()
+}
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_imports_go_downwards(name):
+    top = name.split(".")[0]
+    if top == "verifiers" and name != "verifiers":  # its rooms are its own, but it knows only the nouns outside
+        assert all(i == "rollout" or i.split(".")[0] == "verifiers" for i in OWN[name])
+        return
+    assert floor(name) is not None, f"{name} stands on no floor; add it to FLOORS and CONTRIBUTING.md"
+    for other in OWN[name]:
+        inside = other.split(".")[0] == top != other and top in ("engines", "verifiers")
+        below = other.startswith("verifiers") or (floor(other) is not None and floor(other) < floor(name))
+        assert below or inside, f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
+
+
+def test_no_import_cycle():
+    inner = {name: {other for other in found if other != name} for name, found in OWN.items()}
+    TopologicalSorter(inner).prepare()  # raises on a cycle
+
+
+@pytest.mark.parametrize("guest", DOORS)
+def test_guests_use_their_doors(guest):
+    for name, found in GRAPH.items():
+        if any(i == guest or i.startswith(f"{guest}.") for i in found):
+            doors = DOORS[guest]
+            closed = any(matches(name, d[1:]) for d in doors if d.startswith("!"))
+            assert not closed and any(matches(name, d) for d in doors if not d.startswith("!")), f"{name}: {guest}"
+
+
+def test_every_file_is_short_and_says_what_it_is():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        assert ast.get_docstring(ast.parse(text)), path
