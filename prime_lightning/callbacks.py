@@ -142,7 +142,7 @@ class HuggingFaceExport(Callback):
 class PrimeProgress(ProgressBar):
     """A bar with accuracy, PRM accuracy, tokens per second and time left; plain lines where there is no terminal."""
 
-    shown = ("rollout/accuracy", "val/pass1", "prm/accuracy", "loss", "rollout/tokens_per_second")
+    shown: tuple[str, ...] = ("rollout/accuracy", "val/pass1", "prm/accuracy", "loss", "rollout/tokens_per_second")
 
     def __init__(self) -> None:
         super().__init__()

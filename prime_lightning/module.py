@@ -82,7 +82,7 @@ class PrimeModule(SteppingModule):
         super().__init__(seed)
         if policy_loss.kl != "none" and reference is None:
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
-        self.names = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
+        self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
         self.loading, self.reward, self.gate = loading, process_reward, gate or alg.ProcessGate()
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
@@ -310,7 +310,7 @@ class PrimeModule(SteppingModule):
             return
         loading = self.loading
 
-        def load(role: str, wrap: Callable[..., nn.Module] = ScoringLM) -> nn.Module | None:
+        def load(role: str, wrap: Callable[..., nn.Module] = ScoringLM) -> Any:
             name = self.names[role]
             if name is None:
                 return None
@@ -319,13 +319,13 @@ class PrimeModule(SteppingModule):
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
 
-        self.tokenizer = load_tokenizer(self.names["policy"])
+        self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")
         self.critic = load("critic", ValueLM)
         if self.reference is not None:
             self.reference.requires_grad_(False)
 
-    def configure_optimizers(self) -> list[dict[str, Any]]:
+    def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """One optimizer a trained model, in the order of `ROLES`."""
         frozen = {"prm"} if self.reward.update == "none" else set()
         self.trained = [role for role in ROLES if getattr(self, role) is not None and role not in frozen]

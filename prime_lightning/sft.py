@@ -116,7 +116,9 @@ class LessonDataModule(pl.LightningDataModule):
         seed: Of the order.
     """
 
-    def __init__(self, model: str, lessons: Lessons, batch_size: int = 96, max_tokens: int = 4096, seed: int = 42) -> None:
+    def __init__(
+        self, model: str, lessons: Lessons, batch_size: int = 96, max_tokens: int = 4096, seed: int = 42
+    ) -> None:
         super().__init__()
         if len(lessons) < batch_size:
             raise ValueError(f"Expected at least one batch of {batch_size} lessons, got {len(lessons)} lessons.")
@@ -186,7 +188,7 @@ class SFTModule(pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Cosine schedule with warm-up over all steps of the run."""
         optimizer = self.optimizer(self.policy.parameters())
         trainer = self.trainer

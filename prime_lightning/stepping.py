@@ -71,12 +71,13 @@ class SteppingModule(pl.LightningModule):
         yield
         self.measures.add(f"time/{phase}", torch.tensor(time.perf_counter() - start), 0.0)
 
-    def logprobs(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""
-        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, temperature)  # type: ignore
+        assert model is not None
+        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, temperature)
 
     @torch.no_grad()
-    def score(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    def score(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> Tensor:
         """Log-probs (or values) of all response tokens, `[B, T]`, in micro-batches without gradient."""
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         everything = torch.arange(len(batch), device=self.device)
@@ -106,9 +107,9 @@ class SteppingModule(pl.LightningModule):
                 for micro in batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups):
                     loss = terms(batch.select(micro), micro)
                     self.manual_backward(loss * (self.trainer.world_size / total))
-                self.apply(role, update.grad_clip)
+                self.step(role, update.grad_clip)
 
-    def apply(self, role: str, grad_clip: float) -> None:
+    def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
         optimizer = self.optimizer_of[role]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -132,7 +133,7 @@ class SteppingModule(pl.LightningModule):
         """Sum or maximum over all ranks."""
         if self.trainer.world_size == 1:
             return tensor
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)  # type: ignore[arg-type,return-value]
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that depends on the seed, the iteration and the purpose, so that none has to be saved."""

@@ -1,4 +1,4 @@
-"""The command: every shipped configuration builds, layers resolve, options are a golden set, mistakes get clear words."""
+"""The command: every shipped configuration builds, layers resolve, options are golden, mistakes get clear words."""
 
 import json
 from pathlib import Path

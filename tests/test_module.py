@@ -5,6 +5,7 @@ import math
 import pytest
 import tiny
 import torch
+
 from prime_lightning import algorithms as alg
 from prime_lightning.data import AccuracyFilter
 from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Update
@@ -48,7 +49,9 @@ def test_single_forward_rewards_come_from_one_prm_version(warm_model, tmp_path):
     raw = ProcessReward(beta=0.5, normalise="none")
     for update, same_as_start in (("after", True), ("before", False), ("none", True)):
         prime = tiny.module(
-            warm_model, reference=str(warm_model), process_reward=ProcessReward(beta=0.5, normalise="none", update=update)
+            warm_model,
+            reference=str(warm_model),
+            process_reward=ProcessReward(beta=0.5, normalise="none", update=update),
         )
         out = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1).outputs[0]
         # the PRM starts as the reference, so before any update every reward is zero

@@ -130,7 +130,11 @@ trainer:
     - class_path: prime_lightning.callbacks.RolloutLog
       init_args: {folder: "${trainer.default_root_dir}"}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", every_n_train_steps: 1, save_last: true, save_top_k: 0}
+      init_args:
+        dirpath: ${trainer.default_root_dir}/checkpoints
+        every_n_train_steps: 1
+        save_last: true
+        save_top_k: 0
     - class_path: test_resume.Breath
 model: {policy_update: {minibatches: 2}, process_reward: {replay: 1}}
 data:
@@ -155,10 +159,10 @@ class Breath(pl.Callback):
 def command(folder, model, *more):
     repository = os.path.dirname(os.path.dirname(__file__))
     (folder / "overlay.yaml").write_text(OVERLAY)
+    configs = ["--config", f"{repository}/conf/quickstart.yaml", "--config", str(folder / "overlay.yaml")]
+    where = ["--trainer.default_root_dir", str(folder), "--model.policy", str(model)]
     return subprocess.Popen(
-        [sys.executable, "-m", "prime_lightning.cli", "fit", "--config", f"{repository}/conf/quickstart.yaml"]
-        + ["--config", str(folder / "overlay.yaml"), "--trainer.default_root_dir", str(folder)]
-        + ["--model.policy", str(model), *more],
+        [sys.executable, "-m", "prime_lightning.cli", "fit", *configs, *where, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -1,4 +1,4 @@
-"""Runs of the real pipeline that are small enough for a test: a tiny random model, the arithmetic task, the hf engine."""
+"""Runs of the real pipeline that are small enough for a test: a tiny model, arithmetic, the hf engine."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class HFEngine:
     def start(self, model: str) -> None:
         """Load model and tokenizer; the weights are replaced by the trainer's later."""
         self.tokenizer = load_tokenizer(model)
-        self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)
+        self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)  # type: ignore[arg-type]
         self.model.eval().requires_grad_(False)
         self.version = -1
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
@@ -202,7 +202,7 @@ class _Rows:
 
     def completion(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Completion:
         return Completion(
-            text=tokenizer.decode(self.tokens[row], skip_special_tokens=True),
+            text=str(tokenizer.decode(self.tokens[row], skip_special_tokens=True)),
             token_ids=self.tokens[row],
             logprobs=self.logprobs[row],
             finish=Finish.STOP if self.stopped[row] else Finish.LENGTH,

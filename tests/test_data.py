@@ -1,0 +1,194 @@
+"""The data side: refill, filter, patience, long prompts, unknown verdicts, overlap of ranks."""
+
+import math
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prime_lightning.data import AccuracyFilter, EvaluationLoader, TrainingLoader
+from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
+from prime_lightning.tally import Tally
+
+ONE = Sampling(samples=1, max_tokens=8)
+
+
+def group(*scores, truncated=()):
+    """Rollouts of one prompt; None is an unknown verdict."""
+    prompt = Prompt(draw=0, token_ids=(1,), text="p", kind="exact", answer="1", source="s")
+    return [
+        Rollout(
+            prompt=prompt,
+            completion=Completion(
+                text="c",
+                token_ids=[1],
+                logprobs=[0.0],
+                finish=Finish.LENGTH if i in truncated else Finish.STOP,
+                versions=[0],
+            ),
+            verdict=Verdict.unknown("x") if score is None else Verdict.of_score(score),
+        )
+        for i, score in enumerate(scores)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "options", "reason"),
+    [
+        (group(1, 0, 0, 0), {}, None),
+        (group(1, 1, 1, 0), {}, None),
+        (group(1, 1, 1, 1), {}, "too_easy"),
+        (group(0, 0, 0, 0), {}, "too_hard"),
+        (group(0.5, 0.25, 0.5, 0.25), {}, None),  # code: shares of tests passed
+        (group(1, None, None, None), {}, "few_valid"),
+        (group(1, 0, None, None), {}, None),  # unknown members count neither way
+        (group(1, 0, 0, 0, truncated={3}), {"truncated": "reject"}, "truncated"),
+        (group(1, 1, 0, 0, truncated={2, 3}), {"truncated": "mask"}, "too_easy"),
+        (group(1, 1, 0, 0, truncated={2, 3}), {"truncated": "keep"}, None),
+        (group(0, 0), {"low": 0.0}, None),
+    ],
+)
+def test_what_the_filter_rejects(rollouts, options, reason):
+    assert AccuracyFilter(**options).reject(rollouts) == reason
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=16), st.floats(0, 1), st.floats(0, 1))
+def test_the_filter_is_the_papers_inequality(scores, a, b):
+    low, high = sorted((a, b))
+    accepted = AccuracyFilter(low=low, high=high).reject(group(*scores)) is None
+    assert accepted == (low <= sum(scores) / len(scores) <= high)
+
+
+@pytest.fixture
+def module(warm_model):
+    data = tiny.data(warm_model, accuracy_filter=AccuracyFilter(low=0.1, high=0.9), patience=1000)
+    data.setup("fit")
+    yield data
+    data.close()
+
+
+def loader(data, rank=0, world=1):
+    return TrainingLoader(data.source(data.train), data, rank, world)
+
+
+def test_batches_are_full_whole_and_in_order(module):
+    stream = loader(module)
+    seen = []
+    for _, batch in zip(range(3), stream, strict=False):
+        assert batch.groups == 4
+        assert len(batch) == 16
+        assert all(0 < batch.outcome_B[batch.group_B == g].mean() < 1 for g in range(4))
+        draws = [r.prompt.draw for r in batch.rollouts[::4]]
+        assert draws == sorted(draws)
+        assert batch.metrics["rollout/groups"] >= 4
+        assert batch.metrics["rollout/acceptance"] == pytest.approx(4 / batch.metrics["rollout/groups"])
+        seen += draws
+    assert seen == sorted(set(seen))
+
+
+def test_a_round_is_no_larger_than_what_is_missing(module):
+    """Without oversampling no accepted group is left over, so that nothing waits and turns stale."""
+    stream = loader(module)
+    for _ in range(3):
+        stream.collect()
+        assert stream.surplus == []
+
+
+def test_state_goes_on_with_the_next_prompt(module):
+    module.oversample = 4.0
+    first, second = loader(module), loader(module)
+    first.collect()
+    assert first.surplus
+    second.load_state_dict(first.state_dict())
+    ours, theirs = first.collect(), second.collect()
+    assert [r.completion for r in ours.rollouts] == [r.completion for r in theirs.rollouts]
+    assert [r.prompt for r in ours.rollouts] == [r.prompt for r in theirs.rollouts]
+
+
+def test_ranks_share_the_prompts_without_overlap(module):
+    draws = [[p.draw for p in loader(module, rank, 2).take(5, Tally())] for rank in (0, 1)]
+    assert draws == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+
+
+def test_prompts_that_ranks_cannot_share_are_refused(module):
+    with pytest.raises(ValueError, match="divisible by the number of ranks, got 4 prompts on 3 ranks"):
+        loader(module, 0, 3)
+
+
+def test_patience_warns_and_then_stops(module):
+    module.accuracy_filter = AccuracyFilter(low=0.5, high=0.5, truncated="reject", min_valid=100)
+    module.patience = 4
+    with (
+        pytest.warns(UserWarning, match="accepted 0 of 12 groups of this batch, which needs 4"),
+        pytest.raises(
+            ValueError, match=r"accepted 0 of 20 groups.*few_valid 20.*stops here because of `data.patience` 4"
+        ),
+    ):
+        loader(module).collect()
+
+
+def test_long_prompts_are_skipped_and_counted(module, monkeypatch):
+    module.max_prompt_tokens = 6
+    tally = Tally()
+    monkeypatch.setattr("prime_lightning.data.LONG_PROMPTS_IN_A_ROW", 50)
+    with pytest.raises(ValueError, match="Expected prompts of at most 6 tokens, got 50 longer ones"):
+        loader(module).take(1, tally)
+    assert tally.metrics["rollout/long_prompts"] == 50
+
+
+def test_unknown_verdicts_are_masked_and_counted(module):
+    class Flaky(type(module.verifiers)):
+        def submit(self, prompt, text):
+            future = super().submit(prompt, text)
+            self.n = getattr(self, "n", 0) + 1
+            if self.n % 4 == 0:
+                future = type(future)()
+                future.set_result(Verdict.unknown("the worker died"))
+            return future
+
+    module.verifiers = Flaky()
+    batch = loader(module).collect()
+    assert batch.metrics["rollout/unknown"] == 0.25
+    assert not batch.valid_B[3::4].any()
+    assert not batch.mask_BT[3::4].any()
+    assert batch.valid_B.sum() == 12
+
+
+def test_evaluation_takes_each_prompt_once_over_ranks(module):
+    source = module.source(module.train)
+    greedy = Sampling(samples=2, max_tokens=8, temperature=0.0)
+    parts = [EvaluationLoader(source, greedy, 10, 4, rank, 2) for rank in (0, 1)]
+    draws = [[r.prompt.draw for batch in part for r in batch.rollouts[::2]] for part in parts]
+    assert sorted(draws[0] + draws[1]) == list(range(10))
+    assert [len(part) for part in parts] == [2, 2]
+
+
+def test_validation_is_the_mean_outcome(warm_model, tmp_path):
+    data = tiny.data(
+        warm_model,
+        validation=tiny.ArithmeticPrompts(seed=9, operations=2),
+        validation_prompts=64,
+        validation_sampling=ONE,
+    )
+    trainer = tiny.trainer(tmp_path, 1)
+    (result,) = trainer.validate(tiny.module(warm_model), data, verbose=False)
+    data.setup("fit")
+    prompts = [data.validation.prompt(i, data.tokenizer) for i in range(64)]
+    answers = {p.draw: c[0].text for p, c in data.engine.stream(prompts, data.validation_sampling)}
+    right = [answers[p.draw].rpartition("#")[2] == p.answer for p in prompts]
+    assert result["val/pass1"] == pytest.approx(sum(right) / 64)
+    assert not math.isnan(result["val/length"])
+
+
+def test_predict_gives_rewards_of_each_token(warm_model, tmp_path):
+    data = tiny.data(
+        warm_model,
+        validation=tiny.ArithmeticPrompts(seed=9, operations=2),
+        validation_prompts=4,
+        validation_sampling=ONE,
+    )
+    prime = tiny.module(warm_model, reference=str(warm_model))
+    (out,) = tiny.trainer(tmp_path, 1).predict(prime, data)
+    assert out["process_BT"].shape == out["batch"].mask_BT.shape
+    assert float(out["process_BT"].abs().max()) < 1e-6  # the PRM still is the reference
