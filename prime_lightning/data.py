@@ -53,6 +53,8 @@ class AccuracyFilter:
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"Expected 0 <= low <= high <= 1 in the accuracy filter, got {self.low} and {self.high}.")
+        if self.min_valid < 1:
+            raise ValueError(f"Expected the accuracy filter's `min_valid` to be at least 1, got {self.min_valid}.")
 
     def verdict_on(self, outcomes: Sequence[float]) -> str | None:
         """Why a group with these known outcomes is rejected; None if it is accepted."""
@@ -268,6 +270,12 @@ class RolloutDataModule(pl.LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"Expected `data.{name}` of at least 1, got {value}.")
+        if sampling.samples < accuracy_filter.min_valid:
+            raise ValueError(
+                f"Expected `data.sampling.samples` of at least the filter's `min_valid` {accuracy_filter.min_valid}, "
+                f"got {sampling.samples}: every group would be rejected. A baseline needs two samples; for reinforce, "
+                "which has none, set `data.accuracy_filter.min_valid` to 1."
+            )
         self.model, self.train, self.engine, self.validation = model, train, engine, validation
         self.sampling, self.validation_sampling = sampling, validation_sampling
         self.validation_prompts = validation_prompts

@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             raise ValueError("it has no tokenizer files")  # transformers makes up an empty tokenizer then
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_missing("tokenizer", name, error)) from error
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -24,6 +24,7 @@ class Tally:
         self.metrics: Counter[str] = Counter()
         self.groups = self.accepted = self.responses = self.known = self.tokens = self.truncated = 0
         self.score = 0.0
+        self.failures: Counter[str] = Counter()
         self._seconds: Counter[str] = Counter()
 
     @contextmanager
@@ -47,6 +48,8 @@ class Tally:
             if rollout.verdict.known:
                 self.known += 1
                 self.score += rollout.verdict.score
+            else:
+                self.failures[rollout.verdict.reason] += 1
 
     @property
     def accuracy(self) -> float:
@@ -54,9 +57,12 @@ class Tally:
         return self.score / max(self.known, 1)
 
     def rejected(self) -> str:
-        """Reasons of rejection with their counts."""
+        """Reasons of rejection with their counts, and what the verifier fails with most often."""
         counts = {k.removeprefix("filter/"): v for k, v in self.metrics.items() if k.startswith("filter/")}
-        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+        for reason, count in self.failures.most_common(1):
+            listed += f"; the verifier failed {self.responses - self.known} times, {count} of them with: {reason}"
+        return listed
 
     def summary(self) -> dict[str, float]:
         """All metrics, as numbers."""

@@ -33,6 +33,12 @@ def test_a_checkpoint_is_written_and_replaced(target):
     assert AtomicCheckpointIO().load_checkpoint(target) == {"step": 2}
 
 
+def test_a_reader_of_the_old_file_is_not_disturbed(target):
+    with target.open("rb") as file:
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, target)
+        assert torch.load(file)["step"] == 1  # the name moved to a new file; this one was not written into
+
+
 class Interrupts:
     """Cannot be saved: its turn comes after that of a large tensor."""
 

@@ -117,7 +117,7 @@ def test_prompts_that_ranks_cannot_share_are_refused(module):
 
 
 def test_patience_warns_and_then_stops(module):
-    module.accuracy_filter = AccuracyFilter(low=0.5, high=0.5, truncated="reject", min_valid=100)
+    module.accuracy_filter = AccuracyFilter(low=0.5, high=0.5, min_valid=100)
     module.patience = 4
     with (
         pytest.warns(UserWarning, match="accepted 0 of 12 groups of this batch, which needs 4"),

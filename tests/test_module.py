@@ -8,8 +8,9 @@ import torch
 
 from prime_lightning import algorithms as alg
 from prime_lightning.data import AccuracyFilter
-from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Update
-from prime_lightning.rollout import Sampling
+from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.rollout import Sampling, Verdict
+from prime_lightning.verifiers import Verifiers
 
 
 def weights(module, role):
@@ -102,20 +103,46 @@ def test_the_gate_keeps_an_ignorant_prm_out(warm_model, tmp_path):
 
 
 def test_unknown_verdicts_teach_nothing(warm_model, tmp_path):
-    """A verifier that fails on everything leaves policy and PRM untouched, and is counted."""
-    rollouts = tiny.data(warm_model, accuracy_filter=AccuracyFilter(low=0, high=1, min_valid=0))
-    rollouts.train.kind = "tests_have_no_such.verifier"
-    prime = tiny.module(warm_model)
-    with pytest.raises(ValueError, match="tests_have_no_such"):
-        tiny.fit(tmp_path, prime, rollouts, 1)
-    rollouts = tiny.data(warm_model, accuracy_filter=AccuracyFilter(low=0, high=1, min_valid=0))
-    rollouts.train.kind = "math.sqrt"  # sqrt(prompt, completion) is a TypeError each time
-    prime = tiny.module(warm_model)
-    prime.configure_model()
-    before = weights(prime, "policy")
-    history = tiny.fit(tmp_path, prime, rollouts, 1)
-    assert history.rows[0]["rollout/unknown"] == 1
-    assert moved(prime, "policy", before) == 0
+    """Responses whose verifier failed get no reward, no advantage and no place in a baseline."""
+
+    class Failing(Verifiers):
+        def submit(self, prompt, text):
+            graded = super().submit(prompt, text)
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls % 2 == 0:
+                graded = type(graded)()
+                graded.set_result(Verdict.unknown("the worker died"))
+            return graded
+
+    reward = ProcessReward(beta=1.0, update="before", normalise="none")
+    gate = alg.ProcessGate(max_ce=None, min_accuracy=0.0)
+    prime = tiny.module(warm_model, process_reward=reward, gate=gate)
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model, verifiers=Failing()), 1)
+    out = history.outputs[0]
+    unknown_B = ~out["batch"].valid_B
+    assert unknown_B.tolist() == [False, True] * 8
+    for name in ("process_BT", "advantage_BT"):
+        assert float(out[name][unknown_B].abs().max()) == 0
+        assert float(out[name][~unknown_B].abs().max()) > 0
+    assert history.rows[0]["rollout/unknown"] == 0.5
+    outcome_B = out["batch"].outcome_B
+    for i in range(0, 16, 4):  # two known members a group: each is the other's baseline
+        mine, other = out["process_BT"][i].sum(), out["process_BT"][i + 2].sum()
+        length_B = out["batch"].response_length_B
+        expected = outcome_B[i] - outcome_B[i + 2] + mine - other / length_B[i + 2] * length_B[i]
+        torch.testing.assert_close(out["advantage_BT"][i, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_users_verifier_that_fails_is_unknown(warm_model, tmp_path):
+    """`math.sqrt(prompt, completion)` is a TypeError each time; all groups are then rejected, and it is said why."""
+    rollouts = tiny.data(warm_model, patience=2)
+    rollouts.train.kind = "math.sqrt"
+    with pytest.raises(ValueError, match=r"accepted 0 of 12 groups.*few_valid 12.*TypeError"):
+        tiny.fit(tmp_path, tiny.module(warm_model), rollouts, 1)
+    rollouts = tiny.data(warm_model, patience=2)
+    rollouts.train.kind = "no_such_package.verifier"
+    with pytest.raises(ValueError, match=r"no_such_package"):
+        tiny.fit(tmp_path, tiny.module(warm_model), rollouts, 1)
 
 
 def test_non_finite_weights_skip_steps_and_then_stop(warm_model, tmp_path):
@@ -164,6 +191,8 @@ def test_tokens_with_non_finite_logprobs_are_dropped_and_counted(warm_model, tmp
         {"policy_loss": PolicyLoss(aggregate="constant", constant_length=8, clip_high=0.28)},
         {"process_reward": ProcessReward(replay=2)},
         {"prm_loss": alg.dpo_bon_reward},
+        {"loading": Loading(gradient_checkpointing=True, packed=True, chunk_tokens=16)},
+        {"loading": Loading(dtype="bfloat16", attention="eager")},
         {"schedule": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.5, total_iters=2)},
     ],
     ids=lambda options: ",".join(options),
@@ -178,6 +207,14 @@ def test_every_option_trains(warm_model, tmp_path, options):
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 3)
     assert 1e-5 < moved(prime, "policy", before) < 0.1
     assert all(math.isfinite(v) for row in history.rows for k, v in row.items() if k != "prm/auc")
+
+
+def test_mixed_precision_keeps_float32_weights(warm_model, tmp_path):
+    prime = tiny.module(warm_model)
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 2, precision="bf16-mixed")
+    assert all(p.dtype == torch.float32 for p in prime.parameters())
+    # the trainer's log-probs are now bfloat16's, and the importance correction sees the difference
+    assert 1e-4 < history.rows[0]["importance/abs_diff_max"] < 0.5
 
 
 def test_ppo_trains_a_critic(warm_model, tmp_path):
