@@ -107,7 +107,8 @@ class PrimeModule(SteppingModule):
 
             values_BT = self.score(self.critic, batch) if self.critic else None
             advantage_BT = self.credit(batch, process_BT, values_BT, proximal_BT, reference_BT)
-            self.update_critic(batch, values_BT)
+            self.update_critic(batch, values_BT, advantage_BT)
+            advantage_BT = self.whitened(batch, advantage_BT)
             self.update_policy(batch, advantage_BT, proximal_BT, reference_BT)
         self.log_iteration(batch)
         return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT}
@@ -119,7 +120,7 @@ class PrimeModule(SteppingModule):
         return proximal_BT if batch.temperature == 1.0 else self.score(self.policy, batch)
 
     def process_reward(self, batch: Batch, reference_BT: Tensor) -> Tensor | None:
-        """Eq. 3 for each token, normalised; the PRM's health is measured on the way, before it has seen the labels."""
+        """Eq. 3 for each token, normalised; the PRM's health is measured on the way."""
         if self.prm is None:
             return None
         prm_BT = self.score(self.prm, batch)
@@ -167,7 +168,8 @@ class PrimeModule(SteppingModule):
         if self.loss.kl == "reward":
             penalty_BT = self.loss.kl_weight * alg.kl(proximal_BT, reference_BT, self.loss.kl_estimator)
             reward_BT = -penalty_BT if reward_BT is None else reward_BT - penalty_BT
-        advantage_BT = self.advantage(
+        self.measures.add("process/weight", torch.tensor(weights.process_weight * gate))
+        return self.advantage(
             batch.outcome_B,
             reward_BT,
             batch.mask_BT,
@@ -179,10 +181,12 @@ class PrimeModule(SteppingModule):
             outcome_weight=weights.outcome_weight,
             lam=weights.lam,
         )
-        if values_BT is not None:
-            self.returns_BT = alg.gae_returns(advantage_BT, values_BT, batch.mask_BT)
-        self.measures.add("process/weight", torch.tensor(weights.process_weight * gate))
-        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce) if weights.whiten else advantage_BT
+
+    def whitened(self, batch: Batch, advantage_BT: Tensor) -> Tensor:
+        """Advantages of mean 0 and variance 1 over all ranks, where that is asked for."""
+        if not self.weights.whiten:
+            return advantage_BT
+        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce)
 
     def update_policy(self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor, reference_BT: Tensor) -> None:
         """Eq. 6, the clipped surrogate, with the optional KL, entropy and importance terms."""
@@ -221,16 +225,17 @@ class PrimeModule(SteppingModule):
 
         self.optimise("policy", batch, terms, lambda rows: alg.denominator(batch.mask_BT[rows], options.aggregate))
 
-    def update_critic(self, batch: Batch, values_BT: Tensor | None) -> None:
+    def update_critic(self, batch: Batch, values_BT: Tensor | None, advantage_BT: Tensor) -> None:
         """The critic's clipped regression towards the returns of GAE."""
         if values_BT is None:
             return
+        returns_BT = alg.gae_returns(advantage_BT, values_BT, batch.mask_BT)
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
             mask_bt, t = micro.mask_BT, micro.mask_BT.shape[1]
             new_bt, _ = self.logprobs(self.critic, micro)
             total, measured = alg.value_loss(
-                new_bt, values_BT[rows, :t], self.returns_BT[rows, :t], mask_bt, clip=self.loss.value_clip
+                new_bt, values_BT[rows, :t], returns_BT[rows, :t], mask_bt, clip=self.loss.value_clip
             )
             self.measures.add_all(measured, mask_bt.sum())
             return total
@@ -324,6 +329,15 @@ class PrimeModule(SteppingModule):
         self.critic = load("critic", ValueLM)
         if self.reference is not None:
             self.reference.requires_grad_(False)
+        for role, name in self.names.items():
+            if (
+                name not in (None, self.names["policy"])
+                and load_tokenizer(name).get_vocab() != self.tokenizer.get_vocab()
+            ):
+                raise ValueError(
+                    f"Expected the {role} to have the policy's tokenizer, since they score the same tokens; got "
+                    f"{name!r} and {self.names['policy']!r} with different vocabularies."
+                )
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """One optimizer a trained model, in the order of `ROLES`."""

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 
 def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:
-    """A causal LM in training mode (transformers itself returns it in evaluation mode).
+    """A causal LM in training mode, which gradient checkpointing needs, without dropout.
+
+    A token's log-prob must not differ between two passes: ratios and rewards are differences of such passes.
 
     Raises:
         ValueError: if there is no such folder or hub id, or it holds no causal LM.
@@ -23,6 +25,11 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation=attention)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(_missing("causal language model", name, error)) from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     return model.train()  # type: ignore[no-any-return]
 
 

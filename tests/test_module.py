@@ -5,10 +5,12 @@ import math
 import pytest
 import tiny
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from prime_lightning import algorithms as alg
 from prime_lightning.data import AccuracyFilter
 from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.rollout import Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
 
@@ -262,3 +264,27 @@ def test_more_minibatches_than_prompts_is_refused(warm_model, tmp_path):
     prime = tiny.module(warm_model, policy_update=Update(minibatches=5))
     with pytest.raises(ValueError, match="at least one prompt for each of 5 minibatches, got 4"):
         tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
+
+
+def test_models_with_other_tokenizers_are_refused(warm_model, tmp_path):
+    other = tiny.write_model(tmp_path / "other", hidden_size=32)
+    tokenizer = load_tokenizer(str(other))
+    tokenizer.add_tokens(["!"])
+    tokenizer.save_pretrained(other)
+    prime = tiny.module(warm_model, prm=str(other))
+    with pytest.raises(ValueError, match="Expected the prm to have the policy's tokenizer"):
+        prime.configure_model()
+
+
+def test_dropout_is_off(tmp_path, warm_model):
+    """GPT-2 has dropout of 0.1 everywhere; engine and trainer must still agree on each log-prob."""
+    tokenizer = load_tokenizer(str(warm_model))
+    shape = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=None
+    )
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    prime = tiny.module(tmp_path / "gpt2")
+    history = tiny.fit(tmp_path, prime, tiny.data(tmp_path / "gpt2"), 1)
+    assert prime.policy.training
+    assert history.rows[0]["importance/abs_diff_max"] < 1e-4
