@@ -8,6 +8,7 @@ all of them.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ MEANT_AS_IT_IS = (
     "Total length of `list` across ranks is zero",  # no validation
     ".*LeafSpec",  # between lightning and torch
 )
+TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 USAGE = """prime-lightning: train reasoning models with PRIME
 
   prime-lightning quickstart [--out DIR] [--seed N]   a tiny model learns arithmetic, on a CPU, in minutes
@@ -81,7 +83,7 @@ class PrimeCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit status: 0, or 2 if what the user gave cannot work."""
+    """Run a subcommand and return the exit status: 0, or 2 if what the user gave cannot work or the run had to stop."""
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -89,7 +91,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(command, arguments[1:])
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
         return _complain(error)
     except OmegaConfBaseException as error:
         return _complain(f"A ${{...}} in the configuration leads nowhere: {error}")
@@ -116,7 +120,7 @@ def lightning(args: list[str]) -> PrimeCLI:
 
 
 def _complain(error: Any) -> int:
-    print(f"prime-lightning: {error}", file=sys.stderr)
+    print(f"prime-lightning: {error}\n({TRACEBACK}=1 shows where it comes from.)", file=sys.stderr)
     return 2
 
 

@@ -84,7 +84,7 @@ class Prompts(ABC):
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """The reference answer of this row."""
-        return str(row.get("answer", ""))
+        return str(row.get("answer") or "")
 
     def kind_of(self, row: Mapping[str, Any]) -> str:
         """Which verifier grades this row."""
@@ -156,6 +156,9 @@ class DatasetPrompts(Prompts):
             raise ValueError(f"Expected at least one row in {path!r}, got an empty data set.")
         if self.kind != "code":
             check_filled(self.rows, self.answer_field, path, option="answer_field")
+        if self.answer_pattern is not None:
+            for answer in self.rows[self.answer_field]:
+                self.answer_of({self.answer_field: answer})
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """The answer's field, or what the pattern finds in it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ class SteppingModule(pl.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the frozen reference out; see `load_state_dict`
         self.seed = seed
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row: Counter[str] = Counter()
         self.measures = Measures()
 
     @contextmanager
@@ -116,14 +117,14 @@ class SteppingModule(pl.LightningModule):
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         broken = self.all_reduce(norm.isfinite().logical_not().float(), "sum") > 0
         self.measures.add(f"{role}/skipped_steps", broken.float(), 0.0)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if broken else 0
+        self.skipped_in_a_row[role] = self.skipped_in_a_row[role] + 1 if broken else 0
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
             optimizer.step()
         optimizer.zero_grad()
-        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
-            raise RuntimeError(
+        if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
+            raise FloatingPointError(
                 f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
                 f"{self.trainer.global_step}. Look at {role}/grad_norm and importance/abs_diff_max of the iterations "
                 f"before, lower the learning rate of the {role}, and check the weights that it starts from."
@@ -153,7 +154,7 @@ class SteppingModule(pl.LightningModule):
         checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith("reference.")}
         checkpoint["prime"] = {
             **self.extra_state(),
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
             "torch_rng": torch.get_rng_state(),
         }
 
@@ -166,6 +167,6 @@ class SteppingModule(pl.LightningModule):
                 f"Expected a checkpoint of the same models, got one that differs in {len(differing)} weights "
                 f"({', '.join(differing[:3])} ...). Start it with the config that wrote it."
             )
-        self.skipped_in_a_row = checkpoint["prime"]["skipped_in_a_row"]
+        self.skipped_in_a_row = Counter(checkpoint["prime"]["skipped_in_a_row"])
         torch.set_rng_state(checkpoint["prime"]["torch_rng"])
         self.load_extra_state(checkpoint["prime"])

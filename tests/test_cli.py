@@ -139,7 +139,7 @@ def jsonl(tmp_path, *rows):
     ],
 )
 def test_mistakes_get_clear_words(more, words, warm_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prime_lightning.data.LONG_PROMPTS_IN_A_ROW", 10)
+    monkeypatch.setattr("prime_lightning.loader.LONG_PROMPTS_IN_A_ROW", 10)
     import re
 
     filtered = any("accuracy_filter" in option for option in more)

@@ -7,7 +7,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.data import AccuracyFilter, EvaluationLoader, TrainingLoader
+from prime_lightning.loader import AccuracyFilter, EvaluationLoader
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.tally import Tally
 
@@ -69,7 +69,7 @@ def module(warm_model):
 
 
 def loader(data, rank=0, world=1):
-    return TrainingLoader(data.source(data.train), data, rank, world)
+    return data.training_loader(rank, world)
 
 
 def test_batches_are_full_whole_and_in_order(module):
@@ -95,15 +95,77 @@ def test_a_round_is_no_larger_than_what_is_missing(module):
         assert stream.surplus == []
 
 
-def test_state_goes_on_with_the_next_prompt(module):
-    module.oversample = 4.0
-    first, second = loader(module), loader(module)
+class Backwards(tiny.HFEngine):
+    """Finishes groups in the opposite order."""
+
+    def stream(self, prompts, sampling):
+        yield from reversed(list(super().stream(prompts, sampling)))
+
+
+def test_a_batch_does_not_depend_on_the_order_of_finishing(module):
+    forwards = loader(module).collect()
+    module.engine = Backwards(batch_size=32)
+    module.engine.start(module.model)
+    backwards = loader(module).collect()
+    assert [r.completion.token_ids for r in forwards.rollouts] == [r.completion.token_ids for r in backwards.rollouts]
+
+
+@pytest.fixture
+def oversampling(module):
+    """Groups finish backwards, so that all of a round are whole before the first is decided."""
+    module.oversample, module.engine = 6.0, Backwards(batch_size=32)
+    module.engine.start(module.model)
+    return module
+
+
+def test_state_goes_on_with_queue_and_surplus(oversampling):
+    first, second = loader(oversampling), loader(oversampling)
     first.collect()
     assert first.surplus
     second.load_state_dict(first.state_dict())
     ours, theirs = first.collect(), second.collect()
     assert [r.completion for r in ours.rollouts] == [r.completion for r in theirs.rollouts]
     assert [r.prompt for r in ours.rollouts] == [r.prompt for r in theirs.rollouts]
+
+
+def test_surplus_is_trained_on_and_not_sampled_again(oversampling):
+    sampled = []
+
+    class Watched(Backwards):
+        def stream(self, prompts, sampling):
+            sampled.extend(prompt.draw for prompt in prompts)
+            yield from super().stream(prompts, sampling)
+
+    oversampling.engine = Watched(batch_size=32)
+    oversampling.engine.start(oversampling.model)
+    stream = loader(oversampling)
+    used = [r.prompt.draw for _ in range(4) for r in stream.collect().rollouts[::4]]
+    assert len(sampled) == len(set(sampled))  # every group was whole, so none was begun twice
+    assert used == sorted(set(used))
+
+
+def test_prompts_cut_short_go_to_the_front_of_the_queue(module):
+    """The hf engine finishes groups in order, so that a full batch cuts the rest of its round short."""
+    stream = loader(module)
+    expected = [stream.collect() for _ in range(4)]
+    module.oversample = 6.0
+    stream = loader(module)
+    got = [stream.collect() for _ in range(4)]
+    assert stream.returned
+    for a, b in zip(expected, got, strict=True):  # the weights stay the same here, and so do the batches
+        assert [r.prompt.draw for r in a.rollouts] == [r.prompt.draw for r in b.rollouts]
+        assert [r.completion.token_ids for r in a.rollouts] == [r.completion.token_ids for r in b.rollouts]
+
+
+def test_surplus_that_is_too_old_is_dropped_and_counted(oversampling):
+    stream = loader(oversampling)
+    stream.collect()
+    surplus = len(stream.surplus)
+    assert surplus > 0
+    oversampling.engine.version += 2  # two iterations later
+    batch = stream.collect()
+    assert batch.metrics["rollout/stale_groups"] == surplus
+    assert int(batch.version_BT[batch.mask_BT].min()) == oversampling.engine.version
 
 
 def test_ranks_share_the_prompts_without_overlap(module):
@@ -131,7 +193,7 @@ def test_patience_warns_and_then_stops(module):
 def test_long_prompts_are_skipped_and_counted(module, monkeypatch):
     module.max_prompt_tokens = 6
     tally = Tally()
-    monkeypatch.setattr("prime_lightning.data.LONG_PROMPTS_IN_A_ROW", 50)
+    monkeypatch.setattr("prime_lightning.loader.LONG_PROMPTS_IN_A_ROW", 50)
     with pytest.raises(ValueError, match="Expected prompts of at most 6 tokens, got 50 longer ones"):
         loader(module).take(1, tally)
     assert tally.metrics["rollout/long_prompts"] == 50

@@ -11,9 +11,9 @@ FLOORS = [
     {"rollout", "algorithms.masked"},
     {"algorithms.reward", "algorithms.prm_loss", "algorithms.health", "algorithms.advantage", "algorithms.loss"},
     {"algorithms", "logprobs", "batch", "prompts", "tally", "pretrained", "checkpoint", "verifiers", "engines"},
-    {"arithmetic", "eurus", "options", "measures", "replay", "engines.*"},
-    {"stepping", "sft", "data"},
-    {"module"},
+    {"arithmetic", "eurus", "options", "measures", "replay", "loader", "engines.*"},
+    {"stepping", "sft", "ahead"},
+    {"module", "data"},
     {"callbacks", "quickstart"},
     {"cli"},
 ]

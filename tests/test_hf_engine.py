@@ -13,7 +13,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine, hf
-from prime_lightning.engines.hf import HFEngine, end_token_ids
+from prime_lightning.engines.hf import HFEngine
+from prime_lightning.engines.samples import end_token_ids
 from prime_lightning.logprobs import ScoringLM
 from prime_lightning.pretrained import save
 from prime_lightning.rollout import Finish, Rollout, Sampling, Verdict

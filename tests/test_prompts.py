@@ -102,11 +102,11 @@ def test_answers_that_are_numbers_become_text(tmp_path, tokenizer):
 
 def test_a_pattern_finds_the_answer_in_its_field(tmp_path, tokenizer):
     rows = [{"problem": "1", "answer": f"Six and six is 12.\n#### {text}"} for text in ("12", "1,200", "none")]
-    path = write_jsonl(tmp_path / "gsm8k.jsonl", rows)
-    prompts = DatasetPrompts(path, template=PLAIN, answer_pattern=r"#### ([\d,]+)", shuffle=False)
+    options = {"template": PLAIN, "answer_pattern": r"#### ([\d,]+)", "shuffle": False}
+    prompts = DatasetPrompts(write_jsonl(tmp_path / "two.jsonl", rows[:2]), **options)
     assert [prompts.prompt(draw, tokenizer).answer for draw in (0, 1)] == ["12", "1,200"]
-    with pytest.raises(ValueError, match=r"matches `answer_pattern` .*#### none"):
-        prompts.prompt(2, tokenizer)
+    with pytest.raises(ValueError, match=r"(?s)matches `answer_pattern` .*#### none"):
+        DatasetPrompts(write_jsonl(tmp_path / "three.jsonl", rows), **options)
 
 
 @pytest.mark.parametrize(

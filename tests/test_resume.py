@@ -13,10 +13,17 @@ import tiny
 import torch
 
 from prime_lightning import algorithms as alg
-from prime_lightning.data import AccuracyFilter
+from prime_lightning.loader import AccuracyFilter
 from prime_lightning.options import ProcessReward
 
 STEPS = 6
+
+
+class Backwards(tiny.HFEngine):
+    """Finishes groups in the opposite order, so that there is surplus."""
+
+    def stream(self, prompts, sampling):
+        yield from reversed(list(super().stream(prompts, sampling)))
 
 
 def pieces(model, prime_options=None):
@@ -28,7 +35,13 @@ def pieces(model, prime_options=None):
         schedule=lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5),
         **(prime_options or {}),
     )
-    rollouts = tiny.data(model, accuracy_filter=AccuracyFilter(low=0.1, high=0.9), oversample=3.0, patience=1000)
+    rollouts = tiny.data(
+        model,
+        accuracy_filter=AccuracyFilter(low=0.1, high=0.9),
+        oversample=3.0,
+        patience=1000,
+        engine=Backwards(batch_size=32),
+    )
     return prime, rollouts
 
 

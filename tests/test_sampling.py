@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from prime_lightning.engines.hf import draw, mix, sample_keys, truncate, uniform
+from prime_lightning.engines.hf import draw, truncate, uniform
+from prime_lightning.engines.samples import mix, sample_keys
 from prime_lightning.rollout import Sampling
 
 logits = st.lists(st.floats(-8, 8), min_size=2, max_size=12, unique_by=lambda x: round(x, 2))

@@ -9,8 +9,9 @@ Shapes: R rows (samples) alive, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, mix, sample_keys
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
-from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
+from prime_lightning.rollout import Completion, Prompt, Sampling
 
 COMPACT_BELOW = 0.8  # copy the cache without its finished rows once fewer than this share of rows is alive
 
@@ -45,6 +47,7 @@ class HFEngine:
         self.batch_size, self.dtype, self.attention = batch_size, dtype, attention
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
+        self._lock = threading.Lock()  # weights come between two forward passes, from whichever thread
 
     def start(self, model: str) -> None:
         """Load model and tokenizer; the weights are replaced by the trainer's later."""
@@ -58,28 +61,23 @@ class HFEngine:
         """Copy the trainer's weights into the engine's model; tied ones need to come only once."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
         missing = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                known = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
-                raise ValueError(
-                    f"Expected weights of the engine's model, got {name!r} with shape {tuple(tensor.shape)} ({known}). "
-                    "Engine and policy must be built from the same model."
-                )
-            own[name].copy_(tensor)
-            missing.pop(id(own[name]), None)
-        if missing:
-            raise ValueError(f"Expected all weights of the policy, got none for {sorted(missing.values())[:3]} ...")
-        self.version = version
+        with self._lock:
+            for name, tensor in weights:
+                if name not in own or own[name].shape != tensor.shape:
+                    known = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
+                    raise ValueError(
+                        f"Expected weights of the engine's model, got {name!r} with shape {tuple(tensor.shape)} "
+                        f"({known}). Engine and policy must be built from the same model."
+                    )
+                own[name].copy_(tensor)
+                missing.pop(id(own[name]), None)
+            if missing:
+                raise ValueError(f"Expected all weights of the policy, got none for {sorted(missing.values())[:3]} ...")
+            self.version = version
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield groups as they finish, batch by batch in the order of the prompts."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        for prompt in prompts:
-            if limit is not None and len(prompt.token_ids) + sampling.max_tokens > limit:
-                raise ValueError(
-                    f"Expected prompt and completion to fit the model's {limit} positions, got {len(prompt.token_ids)} "
-                    f"prompt tokens and max_tokens {sampling.max_tokens}. Lower `max_tokens` or drop long prompts."
-                )
+        check_fits(prompts, sampling, getattr(self.model.config, "max_position_embeddings", None))
         step = max(1, self.batch_size // sampling.samples)
         for start in range(0, len(prompts), step):
             yield from self._sample(prompts[start : start + step], sampling)
@@ -97,7 +95,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
-        rows = _Rows.of(prompts, sampling, self.version)
+        rows = _Rows.of(prompts, sampling)
         logits_RV, cache, mask_RL = self._prefill(prompts, sampling.samples)
         waiting = [sampling.samples] * len(prompts)
         slots = np.arange(len(rows))  # which row stands in each place of the batch
@@ -144,14 +142,16 @@ class HFEngine:
         positions = None
         if mask_RL is not None:
             positions = (mask_RL.cumsum(-1) - 1).clamp_min(0)[:, -tokens_RX.shape[1] :]
-        out = self.model(
-            input_ids=tokens_RX,
-            attention_mask=mask_RL,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._lock:
+            self._version_of_logits = self.version
+            out = self.model(
+                input_ids=tokens_RX,
+                attention_mask=mask_RL,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def _record(
@@ -165,6 +165,7 @@ class HFEngine:
                 continue
             rows.tokens[row].append(tokens[place])
             rows.logprobs[row].append(logprobs[place])
+            rows.versions[row].append(self._version_of_logits)
             stopped = tokens[place] in self.end_ids or self._stop_string(rows.tokens[row], sampling.stop)
             if stopped or len(rows.tokens[row]) == sampling.max_tokens:
                 rows.done[row], rows.stopped[row] = True, stopped
@@ -186,28 +187,28 @@ class _Rows:
     keys: np.ndarray
     done: np.ndarray
     stopped: np.ndarray
-    version: int
-    tokens: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    versions: list[list[int]]
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> _Rows:
+    def of(cls, prompts: Sequence[Prompt], sampling: Sampling) -> _Rows:
         n = len(prompts) * sampling.samples
-        keys = sample_keys(sampling.seed, [prompt.draw for prompt in prompts], sampling.samples)
-        empty: tuple[list[list[int]], list[list[float]]] = [[] for _ in range(n)], [[] for _ in range(n)]
-        return cls(keys, np.zeros(n, bool), np.zeros(n, bool), version, *empty)
+        return cls(
+            keys=sample_keys(sampling.seed, [prompt.draw for prompt in prompts], sampling.samples),
+            done=np.zeros(n, bool),
+            stopped=np.zeros(n, bool),
+            tokens=[[] for _ in range(n)],
+            logprobs=[[] for _ in range(n)],
+            versions=[[] for _ in range(n)],
+        )
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def completion(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Completion:
-        return Completion(
-            text=str(tokenizer.decode(self.tokens[row], skip_special_tokens=True)),
-            token_ids=self.tokens[row],
-            logprobs=self.logprobs[row],
-            finish=Finish.STOP if self.stopped[row] else Finish.LENGTH,
-            versions=[self.version] * len(self.tokens[row]),
-        )
+        finish = "stop" if self.stopped[row] else "length"
+        return completion_of(tokenizer, self.tokens[row], self.logprobs[row], finish, self.versions[row])
 
 
 def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -254,12 +255,6 @@ def truncate(logits_RV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_RV
 
 
-def sample_keys(seed: int, draws: Sequence[int], samples: int) -> np.ndarray:
-    """One 64-bit key a sample, `[len(draws) * samples]`, from seed, draw and the sample's number."""
-    keys = mix(np.asarray(draws, dtype=np.uint64) + mix(np.array([seed], dtype=np.uint64)))
-    return mix(keys[:, None] + np.arange(samples, dtype=np.uint64)).reshape(-1)
-
-
 def uniform(keys: np.ndarray, step: int) -> np.ndarray:
     """A uniform number in [0, 1) for each key at this step: counter-based, so no generator has to be saved.
 
@@ -269,24 +264,3 @@ def uniform(keys: np.ndarray, step: int) -> np.ndarray:
     """
     counter = np.uint64((step * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
     return (mix(keys + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers that scatters them."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation: int | list[int] | None) -> list[int]:
-    """All tokens that end a completion: the tokenizer's and those of the model's generation config.
-
-    Raises:
-        ValueError: if there is none, since no completion would ever end.
-    """
-    listed = generation if isinstance(generation, list) else [generation]
-    ids = sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
-    if not ids:
-        raise ValueError(f"Expected a tokenizer with an end token, got {tokenizer.name_or_path!r} without one.")
-    return ids

@@ -1,0 +1,87 @@
+"""What every engine derives from a prompt and sampling numbers in the same way.
+
+The key of each sample, the tokens that end one, whether prompts fit the context, and the finished `Completion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
+
+
+def sample_keys(seed: int, draws: Sequence[int], samples: int) -> np.ndarray:
+    """One 64-bit key a sample, `[len(draws) * samples]`, from seed, draw and the sample's number.
+
+    Example:
+        >>> both, second = sample_keys(0, [3, 5], 2), sample_keys(0, [5], 2)
+        >>> bool((both[2:] == second).all()), len(set(both.tolist()))
+        (True, 4)
+    """
+    keys = mix(np.asarray(draws, dtype=np.uint64) + mix(np.array([seed], dtype=np.uint64)))
+    return mix(keys[:, None] + np.arange(samples, dtype=np.uint64)).reshape(-1)
+
+
+def sample_seeds(seed: int, draw: int, samples: int) -> list[int]:
+    """The keys of one prompt's samples as non-negative 63-bit integers, the range that engines take as a seed."""
+    return [int(key >> np.uint64(1)) for key in sample_keys(seed, [draw], samples)]
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers that scatters them."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation: int | list[int] | None) -> list[int]:
+    """All tokens that end a completion: the tokenizer's and those of the model's generation config.
+
+    Raises:
+        ValueError: if there is none, since no completion would ever end.
+    """
+    listed = generation if isinstance(generation, list) else [generation]
+    ids = sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
+    if not ids:
+        raise ValueError(f"Expected a tokenizer with an end token, got {tokenizer.name_or_path!r} without one.")
+    return ids
+
+
+def check_fits(prompts: Sequence[Prompt], sampling: Sampling, limit: int | None) -> None:
+    """Refuse prompts that leave no room for `max_tokens` in a context of `limit` tokens (None: no limit).
+
+    Raises:
+        ValueError: for the first prompt that is too long.
+    """
+    for prompt in prompts:
+        if limit is not None and len(prompt.token_ids) + sampling.max_tokens > limit:
+            raise ValueError(
+                f"Expected prompt and completion to fit the model's {limit} positions, got {len(prompt.token_ids)} "
+                f"prompt tokens and max_tokens {sampling.max_tokens}. Lower `max_tokens` or drop long prompts."
+            )
+
+
+def completion_of(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], logprobs: list[float], finish: str, versions: list[int]
+) -> Completion:
+    """A finished sample as a `Completion`, from an engine's reason `stop` or `length`.
+
+    Raises:
+        RuntimeError: for any other reason, which no sample that counts may have.
+    """
+    if finish not in ("stop", "length"):
+        raise RuntimeError(f"Expected an engine to finish a sample by `stop` or `length`, got {finish!r}.")
+    assert len(token_ids) == len(logprobs) == len(versions)
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Completion(
+        text=text,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish=Finish(finish),
+        versions=versions,
+    )

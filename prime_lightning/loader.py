@@ -1,0 +1,298 @@
+"""Prompts -> engine -> verifiers -> accuracy filter -> whole groups -> `Batch`, one batch on demand.
+
+Groups are decided in the order of their prompts, whatever order they finish in, so that a batch does not depend on
+speed and short answers have no advantage. Sampling stops as soon as the batch is full. Groups that are whole by then
+wait for the next batch, and the prompts of the others go back to the front of the queue.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from prime_lightning.batch import Batch
+from prime_lightning.engines import Engine
+from prime_lightning.prompts import Prompts
+from prime_lightning.rollout import Completion, Finish, Group, Label, Prompt, Rollout, Sampling, Verdict
+from prime_lightning.tally import Tally
+from prime_lightning.verifiers import Verifiers
+
+LONG_PROMPTS_IN_A_ROW = 10_000
+ENDLESS = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyFilter:
+    """Which groups are worth training on (PRIME, arXiv 2502.01456, section 4: accuracy between 0.2 and 0.8).
+
+    Example:
+        >>> AccuracyFilter(low=0.2, high=0.8).verdict_on([1.0, 1.0, 1.0, 1.0])
+        'too_easy'
+    """
+
+    low: float = 0.2
+    """Least mean outcome of a group; set 0 to keep groups without a right answer."""
+    high: float = 0.8
+    """Greatest mean outcome of a group; set 1 to keep groups without a wrong answer."""
+    min_valid: int = 2
+    """Fewest members with a verdict."""
+    truncated: Literal["keep", "mask", "reject"] = "keep"
+    """Responses that hit the token limit: learn from them, leave them out, or reject their group."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"Expected 0 <= low <= high <= 1 in the accuracy filter, got {self.low} and {self.high}.")
+        if self.min_valid < 1:
+            raise ValueError(f"Expected the accuracy filter's `min_valid` to be at least 1, got {self.min_valid}.")
+
+    def verdict_on(self, outcomes: Sequence[float]) -> str | None:
+        """Why a group with these known outcomes is rejected; None if it is accepted."""
+        if len(outcomes) < self.min_valid:
+            return "few_valid"
+        accuracy = sum(outcomes) / len(outcomes)
+        return "too_hard" if accuracy < self.low else "too_easy" if accuracy > self.high else None
+
+    def reject(self, group: Group) -> str | None:
+        """Why this group is rejected; None if it is accepted."""
+        truncated = [rollout.completion.truncated for rollout in group]
+        if self.truncated == "reject" and any(truncated):
+            return "truncated"
+        drop = [self.truncated == "mask" and cut for cut in truncated]
+        kept = [rollout for rollout, out in zip(group, drop, strict=True) if rollout.verdict.known and not out]
+        return self.verdict_on([rollout.verdict.score for rollout in kept])
+
+
+@dataclass(kw_only=True)
+class RolloutSource:
+    """What samples and what grades; shared by the training and the evaluation loaders, one of them at a time."""
+
+    prompts: Prompts
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    verifiers: Verifiers
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+Graded = tuple[Prompt, list[Completion], list[Future[Verdict]]]
+
+
+class Round:
+    """Graded groups of some prompts, in the prompts' order; grading runs while later groups are still sampled.
+
+    Args:
+        source: What samples and grades.
+        prompts: In rising order of their draws.
+        sampling: How completions are drawn.
+        tally: Takes the seconds.
+    """
+
+    def __init__(self, source: RolloutSource, prompts: Sequence[Prompt], sampling: Sampling, tally: Tally) -> None:
+        self.source, self.tally = source, tally
+        self.undecided = deque(prompts)
+        self._finished: dict[int, Graded] = {}
+        self._stream = source.engine.stream(prompts, sampling)
+
+    def __iter__(self) -> Iterator[Group]:
+        while self.undecided:
+            self._advance(until=self.undecided[0].draw)
+            yield self._graded(self.undecided.popleft())
+
+    def close(self, *, keep_finished: bool) -> tuple[list[Group], list[Prompt]]:
+        """Stop sampling; returns whole groups that were not taken (if they are kept) and prompts to sample again."""
+        self._stream.close()  # type: ignore[attr-defined]
+        whole = [p for p in self.undecided if keep_finished and p.draw in self._finished]
+        kept = {p.draw for p in whole}
+        again = [p for p in self.undecided if p.draw not in kept]
+        return [self._graded(p) for p in whole], again
+
+    def _advance(self, until: int) -> None:
+        """Sample until this prompt's group is finished; hand every finished group to the verifiers."""
+        with self.tally.timed("sample"):
+            while until not in self._finished:
+                prompt, completions = next(self._stream)
+                verdicts = [self.source.verifiers.submit(prompt, completion.text) for completion in completions]
+                self._finished[prompt.draw] = prompt, completions, verdicts
+
+    def _graded(self, prompt: Prompt) -> Group:
+        prompt, completions, verdicts = self._finished.pop(prompt.draw)
+        with self.tally.timed("verify"):
+            return [
+                Rollout(prompt=prompt, completion=completion, verdict=verdict.result())
+                for completion, verdict in zip(completions, verdicts, strict=True)
+            ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collecting:
+    """How a batch is filled."""
+
+    groups: int
+    """Accepted groups of one batch on this rank."""
+    sampling: Sampling
+    accuracy_filter: AccuracyFilter
+    max_prompt_tokens: int
+    oversample: float
+    patience: int
+    max_age: int
+    """Iterations that an accepted group may wait; 0 keeps none."""
+
+
+class TrainingLoader:
+    """One item = one `Batch` of accepted groups, sampled on demand; it never ends, `trainer.max_steps` does.
+
+    Position, queue and surplus are saved and restored, so a resumed run goes on with the very next prompt.
+    """
+
+    def __init__(self, source: RolloutSource, options: Collecting, rank: int, world: int) -> None:
+        self.source, self.options, self.rank, self.world = source, options, rank, world
+        self.position = 0
+        self.returned: deque[int] = deque()  # draws to sample again before any new one
+        self.surplus: list[Group] = []
+
+    def __len__(self) -> int:
+        """More iterations than any run has, so that a finished run can be resumed for more."""
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.collect()
+
+    def collect(self) -> Batch:
+        """Sample rounds of prompts until the batch is full."""
+        options, tally = self.options, Tally()
+        accepted = self._fresh(self.surplus, tally)
+        self.surplus = []
+        while len(accepted) < options.groups:
+            missing = options.groups - len(accepted)
+            accepted += self._round(self.take(math.ceil(missing * options.oversample), tally), missing, tally)
+            self._watch(tally, len(accepted))
+        self.surplus = accepted[options.groups :] + self.surplus
+        tally.metrics["rollout/surplus_groups"] = len(self.surplus)
+        return Batch.of_groups(
+            accepted[: options.groups],
+            keep_truncated=options.accuracy_filter.truncated != "mask",
+            temperature=options.sampling.temperature,
+            metrics=tally.summary(),
+        )
+
+    def _round(self, prompts: list[Prompt], missing: int, tally: Tally) -> list[Group]:
+        """Up to `missing` accepted groups of these prompts; whole groups behind them may become surplus."""
+        accepted: list[Group] = []
+        with self.source.lock:
+            sampled = Round(self.source, prompts, self.options.sampling, tally)
+            for group in sampled:
+                accepted += self._filtered(group, tally)
+                if len(accepted) == missing:
+                    break
+            whole, again = sampled.close(keep_finished=self.options.max_age > 0)
+        for group in whole:
+            self.surplus += self._filtered(group, tally)
+        self.returned.extendleft(prompt.draw for prompt in reversed(again))
+        return accepted
+
+    def _filtered(self, group: Group, tally: Tally) -> list[Group]:
+        reason = self.options.accuracy_filter.reject(group)
+        tally.add(group, reason)
+        return [group] if reason is None else []
+
+    def _fresh(self, groups: list[Group], tally: Tally) -> list[Group]:
+        """Groups that are not too old to train on; the others are dropped and counted."""
+        oldest = self.source.engine.version - self.options.max_age
+        fresh = [g for g in groups if min(min(r.completion.versions) for r in g) >= oldest]
+        tally.metrics["rollout/stale_groups"] += len(groups) - len(fresh)
+        return fresh
+
+    def take(self, count: int, tally: Tally) -> list[Prompt]:
+        """The next prompts of this rank: returned ones first, then new ones that are not too long."""
+        taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
+        skipped = 0
+        while len(taken) < count:
+            prompt = self._prompt(self.position * self.world + self.rank)
+            self.position += 1
+            if len(prompt.token_ids) <= self.options.max_prompt_tokens:
+                taken.append(prompt)
+                continue
+            tally.metrics["rollout/long_prompts"] += 1
+            skipped += 1
+            if skipped >= LONG_PROMPTS_IN_A_ROW:
+                raise ValueError(
+                    f"Expected prompts of at most {self.options.max_prompt_tokens} tokens, got {skipped} longer "
+                    f"ones in a row (the last has {len(prompt.token_ids)}). Raise `data.max_prompt_tokens`."
+                )
+        return taken
+
+    def _prompt(self, draw: int) -> Prompt:
+        return self.source.prompts.prompt(draw, self.source.tokenizer)
+
+    def _watch(self, tally: Tally, accepted: int) -> None:
+        """Complain when the filter leaves too little: a run that samples for ever looks like one that works."""
+        groups, patience = self.options.groups, self.options.patience
+        if accepted >= groups or tally.groups <= patience * groups / 2:
+            return
+        message = (
+            f"The accuracy filter accepted {accepted} of {tally.groups} groups of this batch, which needs "
+            f"{groups} (mean outcome {tally.accuracy:.3f}; rejected: {tally.rejected()}). Widen "
+            "`data.accuracy_filter`, raise `data.sampling.samples`, or take prompts that suit the model."
+        )
+        if tally.groups > patience * groups:
+            raise ValueError(f"{message} It stops here because of `data.patience` {patience}.")
+        warnings.warn(message, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
+        surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
+        return {"position": self.position, "returned": list(self.returned), "surplus": surplus}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved position."""
+        self.position, self.returned = state["position"], deque(state["returned"])
+        self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
+
+    def _restore(self, row: dict[str, Any]) -> Rollout:
+        completion = {**row["completion"], "finish": Finish(row["completion"]["finish"])}
+        verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
+        prompt = self._prompt(row["draw"])
+        return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
+
+
+def _state(rollout: Rollout) -> dict[str, Any]:
+    """A rollout without its prompt, which its draw gives back."""
+    return {
+        "draw": rollout.prompt.draw,
+        "completion": asdict(rollout.completion),
+        "verdict": asdict(rollout.verdict),
+    }
+
+
+class EvaluationLoader:
+    """One item = one unfiltered `Batch` of a fixed list of prompts, sampled with the engine's present weights."""
+
+    def __init__(
+        self, source: RolloutSource, sampling: Sampling, count: int, chunk: int, rank: int, world: int
+    ) -> None:
+        self.source, self.sampling, self.chunk = source, sampling, chunk
+        self.draws = range(rank, count, world)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return math.ceil(len(self.draws) / self.chunk)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.draws), self.chunk):
+            draws = self.draws[start : start + self.chunk]
+            prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
+            tally = Tally()
+            with self.source.lock:
+                groups = list(Round(self.source, prompts, self.sampling, tally))
+            for group in groups:
+                tally.add(group, None)
+            yield Batch.of_groups(groups, metrics=tally.summary())
