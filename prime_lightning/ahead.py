@@ -66,7 +66,9 @@ class AheadLoader:
         except BaseException as error:  # the trainer's thread raises it
             filled.put((error, {}))
 
-    def _next(self, filled: Queue[Any], thread: threading.Thread) -> tuple[Batch | BaseException, dict[str, Any]]:
+    def _next(
+        self, filled: Queue[tuple[Batch | BaseException, dict[str, Any]]], thread: threading.Thread
+    ) -> tuple[Batch | BaseException, dict[str, Any]]:
         while True:
             with contextlib.suppress(Empty):
                 return filled.get(timeout=POLL_SECONDS)

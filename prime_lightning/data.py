@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,6 +42,8 @@ class RolloutDataModule(pl.LightningDataModule):
         max_staleness: How many iterations old the weights may be that sampled a token. 0 is synchronous: sampling and
             training take turns, exactly on-policy. Above 0 the next batches are sampled while the trainer works.
         patience: Stop with an error once this many times `prompts_per_batch` groups were sampled for one batch.
+        check_answers: Before training, check that each reference answer (and reference program) passes its own
+            verifier; rows whose reference does not are reported and left out.
         verifiers: What grades.
     """
 
@@ -59,6 +62,7 @@ class RolloutDataModule(pl.LightningDataModule):
         oversample: float = 1.0,
         max_staleness: int = 0,
         patience: int = 20,
+        check_answers: bool = True,
         verifiers: Verifiers | None = None,
     ) -> None:
         super().__init__()
@@ -84,7 +88,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.validation_prompts = validation_prompts
         self.prompts_per_batch, self.max_prompt_tokens = prompts_per_batch, max_prompt_tokens
         self.accuracy_filter, self.oversample, self.patience = accuracy_filter, oversample, patience
-        self.max_staleness = max_staleness
+        self.max_staleness, self.check_answers = max_staleness, check_answers
         self.verifiers = verifiers or Verifiers()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.Lock()  # training and evaluation take turns at the engine
@@ -94,6 +98,18 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model)
             self.engine.start(self.model)
+        if stage == "fit" and self.check_answers:
+            self._drop_unusable()
+
+    def _drop_unusable(self) -> None:
+        """Leave rows out whose reference answer its own verifier does not accept."""
+        for part in self.train.parts():
+            report = self.verifiers.check_golds(part.references())
+            if report.bad:
+                warnings.warn(str(report), stacklevel=2)
+                if not report.usable:
+                    raise ValueError(f"Expected usable reference answers in {part.source!r}, got none: {report}.")
+                part.keep(report.usable)
 
     def source(self, prompts: Prompts) -> RolloutSource:
         """These prompts through this module's engine and verifiers."""

@@ -54,9 +54,8 @@ class EurusPrompts(DatasetPrompts):
             limit=limit,
         )
 
-    def row(self, draw: int) -> Mapping[str, Any]:
+    def flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row with its answer or its tests on the top level."""
-        row = super().row(draw)
         truth = row["reward_model"]["ground_truth"]
         labelled = {"reward_model": truth} if row["ability"] == "math" else {"reward_model": "", **json.loads(truth)}
         return {**row, **labelled}

@@ -28,6 +28,7 @@ from prime_lightning.verifiers import Verifiers
 
 LONG_PROMPTS_IN_A_ROW = 10_000
 ENDLESS = 10**9
+UNKNOWN_ALARM = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,8 @@ class TrainingLoader:
             self._watch(tally, len(accepted))
         self.surplus = accepted[options.groups :] + self.surplus
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
+        if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
+            warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
         return Batch.of_groups(
             accepted[: options.groups],
             keep_truncated=options.accuracy_filter.truncated != "mask",

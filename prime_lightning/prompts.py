@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,17 @@ class Prompts(ABC):
     @abstractmethod
     def row(self, draw: int) -> Mapping[str, Any]:
         """The row at this position of the order."""
+
+    def parts(self) -> list[Prompts]:
+        """The sources that this one consists of; itself, if it is a single one."""
+        return [self]
+
+    def references(self) -> Iterator[Prompt]:
+        """One prompt a row of a finite source, untokenized, for checking the reference answers; none otherwise."""
+        return iter(())
+
+    def keep(self, rows: Sequence[int]) -> None:  # noqa: B027 - an endless source has no rows to leave out
+        """Leave all other rows of a finite source out."""
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """The reference answer of this row."""
@@ -171,6 +182,28 @@ class DatasetPrompts(Prompts):
             raise ValueError(f"Expected an answer that matches `answer_pattern` {self.answer_pattern!r}, got {text!r}.")
         return found.group(1)
 
+    def references(self) -> Iterator[Prompt]:
+        """All rows in the order of the file."""
+        for i in range(len(self.rows)):
+            row = self.flat(self.rows[i])
+            yield Prompt(
+                draw=i,
+                token_ids=(),
+                text="",
+                kind=self.kind_of(row),
+                answer=self.answer_of(row),
+                source=self.source,
+                row=row,
+            )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave all other rows out."""
+        self.rows = self.rows.select(rows)
+
+    def flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row of the file as templates and verifiers read it."""
+        return row
+
     def __len__(self) -> int:
         """Rows in one pass."""
         return len(self.rows)
@@ -179,7 +212,7 @@ class DatasetPrompts(Prompts):
         """The row at this position: pass `draw // n`, place `draw % n` of that pass's permutation."""
         lap, place = divmod(draw, len(self.rows))
         index = int(permutation(len(self.rows), self.seed, lap)[place]) if self.shuffle else place
-        return self.rows[index]  # type: ignore[no-any-return]
+        return self.flat(self.rows[index])  # type: ignore[no-any-return]
 
 
 class MixedPrompts(Prompts):
@@ -193,13 +226,17 @@ class MixedPrompts(Prompts):
     """
 
     def __init__(self, parts: list[Prompts], weights: list[int] | None = None) -> None:
-        self.parts = parts
+        self._parts = parts
         self.weights = weights or [1] * len(parts)
         if len(self.weights) != len(parts) or min(self.weights, default=0) < 1:
             raise ValueError(f"Expected one whole weight >= 1 for each of {len(parts)} parts, got {weights}.")
         # Spread each source evenly over the stretch: sort all places by their fraction of the source's share.
         places = [((k + 0.5) / weight, i, k) for i, weight in enumerate(self.weights) for k in range(weight)]
         self._pattern = [(i, k) for _, i, k in sorted(places)]
+
+    def parts(self) -> list[Prompts]:
+        """All sources, also those of mixtures inside."""
+        return [inner for part in self._parts for inner in part.parts()]
 
     def locate(self, draw: int) -> tuple[int, int]:
         """Which source this draw belongs to, and its position in that source's own order."""
@@ -210,12 +247,12 @@ class MixedPrompts(Prompts):
     def row(self, draw: int) -> Mapping[str, Any]:
         """The row at this position."""
         part, inner = self.locate(draw)
-        return self.parts[part].row(inner)
+        return self._parts[part].row(inner)
 
     def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The prompt at this position, by its source's template; its `draw` is this run's."""
         part, inner = self.locate(draw)
-        prompt = self.parts[part].prompt(inner, tokenizer)
+        prompt = self._parts[part].prompt(inner, tokenizer)
         return Prompt(
             draw=draw,
             token_ids=prompt.token_ids,

@@ -8,7 +8,8 @@ import datasets
 import pytest
 import tiny
 import torch
-from transformers import Qwen2ForCausalLM
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
@@ -56,3 +57,29 @@ def engine(sharp_folder):
 def warm_model(tmp_path_factory):
     """A model that answers some of the two-step chains, for runs that need rewards of both kinds."""
     return tiny.warm(tmp_path_factory.mktemp("warm"))
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A random Qwen2 with a byte-level tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    learned = ByteLevelBPETokenizer()
+    learned.train_from_iterator(["How many hens does a farmer have?"], vocab_size=400, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|system|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,5 +1,6 @@
 """The data side: refill, filter, patience, long prompts, unknown verdicts, overlap of ranks."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prime_lightning.loader import AccuracyFilter, EvaluationLoader
+from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Template
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.tally import Tally
 
@@ -254,3 +256,42 @@ def test_predict_gives_rewards_of_each_token(warm_model, tmp_path):
     (out,) = tiny.trainer(tmp_path, 1).predict(prime, data)
     assert out["process_BT"].shape == out["batch"].mask_BT.shape
     assert float(out["process_BT"].abs().max()) < 1e-6  # the PRM still is the reference
+
+
+def rows_file(tmp_path, *answers):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"problem": str(i), "answer": a}) + "\n" for i, a in enumerate(answers)))
+    return str(path)
+
+
+def test_unusable_references_are_reported_and_dropped(warm_model, tmp_path):
+    plain = Template(user="{problem}", chat=False)
+    path = rows_file(tmp_path, "1", "2", r"\frac{1}{", "4")
+    train = MixedPrompts([tiny.ArithmeticPrompts(), DatasetPrompts(path, source="mine", template=plain)])
+    data = tiny.data(warm_model, train=train)
+    with pytest.warns(UserWarning, match=r"1 of 4 references cannot be used.*mine row 2"):
+        data.setup("fit")
+    assert sorted(row["answer"] for row in train.parts()[1].rows) == ["1", "2", "4"]
+    data.close()
+    broken = tiny.data(warm_model, train=DatasetPrompts(rows_file(tmp_path, r"\frac{"), template=plain))
+    with (
+        pytest.warns(UserWarning, match="1 of 1 references"),
+        pytest.raises(ValueError, match="Expected usable reference answers in 'rows', got none"),
+    ):
+        broken.setup("fit")
+    broken.close()
+
+
+def test_many_unknown_verdicts_raise_an_alarm(module):
+    class Failing(type(module.verifiers)):
+        def submit(self, prompt, text):
+            graded = super().submit(prompt, text)
+            self.n = getattr(self, "n", 0) + 1
+            if self.n == 3:
+                graded = type(graded)()
+                graded.set_result(Verdict.unknown("no worker"))
+            return graded
+
+    module.verifiers = Failing()
+    with pytest.warns(UserWarning, match=r"More than 1% of verdicts are unknown \(.*the verifier failed 1 times"):
+        loader(module).collect()

@@ -186,7 +186,7 @@ def test_mixed_prompts_are_their_parts_with_the_draw_of_the_run(sums, tokenizer)
     mixed = MixedPrompts([DatasetPrompts(sums, template=PLAIN), chains], [2, 1])
     for draw in range(30):
         part, inner = mixed.locate(draw)
-        own, prompt = mixed.parts[part].prompt(inner, tokenizer), mixed.prompt(draw, tokenizer)
+        own, prompt = mixed.parts()[part].prompt(inner, tokenizer), mixed.prompt(draw, tokenizer)
         assert prompt.draw == draw
         for name in ("token_ids", "text", "kind", "answer", "source", "row"):
             assert getattr(prompt, name) == getattr(own, name)

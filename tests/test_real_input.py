@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.cli import main
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PRIME_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 OWN = [
     {"problem": f"A farmer has {a} hens and buys {b} more. How many hens are there?", "answer": str(a + b)}
     for a, b in ((3, 4), (10, 5), (7, 9), (21, 2), (6, 6), (8, 13))
@@ -34,26 +28,6 @@ def rows(name, count=12):
         return OWN
     with gzip.open(path, "rt") as file:
         return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """A random Qwen2 with a byte-level tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
-    learned = ByteLevelBPETokenizer()
-    learned.train_from_iterator([row["problem"] for row in OWN], vocab_size=400, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|system|>", "<|assistant|>"]})
-    tokenizer.chat_template = TEMPLATE
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("source", ["gsm8k_train.jsonl.gz", "math_train.jsonl.gz"])
