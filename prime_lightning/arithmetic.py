@@ -203,8 +203,8 @@ def write_model(folder: str | Path, *, seed: int = 0, hidden_size: int = 64, lay
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=max(1, hidden_size // 32),  # heads of 32, the smallest that vLLM takes on a CPU
+        num_key_value_heads=max(1, hidden_size // 32),
         max_position_embeddings=128,
         initializer_range=0.05,
         tie_word_embeddings=False,

@@ -26,6 +26,7 @@ from prime_lightning.replay import Replay
 from prime_lightning.stepping import SteppingModule
 
 ROLES = ("prm", "policy", "critic")
+ENGINE_GAP = 0.1  # nats; bfloat16 engines come to about 0.01, engines with other weights to more than 1
 
 
 class PrimeModule(SteppingModule):
@@ -90,6 +91,7 @@ class PrimeModule(SteppingModule):
         self.schedule = schedule
         self.replay = Replay(process_reward.replay)
         self.pass_rate = MeanMetric()
+        self.engine_checked = False
         self._step_ends: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -195,6 +197,7 @@ class PrimeModule(SteppingModule):
             proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=options.importance_cap or 2.0
         )
         self.measures.add_all(measured, batch.mask_BT.sum())
+        self.compare_with_engine(batch, measured["importance/abs_diff"])
         if options.importance_cap is not None:
             weight_BT = corrected_BT
 
@@ -249,6 +252,25 @@ class PrimeModule(SteppingModule):
         mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
         self.measures.add("policy/nonfinite_tokens", dropped)
         return replace(batch, mask_BT=mask_BT)
+
+    def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
+        """Stop a run whose engine does not sample from the policy, at the first batch that is all on-policy.
+
+        Raises:
+            ValueError: if engine and trainer differ by more than `ENGINE_GAP` nats a token.
+        """
+        lag_BT = self.trainer.global_step - batch.version_BT
+        sums = torch.stack([abs_diff, batch.mask_BT.sum().float(), lag_BT[batch.mask_BT].abs().sum().float()])
+        gap, tokens, lag = self.all_reduce(sums, "sum").tolist()
+        if self.engine_checked or lag > 0 or tokens == 0:
+            return
+        self.engine_checked = True
+        if gap / tokens > ENGINE_GAP:
+            raise ValueError(
+                "Expected the engine's log-probs of the first batch to be the policy's, got a mean difference of "
+                f"{gap / tokens:.3g} nats a token. The engine's weights, tokenizer, temperature or log-prob mode are "
+                "not the trainer's."
+            )
 
     def judge_prm(self, batch: Batch, reward_B: Tensor) -> None:
         """Measure how well the PRM's response rewards tell right from wrong, and tell the gate."""

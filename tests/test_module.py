@@ -289,3 +289,17 @@ def test_dropout_is_off(tmp_path, warm_model):
     history = tiny.fit(tmp_path, prime, tiny.data(tmp_path / "gpt2"), 1)
     assert prime.policy.training
     assert history.rows[0]["importance/abs_diff_max"] < 1e-4
+
+
+def test_an_engine_with_other_weights_stops_the_run(sharp_folder, warm_model, tmp_path):
+    """Stale, partial or wrongly named weights are found in the first batch, and not trained on."""
+
+    class Stale(tiny.HFEngine):
+        def load_weights(self, weights, version):
+            self.version = version
+
+        def start(self, model):
+            super().start(sharp_folder)
+
+    with pytest.raises(ValueError, match=r"got a mean difference of \d.* nats a token"):
+        tiny.fit(tmp_path, tiny.module(warm_model), tiny.data(warm_model, engine=Stale()), 1)

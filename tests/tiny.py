@@ -99,8 +99,8 @@ def fit(folder: Path | str, prime: PrimeModule, rollouts: RolloutDataModule, ste
 
 def warm(folder: Path) -> Path:
     """A model that a quick supervised warm start brings to answer about half of the two-step chains."""
-    write_model(folder / "init", hidden_size=32)
-    lessons = LessonDataModule(str(folder / "init"), ArithmeticLessons(size=12_800, operations=2), batch_size=64)
-    learner = SFTModule(str(folder / "init"), optimizer=adam(1e-2))
-    trainer(folder, 200, callbacks=[HuggingFaceExport(str(folder))]).fit(learner, lessons)
+    write_model(folder / "init")
+    lessons = LessonDataModule(str(folder / "init"), ArithmeticLessons(size=19_200, operations=2), batch_size=64)
+    learner = SFTModule(str(folder / "init"), optimizer=adam(5e-3))
+    trainer(folder, 300, callbacks=[HuggingFaceExport(str(folder))]).fit(learner, lessons)
     return folder / "policy"
