@@ -3,7 +3,8 @@
     python benchmarks/modes.py --out runs/modes --seeds 0 1 2
 
 For each seed one warm start, and from it one run a mode; pass@1 at temperature 1 on 1,000 problems that no run trains
-on. The task is tiny: it shows what breaks, and cannot show what wins on real problems. Writes results.json and results.md.
+on. The task is tiny: it shows what breaks, and cannot show what wins on real problems. Writes results.json and
+results.md.
 """
 
 from __future__ import annotations
