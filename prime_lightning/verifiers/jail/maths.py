@@ -1,0 +1,139 @@
+"""The maths guest: long-lived workers that ask math-verify whether two expressions are equal.
+
+Protects: the caller, by being killable; the machine, by the same walls as for programs. math-verify's own time-outs
+are off:
+they work by SIGALRM, in whole seconds, and not inside long C calls. No text reaches `sympify` or `parse_expr`: only
+the LaTeX grammar reads it.
+Leaves out: a string that took over the parser could answer wrongly for the rest of this
+worker's life.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import sys
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig, latex2sympy
+from math_verify import LatexExtractionConfig, parse, verify
+
+from prime_lightning.verifiers.jail import wire
+from prime_lightning.verifiers.jail.cage import Cage
+from prime_lightning.verifiers.jail.zygote import fork
+
+LASTING = True
+_STACK = 3000  # Python frames; deeper expressions are the parser's RecursionError, not a crash
+
+# Units are our own affair: math-verify's would take the variable c for cents.
+_PLAIN = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+)
+_BOXED = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_PLAIN)]
+_DECIMAL = re.compile(r"\d\.\d|(?<!\d)\.\d")
+_IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
+
+_WARM = (
+    (r"\frac{1}{2}", "0.5"),
+    (r"\sqrt{12}", r"2\sqrt{3}"),
+    (r"x^2+2x+1", "(x+1)^2"),
+    (r"(-\infty,2]", r"x\le 2"),
+    (r"\frac{\pi}{4}", r"\tan^{-1}(1)"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"(1,\frac{1}{2})", "(1,0.5)"),
+    ("3+4i", "4i+3"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\log_2 8", "3"),
+    (r"\sin^2 x+\cos^2 x", "1"),
+    ("y=2x+3", "2x-y+3=0"),
+    (r"\binom{5}{2}", "10"),
+    (r"[0,1)\cup(2,3]", r"(2,3]\cup[0,1)"),
+    (r"e^{2\ln 3}", "9"),
+    (r"\sum_{k=1}^{3} k", "6"),
+    ("5!", "120"),
+    (r"|x-1|", r"|1-x|"),
+    (r"\frac{a+b}{c}", r"\frac{a}{c}+\frac{b}{c}"),
+    (r"3^{1/3}", r"\sqrt[3]{3}"),
+    ("1.5\\times 10^{3}", "1500"),
+    (r"0<x<1", "(0,1)"),
+    (r"\lfloor 2.5\rfloor", "2"),
+    (r"\frac{\sqrt{2}+\sqrt{6}}{4}", r"\sin 75^\circ"),
+    (r"\overline{AB}", "AB"),
+    (r"x_1+x_2", "x_2+x_1"),
+    ("2+3", "6"),
+    (r"\text{even}", "odd"),
+)
+
+
+def prepare(config: dict[str, Any]) -> None:
+    """Import math-verify and warm its parser: the caches that fill here are shared by all workers."""
+    logging.disable(logging.CRITICAL)
+    for reference, answer in _WARM:
+        equal(reference, answer)
+
+
+def equal(reference: str, answer: str, tolerance: float = 1e-6) -> bool:
+    """Whether two LaTeX expressions are equal: math-verify's word, but for decimals and imaginary numbers."""
+    sides = [parse(rf"\boxed{{{text}}}", _BOXED, parsing_timeout=None) for text in (reference, answer)]
+    if _DECIMAL.search(reference) or _DECIMAL.search(answer):
+        numbers = [_value(side) for side in sides]
+        if None not in numbers:  # math-verify rounds to six places, which calls 0.0000012 and 0.0000008 equal
+            return bool(abs(numbers[0] - numbers[1]) <= tolerance * abs(numbers[0]))
+    if verify(*sides, allow_set_relation_comp=True, timeout_seconds=None):
+        return True
+    return bool(_IMAGINARY.search(reference + " " + answer)) and _same_complex(reference, answer)
+
+
+def _value(parsed: list[Any]) -> Any:
+    """The complex number that an expression without variables stands for; None where it has some, or is no number."""
+    expression = parsed[0] if parsed else None
+    if not isinstance(expression, sympy.Expr) or expression.free_symbols:
+        return None
+    try:
+        return complex(expression.doit().evalf(30))
+    except (TypeError, ValueError, ArithmeticError):
+        return None
+
+
+def _same_complex(reference: str, answer: str) -> bool:
+    """math-verify takes `i` for a real variable where it is not in the usual form a + bi."""
+    try:
+        left, right = (latex2sympy(text, is_real=False, convert_degrees=False) for text in (reference, answer))
+        left, right = (e.subs({s: sympy.I for s in e.free_symbols if s.name == "i"}) for e in (left, right))
+        return bool(sympy.simplify(left - right) == 0)
+    except Exception:  # the parser raises what it likes; then they are not shown to be equal
+        return False
+
+
+def decide(references: list[str], answers: list[str], ordered: bool, tolerance: float) -> bool:
+    """Whether all pairs are equal, or, unordered, whether the two lists are equal as bags."""
+    if ordered:
+        return all(equal(*pair, tolerance) for pair in zip(references, answers, strict=True))
+    rest = list(answers)
+    for reference in references:
+        match = next((answer for answer in rest if equal(reference, answer, tolerance)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return not rest
+
+
+def start(cage: Cage, job: dict[str, Any], descriptors: list[int]) -> list[int]:
+    """One worker, speaking on the descriptor that came."""
+    child = fork(lambda: _work(cage, descriptors[0], job["memory_bytes"]))
+    os.close(descriptors[0])
+    return [child]
+
+
+def _work(cage: Cage, channel: int, memory_bytes: int) -> None:
+    cage.enter({3: channel}, cpu_seconds=0, memory_bytes=memory_bytes)
+    gc.enable()
+    sys.setrecursionlimit(_STACK)
+    while True:
+        same = decide(*json.loads(wire.read_frame(3)))
+        wire.write_frame(3, wire.dumps([same, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10]))

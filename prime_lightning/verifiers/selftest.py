@@ -1,0 +1,84 @@
+"""Does the sandbox hold: small programs that try to get out, run in a tier before anything else is.
+
+Each probe returns True only if it succeeds in what must not be possible. A tier with one such probe is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from prime_lightning.verifiers.code_asserts import Call
+from prime_lightning.verifiers.code_run import Plan, Runner
+from prime_lightning.verifiers.code_tests import Task
+
+PROBES = {
+    "reads a file of the user": "def probe(): return 'CANARY' in open(PATH).read()",
+    "lists the user's files": "import os\ndef probe(): return 'canary' in os.listdir(os.path.dirname(PATH))",
+    "writes a file": (
+        "import os\ndef probe():\n    os.write(os.open(PATH, os.O_WRONLY | os.O_APPEND), b'x'); return True"
+    ),
+    "creates a file": (
+        "import os\ndef probe():\n    os.close(os.open('/tmp/probe', os.O_CREAT | os.O_WRONLY)); return True"
+    ),
+    "removes a file": "import os\ndef probe():\n    os.unlink(PATH); return True",
+    "changes a file's mode": "import os\ndef probe():\n    os.chmod(PATH, 0o777); return True",
+    "reads a process": "import os\ndef probe(): return len(open(f'/proc/{os.getppid()}/environ', 'rb').read()) > 0",
+    "sees the environment": "import os\ndef probe(): return any('CANARY' in k + v for k, v in os.environ.items())",
+    "opens a TCP socket": "import socket\ndef probe():\n    socket.socket().close(); return True",
+    "opens a UDP socket": (
+        "import socket\ndef probe():\n    socket.socket(type=socket.SOCK_DGRAM).close(); return True"
+    ),
+    "opens a Unix socket": "import socket\ndef probe():\n    socket.socket(socket.AF_UNIX).close(); return True",
+    "sends a datagram": (
+        "import socket\ndef probe():\n    socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].close(); return True"
+    ),
+    "forks": "import os\ndef probe():\n    if os.fork() == 0: os._exit(0)\n    return True",
+    "forks by libc": (
+        "import ctypes, os\n"
+        "def probe():\n    p = ctypes.CDLL(None).fork()\n    if p == 0: os._exit(0)\n    return p > 0"
+    ),
+    "runs a program": "import subprocess\ndef probe(): return subprocess.run(['/bin/true']).returncode == 0",
+    "signals its parent": "import os\ndef probe():\n    os.kill(os.getppid(), 0); return True",
+    "signals by fcntl": (
+        "import fcntl, os\n"
+        "def probe():\n    r, w = os.pipe(); fcntl.fcntl(r, 8, os.getppid())\n    return fcntl.fcntl(r, 9) > 0"
+    ),
+    "traces its parent": (
+        "import ctypes, os\ndef probe(): return ctypes.CDLL(None).ptrace(0x4206, os.getppid(), 0, 0) == 0"
+    ),
+    "raises its limits": (
+        "import resource as r\ndef probe():\n    r.setrlimit(r.RLIMIT_AS, (r.RLIM_INFINITY,) * 2); return True"
+    ),
+    "makes a memory file": "import os\ndef probe(): return os.memfd_create('x') >= 0",
+    "is root": "import os\ndef probe(): return os.geteuid() == 0",
+    "takes 3 GiB": "def probe():\n    x = [bytearray(1 << 28) for _ in range(12)]; return True",
+}
+"""What it does if it leaks -> program; `PATH` is a file of the user outside the jail."""
+
+
+def leaks(runner: Runner) -> list[str]:
+    """The probes that got out.
+
+    Raises:
+        WorkerDied: The jail failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="prime-probe-") as folder:
+        canary = Path(folder) / "canary"
+        canary.write_text("CANARY")
+        os.chmod(folder, 0o755)  # readable for all: only the walls are tested, not the file's mode
+        canary.chmod(0o666)
+        task = Task(tests=("assert probe() == True",), calls=(Call("probe()", True),))
+        plan = Plan(mode="calls", cpu_seconds=2)
+        return [
+            name
+            for name, probe in PROBES.items()
+            if runner.run(task, plan, f"PATH = {str(canary)!r}\n{probe}\n").share > 0
+        ]
+
+
+def works(runner: Runner) -> bool:
+    """Whether an honest program passes: a jail in which nothing runs would leak nothing either."""
+    task = Task(tests=("assert f(2) == 4",), calls=(Call("f(2)", 4),))
+    return runner.run(task, Plan(mode="calls"), "import math, re\ndef f(n): return int(math.pow(n, 2))\n").share == 1.0
