@@ -63,30 +63,27 @@ def _descendants() -> set[int]:
         found |= more
 
 
-def _census() -> tuple[set[int], int, set[str]]:
-    temporary = {
-        name for folder in (tempfile.gettempdir(), "/dev/shm") if os.path.isdir(folder) for name in os.listdir(folder)
-    }
-    return (
-        _descendants(),
-        len(os.listdir("/proc/self/fd")),
-        {name for name in temporary if not name.startswith("pytest")},
-    )
+def _dropped() -> set[str]:
+    """Files that the attacks of these tests would leave, by their names."""
+    folders = [folder for folder in ("/tmp", "/dev/shm") if os.path.isdir(folder)]
+    return {name for folder in folders for name in os.listdir(folder) if name.startswith(("w_sbx", "probe"))}
 
 
 @pytest.fixture
-def leaves_nothing() -> Iterator[None]:
+def leaves_nothing(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails a test after which there are more processes, descriptors or temporary files than before."""
     if not os.path.isdir("/proc/self/fd"):
         yield
         return
-    processes, descriptors, files = _census()
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # a folder of our own: other runs have their files too
+    processes, descriptors, files = _descendants(), len(os.listdir("/proc/self/fd")), _dropped()
     yield
     for _ in range(100):  # the kernel takes a moment to tear namespaces down
-        now = _census()
-        if now[0] <= processes and now[1] <= descriptors:
+        if _descendants() <= processes and len(os.listdir("/proc/self/fd")) <= descriptors:
             break
         time.sleep(0.05)
-    assert now[0] <= processes, "a process is left"
-    assert now[1] <= descriptors, "a descriptor is left"
-    assert not {name for name in now[2] - files if name.startswith(("prime-probe", "w_sbx", "probe"))}, "a file is left"
+    assert _descendants() <= processes, "a process is left"
+    assert len(os.listdir("/proc/self/fd")) <= descriptors, "a descriptor is left"
+    assert not list(folder.iterdir()), "a temporary file is left"
+    assert not _dropped() - files, "a file of an attack is left"

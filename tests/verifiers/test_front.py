@@ -302,7 +302,7 @@ def test_however_the_trainer_ends_no_process_is_left(end: str, tmp_path: Path, l
         number = {"interrupt": signal.SIGINT, "kill": signal.SIGKILL, "terminate": signal.SIGTERM}.get(end)
         if number is not None:
             trainer.send_signal(number)
-        trainer.communicate(timeout=60)
+        trainer.communicate(timeout=180)
     assert below or not os.path.isdir("/proc")
     for _ in range(100):
         if not any(os.path.exists(f"/proc/{pid}") for pid in below):
