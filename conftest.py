@@ -1,6 +1,11 @@
-"""Doctests are collected from the package; files that need vLLM at their top only where it is installed."""
+"""Doctests are collected from all files; those that need an optional package only where it is installed."""
 
 import importlib.util
 
-NEED_VLLM = ("vllm_child", "vllm_worker", "weight_transfer_cuda")
-collect_ignore = [f"prime_lightning/engines/{name}.py" for name in NEED_VLLM if not importlib.util.find_spec("vllm")]
+NEEDED = {
+    "prime_lightning/engines/vllm_child.py": "vllm",
+    "prime_lightning/engines/vllm_worker.py": "vllm",
+    "prime_lightning/engines/weight_transfer_cuda.py": "vllm",
+    "tests/verifiers/fuzz_texts.py": "atheris",
+}
+collect_ignore = [path for path, package in NEEDED.items() if importlib.util.find_spec(package) is None]
