@@ -269,9 +269,10 @@ def test_a_forked_process_starts_its_own_workers() -> None:
 
 
 PROGRAM = r"""
-import os, sys, time
+import os, signal, sys, time
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import Verifiers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 verifiers = Verifiers(workers=2)
 kinds = [("math", {}, r"\boxed{x\cdot x}", "x^2")]
 if sys.argv[2] == "code":
