@@ -23,6 +23,7 @@ from prime_lightning.callbacks import PrimeProgress
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.sft import LessonDataModule, SFTModule
+from prime_lightning.verifiers import SandboxLeaks
 
 MEANT_AS_IT_IS = (
     "LightningCLI's args parameter",  # `main` is its only caller
@@ -91,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(command, arguments[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SandboxLeaks) as error:
         if os.environ.get(TRACEBACK):
             raise
         return _complain(error)
