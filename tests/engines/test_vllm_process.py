@@ -22,11 +22,12 @@ from prime_lightning.rollout import Sampling
 real = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
 
 TRAINER = """
-import sys
+import signal, sys
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.rollout import Sampling
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 engine = VLLMEngine(device="cpu", max_sequences=8)
 engine.start(sys.argv[1])
 prompts = [ArithmeticPrompts().prompt(draw, build_tokenizer()) for draw in range(20_000)]
@@ -121,7 +122,10 @@ def test_a_tied_output_layer_gets_new_weights_too(tmp_path):
 )
 def test_a_start_that_fails_says_why_and_what_to_do(model, tmp_path, options, sign, advice):
     if "max_sequences" in options:
-        model = str(write_model(tmp_path, hidden_size=64))
+        config = AutoConfig.from_pretrained(write_model(tmp_path, hidden_size=64))
+        config.update({"num_attention_heads": 4, "num_key_value_heads": 4})
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        model = str(tmp_path)
     engine = VLLMEngine(device="cpu", **options)
     engine.start(model)
     with pytest.raises(ValueError, match="did not start") as raised:
