@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from prime_lightning.callbacks import PrimeProgress
@@ -92,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(command, arguments[1:])
-    except (ValueError, OSError, FloatingPointError, SandboxLeaks) as error:
+    except (ValueError, OSError, FloatingPointError, MisconfigurationException, SandboxLeaks) as error:
         if os.environ.get(TRACEBACK):
             raise
         return _complain(error)

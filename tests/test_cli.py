@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from prime_lightning.cli import PrimeCLI, main
@@ -201,3 +202,16 @@ def test_help_and_unknown_commands(capsys):
     assert "quickstart" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["fitt"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_config_for_gpus_without_a_gpu(warm_model, tmp_path, capsys):
+    assert fit(tmp_path, warm_model, "--trainer.accelerator=gpu") == 2
+    said = capsys.readouterr().err
+    assert "No supported gpu backend found" in said
+    assert "Traceback" not in said
+
+
+def test_a_checkpoint_that_is_not_there(warm_model, tmp_path, capsys):
+    assert fit(tmp_path, warm_model, f"--ckpt_path={tmp_path}/none.ckpt") == 2
+    assert "none.ckpt" in capsys.readouterr().err
