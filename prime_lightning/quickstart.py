@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,11 @@ import torch
 import transformers
 
 from prime_lightning.arithmetic import write_model
-
-Command = Callable[[list[str]], Any]
-"""Runs a subcommand and returns its LightningCLI."""
+from prime_lightning.cli import PrimeCLI, lightning
 
 
-def main(args: Sequence[str], command: Command) -> int:
-    """Run the quickstart; `command` runs a subcommand."""
+def main(args: Sequence[str]) -> int:
+    """Run the quickstart."""
     options = parser().parse_args(args)
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
@@ -37,7 +35,7 @@ def main(args: Sequence[str], command: Command) -> int:
     out.mkdir(parents=True, exist_ok=True)
     quiet()
     torch.set_num_threads(options.threads)
-    summary = run(out, options, command)
+    summary = run(out, options)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     drawn = draw_curves(out)
     print(
@@ -60,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(out: Path, options: argparse.Namespace, command: Command) -> dict[str, Any]:
+def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All steps; returns what `summary.json` holds."""
     started = time.perf_counter()
     folder = ["--trainer.default_root_dir", str(out), "--seed_everything", str(options.seed)]
@@ -69,13 +67,13 @@ def run(out: Path, options: argparse.Namespace, command: Command) -> dict[str, A
 
     def measure(model: Path) -> float:
         quietly = ["--trainer.logger", "false", "--verbose", "false"]
-        ran = told(command, ["validate", *prime, "--model.policy", str(model), *quietly])
+        ran = told(["validate", *prime, "--model.policy", str(model), *quietly])
         return float(ran.trainer.callback_metrics["val/pass1"])
 
     lessons = ["--data.lessons.init_args.size", str(options.lessons)]
-    told(command, ["sft", "--config", str(config("quickstart_sft.yaml")), *folder, *lessons])
+    told(["sft", "--config", str(config("quickstart_sft.yaml")), *folder, *lessons])
     before = measure(out / "warm" / "policy")
-    trained = told(command, ["fit", *prime, "--trainer.max_steps", str(options.iterations)])
+    trained = told(["fit", *prime, "--trainer.max_steps", str(options.iterations)])
     after = measure(out / "policy")
     return {
         "pass1_before": before,
@@ -92,10 +90,10 @@ def run(out: Path, options: argparse.Namespace, command: Command) -> dict[str, A
     }
 
 
-def told(command: Command, args: list[str]) -> Any:
+def told(args: list[str]) -> PrimeCLI:
     """Print a command, then run it."""
     print(f"\n$ prime-lightning {shlex.join(args)}", flush=True)
-    return command(args)
+    return lightning(args)
 
 
 def config(name: str) -> Path:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from prime_lightning.cli import PrimeCLI, main
+from prime_lightning.__main__ import main
+from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.sft import LessonDataModule, SFTModule

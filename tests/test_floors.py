@@ -14,8 +14,10 @@ FLOORS = [
     {"arithmetic", "eurus", "options", "measures", "replay", "loader", "engines.*"},
     {"stepping", "sft", "ahead"},
     {"module", "data"},
-    {"callbacks", "quickstart"},
+    {"callbacks"},
     {"cli"},
+    {"quickstart"},
+    {"__main__"},
 ]
 DOORS = {
     "vllm": {"engines.*"},
@@ -26,7 +28,7 @@ DOORS = {
     "datasets": {"prompts"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
-    "lightning": {"checkpoint", "stepping", "sft", "data", "module", "callbacks", "cli"},
+    "lightning": {"checkpoint", "stepping", "sft", "data", "module", "callbacks", "cli", "__main__"},
     "torch": {"*", "!verifiers.*", "!rollout", "!tally", "!prompts"},
     "transformers": {"*", "!verifiers.*", "!algorithms.*", "!rollout", "!batch"},
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prime_lightning.cli import main
+from prime_lightning.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = (REPOSITORY / "README.md").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prime_lightning.cli import main
+from prime_lightning.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PRIME_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -175,7 +175,7 @@ def command(folder, model, *more):
     configs = ["--config", f"{repository}/conf/quickstart.yaml", "--config", str(folder / "overlay.yaml")]
     where = ["--trainer.default_root_dir", str(folder), "--model.policy", str(model)]
     return subprocess.Popen(
-        [sys.executable, "-m", "prime_lightning.cli", "fit", *configs, *where, *more],
+        [sys.executable, "-m", "prime_lightning", "fit", *configs, *where, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

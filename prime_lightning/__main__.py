@@ -1,0 +1,71 @@
+"""The `prime-lightning` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from prime_lightning.cli import TRAINED, lightning
+from prime_lightning.verifiers import SandboxLeaks
+
+TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
+COMMANDS = {
+    "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
+    "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
+}
+"""Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit status: 0, or 2 if what the user gave cannot work or the run had to stop."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        return _run(command, arguments[1:])
+    except (ValueError, OSError, FloatingPointError, MisconfigurationException, SandboxLeaks) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        return _complain(error)
+    except OmegaConfBaseException as error:
+        return _complain(f"A ${{...}} in the configuration leads nowhere: {error}")
+
+
+def usage() -> str:
+    """What `prime-lightning --help` prints."""
+    lines = {
+        "fit --config FILE": "train by PRIME",
+        **{f"{name} --config FILE": what for name, (_, _, what) in TRAINED.items()},
+        "validate | test | predict": "sample, grade, score",
+        **{f"{name} ...": what for name, (_, what) in COMMANDS.items()},
+    }
+    listed = "\n".join(f"  prime-lightning {command:<28} {what}" for command, what in lines.items())
+    return (
+        "prime-lightning: train reasoning models with PRIME\n\n"
+        f"{listed}\n\n`prime-lightning COMMAND --help` lists the options of a command."
+    )
+
+
+def _run(command: str, rest: list[str]) -> int:
+    if command in COMMANDS:
+        main_of: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
+        return main_of(rest)
+    lightning([command, *rest])
+    return 0
+
+
+def _complain(error: Any) -> int:
+    print(f"prime-lightning: {error}\n({TRACEBACK}=1 shows where it comes from.)", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
