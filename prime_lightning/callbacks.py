@@ -88,9 +88,10 @@ class RolloutLog(Callback):
 def rollout_rows(outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
+    logged = batch.group_B.unique()[:groups]
     for i, rollout in enumerate(batch.rollouts):
-        if int(batch.group_B[i]) >= groups:
-            return
+        if batch.group_B[i] not in logged:
+            continue
         tokens = rollout.completion.token_ids
         per_token = {
             name: [round(x, 6) for x in outputs[key][i, : len(tokens)].tolist()]

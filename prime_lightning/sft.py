@@ -184,8 +184,10 @@ class SFTModule(pl.LightningModule):
     def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the response tokens."""
         logprobs_BT, _ = self.policy(*batch)
-        loss = -logprobs_BT.sum() / batch[2].sum().clamp_min(1)  # prompts may have left no room for responses
-        self.log("loss", loss, prog_bar=True)
+        total = self.trainer.strategy.reduce(batch[2].sum().float(), reduce_op="sum")
+        scale = total.clamp_min(1) / self.trainer.world_size  # prompts may have left no room for responses
+        loss = -logprobs_BT.sum() / scale  # gradients are averaged over ranks
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
