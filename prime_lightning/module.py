@@ -346,7 +346,7 @@ class PrimeModule(SteppingModule):
             lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
-            return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            return self.devices.place(wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")
