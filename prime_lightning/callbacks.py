@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from prime_lightning.batch import Batch
-from prime_lightning.logprobs import causal_lm
+from prime_lightning.lora import merged_parameters, save_merged
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
 
@@ -48,9 +48,8 @@ class WeightSync(Callback):
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights by their Hugging Face names, tied ones once."""
-    for name, parameter in causal_lm(module.policy.model).named_parameters():
-        yield name, parameter.detach()
+    """The policy's weights by their Hugging Face names, tied ones once, adapters merged."""
+    return merged_parameters(module.policy.model)
 
 
 class RolloutLog(Callback):
@@ -127,17 +126,19 @@ class HuggingFaceExport(Callback):
     Args:
         folder: Each role becomes a folder in it.
         roles: Which models: `policy`, `prm`.
+        adapters: Write the adapters of a LoRA model alone; false merges them into a model that needs no `peft`.
     """
 
-    def __init__(self, folder: str, roles: list[str] | None = None) -> None:
+    def __init__(self, folder: str, roles: list[str] | None = None, adapters: bool = False) -> None:
         self.folder, self.roles = Path(folder), roles or ["policy"]
+        self.write = save if adapters else save_merged
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write them; weights are those of the last iteration."""
         for role in self.roles:
             model = getattr(pl_module, role)
             if trainer.is_global_zero and model is not None:
-                save(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+                self.write(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
 
 
 class PrimeProgress(ProgressBar):

@@ -20,7 +20,8 @@ from torchmetrics import MeanMetric
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.logprobs import ScoringLM, ValueLM
-from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.lora import WithoutAdapters, with_adapters
+from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.replay import Replay
 from prime_lightning.stepping import SteppingModule
@@ -39,6 +40,9 @@ class PrimeModule(SteppingModule):
             the rollouts, which saves a model (paper, appendix B.1).
         critic: The same for a critic, which `prime_lightning.algorithms.gae` needs; null for none.
         loading: How models are loaded.
+        policy_lora: Train low-rank adapters on the policy instead of its weights; null trains all of them. A
+            `reference` of the policy's name is then the policy without its adapters, which takes no memory.
+        prm_lora: The same for the PRM.
         process_reward: The implicit process reward.
         gate: When the process reward counts.
         prm_loss: What trains the PRM, see `algorithms.prm_loss`.
@@ -65,6 +69,8 @@ class PrimeModule(SteppingModule):
         reference: str | None = None,
         critic: str | None = None,
         loading: Loading = Loading(),
+        policy_lora: Lora | None = None,
+        prm_lora: Lora | None = None,
         process_reward: ProcessReward = ProcessReward(),
         gate: alg.ProcessGate | None = None,
         prm_loss: Callable[..., Any] = alg.ce,
@@ -84,7 +90,8 @@ class PrimeModule(SteppingModule):
         if policy_loss.kl != "none" and reference is None:
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
-        self.loading, self.reward, self.gate = loading, process_reward, gate or alg.ProcessGate()
+        self.loading, self.adapters = loading, {"policy": policy_lora, "prm": prm_lora}
+        self.reward, self.gate = process_reward, gate or alg.ProcessGate()
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
@@ -346,10 +353,13 @@ class PrimeModule(SteppingModule):
             lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
-            return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            adapted = with_adapters(lm, self.adapters.get(role), self.seed)
+            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
-        self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")
+        self.policy, self.prm = load("policy"), load("prm")
+        below = self.adapters["policy"] is not None and self.names["reference"] == self.names["policy"]
+        self.reference = WithoutAdapters(self.policy) if below else load("reference")
         self.critic = load("critic", ValueLM)
         if self.reference is not None:
             self.reference.requires_grad_(False)
