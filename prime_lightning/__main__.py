@@ -17,6 +17,7 @@ from prime_lightning.verifiers import SandboxLeaks
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
+    "export": ("prime_lightning.prm.export", "a model of a checkpoint as a Hugging Face folder"),
     "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
 }
 """Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""
