@@ -75,8 +75,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     facts = _load(path).get("prime", {}).get("facts")
     if facts is None:
         raise ValueError(
-            f"Expected a checkpoint that names the models of its run, got {str(path)!r}. "
-            "It was written by something else, or by an older version; resume the run for one iteration to write another."
+            f"Expected a checkpoint that names the models of its run, got {str(path)!r}. It was written by something "
+            "else, or by an older version; resume the run for one iteration to write another."
         )
     return dict(facts)
 

@@ -10,13 +10,24 @@ PACKAGE = Path(__file__).parent.parent / "prime_lightning"
 FLOORS = [
     {"rollout", "algorithms.masked"},
     {"algorithms.reward", "algorithms.prm_loss", "algorithms.health", "algorithms.advantage", "algorithms.loss"},
-    {"algorithms", "logprobs", "batch", "prompts", "tally", "pretrained", "checkpoint", "verifiers", "engines"},
-    {"arithmetic", "eurus", "options", "measures", "replay", "loader", "engines.*"},
-    {"stepping", "sft", "ahead"},
-    {"module", "data"},
+    {
+        "algorithms",
+        "logprobs",
+        "batch",
+        "prompts",
+        "tally",
+        "pretrained",
+        "checkpoint",
+        "verifiers",
+        "engines",
+        "prm.steps",
+    },
+    {"arithmetic", "eurus", "options", "measures", "replay", "loader", "engines.*", "prm.facts", "prm.responses"},
+    {"stepping", "sft", "ahead", "prm.implicit", "prm.folder"},
+    {"module", "data", "prm", "prm.train"},
     {"callbacks"},
     {"cli"},
-    {"quickstart"},
+    {"quickstart", "prm.export"},
     {"__main__"},
 ]
 DOORS = {
@@ -28,7 +39,7 @@ DOORS = {
     "datasets": {"prompts"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
-    "lightning": {"checkpoint", "stepping", "sft", "data", "module", "callbacks", "cli", "__main__"},
+    "lightning": {"checkpoint", "stepping", "sft", "prm.train", "data", "module", "callbacks", "cli", "__main__"},
     "torch": {"*", "!verifiers.*", "!rollout", "!tally", "!prompts"},
     "transformers": {"*", "!verifiers.*", "!algorithms.*", "!rollout", "!batch"},
 }

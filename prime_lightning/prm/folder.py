@@ -139,11 +139,10 @@ def card(folder: Path, role: str, run: Mapping[str, Any]) -> ModelCard:
         f"---\n{data.to_yaml()}\n---",
         f"# {folder.resolve().name}",
         WHAT[role],
-        f"Trained with prime_lightning {prime_lightning.__version__} from `{start}`, {run['iterations']} iterations:",
+        f"Of a run of prime_lightning {prime_lightning.__version__} that started this model from `{start}`, after "
+        f"{run['iterations']} iterations:",
         f"```bash\n{run['command'] or '(not started by a command)'}\n```",
-        f"Numbers of the last iteration:\n\n| name | value |\n|---|---|\n{table}"
-        if table
-        else "No numbers were logged.",
+        f"The last numbers of the run:\n\n| name | value |\n|---|---|\n{table}" if table else "It logged no numbers.",
         f"```python\n{USE.get(role, USE_LM).format(folder=folder)}\n```",
     ]
     return ModelCard("\n\n".join(parts) + "\n", ignore_metadata_errors=True)
