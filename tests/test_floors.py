@@ -21,13 +21,15 @@ FLOORS = [
         "verifiers",
         "engines",
         "prm.steps",
+        "prm.selection",
+        "prm.first_error",
     },
     {"arithmetic", "eurus", "options", "measures", "replay", "loader", "engines.*", "prm.facts", "prm.responses"},
     {"stepping", "sft", "ahead", "prm.implicit", "prm.folder"},
-    {"module", "data", "prm", "prm.train"},
+    {"module", "data", "prm", "prm.train", "prm.credit"},
     {"callbacks"},
-    {"cli"},
-    {"quickstart", "prm.export"},
+    {"cli", "prm.score"},
+    {"quickstart", "prm.export", "prm.rerank", "prm.processbench"},
     {"__main__"},
 ]
 DOORS = {

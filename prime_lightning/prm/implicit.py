@@ -38,7 +38,8 @@ class Scored:
     """The rewards of one response, in units of `beta` times nats.
 
     Example:
-        >>> one = Scored(tokens=["7", ";"], token_rewards=[0.5, -0.25], steps=["7;"], step_rewards=[0.25], reward=0.25)
+        >>> tokens = {"tokens": ["7", ";"], "token_rewards": [0.5, -0.25]}
+        >>> one = Scored(**tokens, steps=["7;"], step_rewards=[0.25], step_tokens=[2], reward=0.25)
         >>> sum(one.token_rewards) == sum(one.step_rewards) == one.reward
         True
     """
@@ -51,6 +52,8 @@ class Scored:
     """Text of each step."""
     step_rewards: list[float]
     """One a step: the sum of its tokens' rewards. The end token belongs to the last step."""
+    step_tokens: list[int]
+    """Tokens of each step."""
     reward: float
     """Sum of all token rewards; after CE training, its sigmoid is the chance of a right answer."""
 
@@ -197,6 +200,7 @@ class ImplicitPRM:
                     token_rewards=rewards.tolist(),
                     steps=[response.text[a:b] for a, b in spans[i]],
                     step_rewards=step_rewards.tolist(),
+                    step_tokens=step_N.bincount(minlength=len(spans[i])).tolist(),
                     reward=float(rewards.sum()),
                 )
             )
