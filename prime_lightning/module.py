@@ -341,7 +341,7 @@ class PrimeModule(SteppingModule):
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             adapted = with_adapters(lm, self.adapters.get(role), self.seed)
-            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            return self.devices.place(wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm = load("policy"), load("prm")
