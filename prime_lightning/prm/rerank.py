@@ -87,7 +87,7 @@ def parser() -> ArgumentParser:
 def main(args: list[str]) -> int:
     """Run the command."""
     command = parser()
-    options = command.instantiate_classes(command.parse_args(args))
+    options = command.instantiate(command.parse_args(args))
     claim(options.out)
     unknown = sorted(set(options.rules) - RULES.keys())
     if unknown:
