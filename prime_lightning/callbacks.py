@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from prime_lightning.batch import Batch
-from prime_lightning.logprobs import causal_lm
+from prime_lightning.lora import merged_parameters, save_merged
 from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
@@ -51,9 +51,8 @@ class WeightSync(Callback):
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights by their Hugging Face names, tied ones once."""
-    for name, parameter in causal_lm(module.policy.model).named_parameters():
-        yield name, parameter.detach()
+    """The policy's weights by their Hugging Face names, tied ones once, adapters merged."""
+    return merged_parameters(module.policy.model)
 
 
 class RolloutLog(Callback):
@@ -91,9 +90,10 @@ class RolloutLog(Callback):
 def rollout_rows(outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
+    logged = batch.group_B.unique()[:groups]
     for i, rollout in enumerate(batch.rollouts):
-        if int(batch.group_B[i]) >= groups:
-            return
+        if batch.group_B[i] not in logged:
+            continue
         tokens = rollout.completion.token_ids
         per_token = {
             name: [round(x, 6) for x in outputs[key][i, : len(tokens)].tolist()]
@@ -129,10 +129,12 @@ class HuggingFaceExport(Callback):
     Args:
         folder: Each role becomes a folder in it.
         roles: Which models: `policy`, `prm`.
+        adapters: Write the adapters of a LoRA model alone; false merges them into a model that needs no `peft`.
     """
 
-    def __init__(self, folder: str, roles: list[str] | None = None) -> None:
+    def __init__(self, folder: str, roles: list[str] | None = None, adapters: bool = False) -> None:
         self.folder, self.roles = Path(folder), roles or ["policy"]
+        self.write = save if adapters else save_merged
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if there are models already, which will be replaced."""
@@ -147,7 +149,7 @@ class HuggingFaceExport(Callback):
         for role in self.roles:
             model = getattr(pl_module, role)
             if trainer.is_global_zero and model is not None:
-                save(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+                self.write(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
                 reference = facts["names"].get("reference") or latest
                 describe(self.folder / role, role, facts, None if reference is None else str(reference))
 

@@ -20,8 +20,9 @@ from torchmetrics import MeanMetric
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.logprobs import ScoringLM, ValueLM
+from prime_lightning.lora import WithoutAdapters, with_adapters
 from prime_lightning.measures import import_path
-from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
 from prime_lightning.replay import Replay
 from prime_lightning.stepping import SteppingModule
@@ -40,6 +41,9 @@ class PrimeModule(SteppingModule):
             the rollouts, which saves a model (paper, appendix B.1).
         critic: The same for a critic, which `prime_lightning.algorithms.gae` needs; null for none.
         loading: How models are loaded.
+        policy_lora: Train low-rank adapters on the policy instead of its weights; null trains all of them. A
+            `reference` of the policy's name is then the policy without its adapters, which takes no memory.
+        prm_lora: The same for the PRM.
         process_reward: The implicit process reward.
         gate: When the process reward counts.
         prm_loss: What trains the PRM, see `algorithms.prm_loss`.
@@ -66,6 +70,8 @@ class PrimeModule(SteppingModule):
         reference: str | None = None,
         critic: str | None = None,
         loading: Loading = Loading(),
+        policy_lora: Lora | None = None,
+        prm_lora: Lora | None = None,
         process_reward: ProcessReward = ProcessReward(),
         gate: alg.ProcessGate | None = None,
         prm_loss: Callable[..., Any] = alg.ce,
@@ -85,7 +91,8 @@ class PrimeModule(SteppingModule):
         if policy_loss.kl != "none" and reference is None:
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
-        self.loading, self.reward, self.gate = loading, process_reward, gate or alg.ProcessGate()
+        self.loading, self.adapters = loading, {"policy": policy_lora, "prm": prm_lora}
+        self.reward, self.gate = process_reward, gate or alg.ProcessGate()
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
@@ -237,7 +244,7 @@ class PrimeModule(SteppingModule):
     def finite(self, batch: Batch, *logprobs_BT: Tensor) -> Batch:
         """The batch without tokens whose log-probs are not finite, which are counted."""
         mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
-        self.measures.add("policy/nonfinite_tokens", dropped)
+        self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
         return replace(batch, mask_BT=mask_BT)
 
     def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
@@ -290,7 +297,8 @@ class PrimeModule(SteppingModule):
         lag_BT = self.trainer.global_step - 1 - batch.version_BT
         self.measures.add("rollout/policy_lag", lag_BT[batch.mask_BT].sum(), batch.mask_BT.sum())
         self.measures.add("train/outcome", batch.outcome_B[batch.valid_B].sum(), batch.valid_B.sum())
-        numbers = batch.metrics | self.measures.means(self.all_reduce)
+        self.measures.update(batch.metrics)
+        numbers = self.measures.means(self.all_reduce, lambda names: set().union(*self.gather(names)))
         numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
         for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
             logger.log_metrics(numbers, step=self.trainer.global_step - 1)
@@ -300,8 +308,9 @@ class PrimeModule(SteppingModule):
         """Mean outcome of the validation rollouts: pass@1 at the sampling temperature."""
         self.pass_rate.update(batch.outcome_B[batch.valid_B])
         self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
-        for name in ("rollout/length", "rollout/truncated", "rollout/unknown"):
-            self.log(name.replace("rollout", "val"), batch.metrics[name], batch_size=len(batch))
+        measured = batch.metrics.means()
+        for name in ("length", "truncated", "unknown"):
+            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""
@@ -331,10 +340,13 @@ class PrimeModule(SteppingModule):
             lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
-            return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            adapted = with_adapters(lm, self.adapters.get(role), self.seed)
+            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
-        self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")
+        self.policy, self.prm = load("policy"), load("prm")
+        below = self.adapters["policy"] is not None and self.names["reference"] == self.names["policy"]
+        self.reference = WithoutAdapters(self.policy) if below else load("reference")
         self.critic = load("critic", ValueLM)
         if self.reference is not None:
             self.reference.requires_grad_(False)

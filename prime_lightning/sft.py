@@ -212,8 +212,12 @@ class SFTModule(pl.LightningModule):
     def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the response tokens."""
         logprobs_BT, _ = self.policy(*batch)
-        loss = -logprobs_BT.sum() / batch[2].sum().clamp_min(1)  # prompts may have left no room for responses
-        self.log("loss", loss, prog_bar=True)
+        tokens, world = batch[2].sum().float(), 1
+        if self._trainer is not None:
+            tokens, world = self.trainer.strategy.reduce(tokens, reduce_op="sum"), self.trainer.world_size
+        mean_tokens = tokens.clamp_min(1) / world  # of a rank; prompts may have left no room for responses
+        loss = -logprobs_BT.sum() / mean_tokens  # the strategy averages gradients over ranks
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
