@@ -86,7 +86,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"Expected a checkpoint file, got {str(path)!r}, which is none.")
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"Expected a checkpoint of a run, got {str(path)!r}, which cannot be read: {reason}"
