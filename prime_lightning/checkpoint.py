@@ -185,7 +185,7 @@ def read(path: str | Path) -> dict[str, Any]:
 def _load(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"Expected a checkpoint of a run, got {str(path)!r}, which cannot be read: {reason}"

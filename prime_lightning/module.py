@@ -9,7 +9,7 @@ Shapes: B responses, T response tokens, b and t those of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -374,6 +374,7 @@ class PrimeModule(SteppingModule):
             "step_separator": self.reward.step_separator,
             "normalise": self.reward.normalise,
             "prm_loss": import_path(self.prm_loss),
+            "lora": {role: asdict(lora) for role, lora in self.adapters.items() if lora is not None},
         }
 
     def extra_state(self) -> dict[str, Any]:
