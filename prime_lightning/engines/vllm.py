@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.vllm_errors import MISSING, explain
 from prime_lightning.engines.vllm_process import EngineDiedError, EngineProcess, ProcessClient
@@ -146,13 +147,15 @@ class VLLMEngine:
                 self._revive(process, death)
             self.version = version
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         process = self.ready()
         check_fits(prompts, sampling, process.info["max_model_len"])
         if self._asleep or (self.version < 0 and self.args.get("load_format") == "dummy"):
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
-        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded)
+        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         try:
             process.open(work.name)
             while work.unfinished:
