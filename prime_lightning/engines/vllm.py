@@ -24,6 +24,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
+from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_errors import MISSING, explain
 from prime_lightning.engines.vllm_process import EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
@@ -122,6 +123,8 @@ class VLLMEngine:
         if importlib.util.find_spec("vllm") is None:
             raise ValueError(MISSING)
         self.close()
+        if self.cuda:
+            check_devices(self._devices())
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
         self.copy = WeightCopy(model, self.dtype)
@@ -296,10 +299,14 @@ class VLLMEngine:
             **self.args,
         }
 
+    def _devices(self) -> list[int]:
+        """CUDA devices of the engine."""
+        return [torch.cuda.current_device()] if self.devices is None else self.devices
+
     def _environment(self) -> dict[str, str]:
         """Environment of the engine's process, besides what it inherits."""
         if self.cuda:
-            devices = [torch.cuda.current_device()] if self.devices is None else self.devices
+            devices = self._devices()
             named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             visible = ",".join(named[device] if named else str(device) for device in devices)
             return {"CUDA_VISIBLE_DEVICES": visible, **self.env}

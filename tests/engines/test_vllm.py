@@ -282,3 +282,12 @@ def test_a_hanging_engine_is_replaced_during_a_sync(engine, model, prompts):
         engine.load_weights(named, 9)
     assert engine.version == 9
     assert largest_gap(model, named, prompts, collect(engine, prompts, GREEDY), GREEDY) < 1e-4
+
+
+def test_an_engine_that_dies_too_often_ends_the_run(engine, prompts):
+    """With an OSError, which the command prints without a traceback."""
+    engine.restarts = engine.deaths
+    stream = engine.stream(prompts, SAMPLING)
+    os.kill(engine.process.process.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match=r"died \(killed from outside; where memory runs out, the kernel does that"):
+        list(stream)
