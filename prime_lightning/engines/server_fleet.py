@@ -51,12 +51,13 @@ class Server:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return self.client.check()
+                self.client.check()
+                return
             except ServerDownError as error:
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"Expected a vLLM server at {self.client.url}, got no healthy answer in {timeout:g} s ({error}).\n"
-                        "Start it as docs/vllm.md says, or correct `urls`."
+                        f"Expected a vLLM server at {self.client.url}, got no healthy answer in {timeout:g} s "
+                        f"({error}).\nStart it as docs/vllm.md says, or correct `urls`."
                     ) from None
             time.sleep(1.0)
 
