@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from prime_lightning.batch import Batch
 from prime_lightning.lora import merged_parameters, save_merged
+from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
+from prime_lightning.prm.folder import describe
 
 
 class WeightSync(Callback):
@@ -87,9 +90,10 @@ class RolloutLog(Callback):
 def rollout_rows(outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
+    logged = batch.group_B.unique()[:groups]
     for i, rollout in enumerate(batch.rollouts):
-        if int(batch.group_B[i]) >= groups:
-            return
+        if batch.group_B[i] not in logged:
+            continue
         tokens = rollout.completion.token_ids
         per_token = {
             name: [round(x, 6) for x in outputs[key][i, : len(tokens)].tolist()]
@@ -120,7 +124,7 @@ def _iteration(line: str) -> float:
 
 
 class HuggingFaceExport(Callback):
-    """Writes trained models as Hugging Face folders when training ends.
+    """Writes trained models as Hugging Face folders when training ends, with model cards, and the PRM's JSON file.
 
     Args:
         folder: Each role becomes a folder in it.
@@ -132,12 +136,22 @@ class HuggingFaceExport(Callback):
         self.folder, self.roles = Path(folder), roles or ["policy"]
         self.write = save if adapters else save_merged
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if there are models already, which will be replaced."""
+        there = [str(self.folder / role) for role in self.roles if (self.folder / role).exists()]
+        if there and trainer.is_global_zero:
+            warnings.warn(f"When training ends, new models will replace those in {', '.join(there)}.", stacklevel=2)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write them; weights are those of the last iteration."""
+        facts = run_facts(pl_module)
+        latest = self.folder / "policy" if "policy" in self.roles else None  # what the PRM was last compared with
         for role in self.roles:
             model = getattr(pl_module, role)
             if trainer.is_global_zero and model is not None:
                 self.write(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+                reference = facts["names"].get("reference") or latest
+                describe(self.folder / role, role, facts, None if reference is None else str(reference))
 
 
 class PrimeProgress(ProgressBar):

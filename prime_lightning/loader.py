@@ -201,7 +201,9 @@ class TrainingLoader:
             keep_truncated=options.accuracy_filter.truncated != "mask",
             temperature=options.sampling.temperature,
             truncation=options.sampling.truncation,
-            metrics=tally.summary(),
+            metrics=tally.measures(),
+            rank=self.rank,
+            world=self.world,
         )
 
     def _started(self, missing: int) -> int:
@@ -346,4 +348,4 @@ class EvaluationLoader:
                 groups = list(Round(self.source, prompts, self.sampling, tally))
             for group in groups:
                 tally.add(group, None)
-            yield Batch.of_groups(groups, metrics=tally.summary())
+            yield Batch.of_groups(groups, metrics=tally.measures())

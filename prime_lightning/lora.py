@@ -7,7 +7,7 @@ bases, dropout (a token's log-prob must not differ between two passes) and adapt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,16 @@ def with_adapters(lm: PreTrainedModel, lora: Lora | None, seed: int) -> nn.Modul
 
 
 @torch.no_grad()
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(
+    model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of a causal LM by their Hugging Face names, adapters added, one after another; tied ones once.
 
     `W + (alpha / rank) B A` in the wider number format of both; without adapters, the weights themselves.
+
+    Args:
+        model: With adapters or without.
+        whole: Gives the whole of a parameter that is sharded; called for the same ones in the same order on all ranks.
     """
     lm = causal_lm(model)
     layers = dict(lm.named_modules())
@@ -72,11 +78,20 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" in name:
             continue
         if path.endswith(BASE) and kind == "weight":
-            layer = layers[path.removesuffix(BASE)]
-            merged: Any = sum(map(layer.get_delta_weight, layer.active_adapters), parameter.detach())
-            yield name.replace(BASE, ""), merged
+            layer: Any = layers[path.removesuffix(BASE)]
+            deltas = (_delta(layer, adapter, whole) for adapter in layer.active_adapters)
+            yield name.replace(BASE, ""), sum(deltas, whole(parameter))
         else:
-            yield name.replace(BASE, ""), parameter.detach()
+            yield name.replace(BASE, ""), whole(parameter)
+
+
+def _delta(layer: Any, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """`(alpha / rank) B A` in the layout of the layer's weight."""
+    embeds = adapter in layer.lora_embedding_A
+    A = layer.lora_embedding_A[adapter] if embeds else layer.lora_A[adapter].weight
+    B = layer.lora_embedding_B[adapter] if embeds else layer.lora_B[adapter].weight
+    delta: Tensor = (whole(B) @ whole(A)) * layer.scaling[adapter]
+    return delta.T if embeds or layer.fan_in_fan_out else delta
 
 
 def save_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -21,8 +21,9 @@ from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.logprobs import ScoringLM, ValueLM
 from prime_lightning.lora import WithoutAdapters, with_adapters
+from prime_lightning.measures import import_path
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
 from prime_lightning.replay import Replay
 from prime_lightning.stepping import SteppingModule
 
@@ -147,21 +148,7 @@ class PrimeModule(SteppingModule):
         past = self.replay.draw(self.generator("replay"), self.device)
         self.replay.add(batch, reference_BT)
         for data, reference in [(batch, reference_BT), *past]:
-            labels = data.outcome_B, data.group_B, data.valid_B
-
-            def terms(micro: Batch, rows: Tensor, data: Batch = data, reference: Tensor = reference) -> Tensor:
-                prm_bt, _ = self.logprobs(self.prm, micro)
-                reference_bt = reference[rows, : prm_bt.shape[1]]
-                reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=self.reward.beta)
-                total, count = self.prm_loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
-                self.measures.add("prm/loss", total, count)
-                return total
-
-            def count(rows: Tensor, labels: tuple[Tensor, ...] = labels) -> Tensor:
-                return self.prm_loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]
-
-            whole = getattr(self.prm_loss, "whole_groups", True)
-            self.optimise("prm", data, terms, count, whole_groups=whole)
+            self.optimise_prm(data, reference, self.prm_loss, self.reward.beta)
 
     def credit(
         self,
@@ -257,7 +244,7 @@ class PrimeModule(SteppingModule):
     def finite(self, batch: Batch, *logprobs_BT: Tensor) -> Batch:
         """The batch without tokens whose log-probs are not finite, which are counted."""
         mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
-        self.measures.add("policy/nonfinite_tokens", dropped)
+        self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
         return replace(batch, mask_BT=mask_BT)
 
     def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
@@ -310,7 +297,8 @@ class PrimeModule(SteppingModule):
         lag_BT = self.trainer.global_step - 1 - batch.version_BT
         self.measures.add("rollout/policy_lag", lag_BT[batch.mask_BT].sum(), batch.mask_BT.sum())
         self.measures.add("train/outcome", batch.outcome_B[batch.valid_B].sum(), batch.valid_B.sum())
-        numbers = batch.metrics | self.measures.means(self.all_reduce)
+        self.measures.update(batch.metrics)
+        numbers = self.measures.means(self.all_reduce, lambda names: set().union(*self.gather(names)))
         numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
         for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
             logger.log_metrics(numbers, step=self.trainer.global_step - 1)
@@ -320,8 +308,9 @@ class PrimeModule(SteppingModule):
         """Mean outcome of the validation rollouts: pass@1 at the sampling temperature."""
         self.pass_rate.update(batch.outcome_B[batch.valid_B])
         self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
-        for name in ("rollout/length", "rollout/truncated", "rollout/unknown"):
-            self.log(name.replace("rollout", "val"), batch.metrics[name], batch_size=len(batch))
+        measured = batch.metrics.means()
+        for name in ("length", "truncated", "unknown"):
+            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""
@@ -362,14 +351,8 @@ class PrimeModule(SteppingModule):
         if self.reference is not None:
             self.reference.requires_grad_(False)
         for role, name in self.names.items():
-            if (
-                name not in (None, self.names["policy"])
-                and load_tokenizer(name).get_vocab() != self.tokenizer.get_vocab()
-            ):
-                raise ValueError(
-                    f"Expected the {role} to have the policy's tokenizer, since they score the same tokens; got "
-                    f"{name!r} and {self.names['policy']!r} with different vocabularies."
-                )
+            if name is not None:
+                check_same_vocabulary(role, name, "policy", str(self.names["policy"]))
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """One optimizer a trained model, in the order of `ROLES`."""
@@ -381,6 +364,17 @@ class PrimeModule(SteppingModule):
             schedule = {"scheduler": self.schedule(optimizer), "name": f"lr/{role}"} if self.schedule else None
             made.append({"optimizer": optimizer} | ({"lr_scheduler": schedule} if schedule else {}))
         return made
+
+    def facts(self) -> dict[str, Any]:
+        """What the models' cards and the PRM's JSON file say."""
+        return {
+            "names": self.names,
+            "beta": self.reward.beta,
+            "granularity": self.reward.granularity,
+            "step_separator": self.reward.step_separator,
+            "normalise": self.reward.normalise,
+            "prm_loss": import_path(self.prm_loss),
+        }
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""

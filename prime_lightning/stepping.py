@@ -11,7 +11,7 @@ import itertools
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,35 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
-from prime_lightning.measures import Measures
+from prime_lightning.measures import Measures, run_facts
 from prime_lightning.options import Update
 
 Terms = Callable[[Batch, Tensor], Tensor]
 """`(micro-batch, its rows in the batch) -> sum of the loss terms`."""
 SKIPS_IN_A_ROW = 5
+
+
+class Gradients:
+    """Gradients as torch keeps them, in `parameter.grad`; a strategy that keeps them otherwise overrides this."""
+
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        """Norm of the gradient of all ranks; called once after the last backward pass of each step."""
+        norm = nn.utils.get_total_norm([p.grad for p in parameters(optimizer) if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def clip_gradient(self, optimizer: Optimizer, norm: Tensor, limit: float) -> None:
+        """Scale a gradient of this norm down to the limit."""
+        nn.utils.clip_grads_with_norm_(parameters(optimizer), limit, norm)
+
+
+def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All that an optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class SteppingModule(pl.LightningModule):
@@ -36,6 +57,8 @@ class SteppingModule(pl.LightningModule):
     """Roles that have an optimizer, in the order of `configure_optimizers`."""
     updates: dict[str, Update]
     """How each role is updated."""
+    command = ""
+    """What started the run, for the cards of its models."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -70,7 +93,7 @@ class SteppingModule(pl.LightningModule):
         """Add the seconds of a block to the metric `time/<phase>`."""
         start = time.perf_counter()
         yield
-        self.measures.add(f"time/{phase}", torch.tensor(time.perf_counter() - start), 0.0)
+        self.measures.total(f"time/{phase}", time.perf_counter() - start)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""
@@ -83,10 +106,19 @@ class SteppingModule(pl.LightningModule):
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         everything = torch.arange(len(batch), device=self.device)
         with self.timed("score"):
-            for rows in batch.microbatches(everything, self.updates["policy"].micro_tokens):
-                scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
-                out_BT[rows, : scored_bt.shape[1]] = scored_bt
+            for rows in self.level(batch.microbatches(everything, self.updates["policy"].micro_tokens)):
+                if rows is None:
+                    self.logprobs(model, batch.nothing())
+                else:
+                    scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
+                    out_BT[rows, : scored_bt.shape[1]] = scored_bt
         return out_BT
+
+    def level(self, micros: Iterable[Tensor]) -> list[Tensor | None]:
+        """These micro-batches, and None for each that another rank has more: all ranks do as many forwards."""
+        here = list(micros)
+        most = int(self.all_reduce(torch.tensor(float(len(here))), "max"))
+        return [*here, *[None] * (most - len(here))]
 
     def optimise(
         self, role: str, batch: Batch, terms: Terms, count: Callable[[Tensor], Tensor], *, whole_groups: bool = False
@@ -101,26 +133,47 @@ class SteppingModule(pl.LightningModule):
             whole_groups: Do not split groups between micro-batches.
         """
         update, generator = self.updates[role], self.generator(role)
-        passes = (batch.minibatches(update.minibatches, generator) for _ in range(update.epochs))
+        groups = int(self.all_reduce(torch.tensor(float(batch.groups)), "sum"))
+        passes = (batch.minibatches(update.minibatches, generator, groups) for _ in range(update.epochs))
         with self.timed(role):
             for rows in itertools.chain.from_iterable(passes):
                 total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
-                for micro in batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups):
-                    loss = terms(batch.select(micro), micro)
+                for micro in self.level(batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups)):
+                    if micro is None:
+                        loss = 0.0 * self.logprobs(getattr(self, role), batch.nothing())[0].sum()
+                    else:
+                        loss = terms(batch.select(micro), micro)
                     self.manual_backward(loss * (self.trainer.world_size / total))
                 self.step(role, update.grad_clip)
 
+    def optimise_prm(self, batch: Batch, reference_BT: Tensor, loss: Callable[..., Any], beta: float) -> None:
+        """Train `self.prm` on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3."""
+        labels = batch.outcome_B, batch.group_B, batch.valid_B
+
+        def terms(micro: Batch, rows: Tensor) -> Tensor:
+            prm_bt, _ = self.logprobs(self.prm, micro)  # type: ignore[arg-type]
+            reference_bt = reference_BT[rows, : prm_bt.shape[1]]
+            reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=beta)
+            total, count = loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
+            self.measures.add("prm/loss", total, count)
+            return total  # type: ignore[no-any-return]
+
+        def count(rows: Tensor) -> Tensor:
+            return loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]  # type: ignore
+
+        self.optimise("prm", batch, terms, count, whole_groups=getattr(loss, "whole_groups", True))
+
     def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
-        optimizer = self.optimizer_of[role]
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        optimizer, strategy = self.optimizer_of[role], self.trainer.strategy
+        gradients = strategy if isinstance(strategy, Gradients) else Gradients()
+        norm = gradients.gradient_norm(optimizer.optimizer)
         broken = self.all_reduce(norm.isfinite().logical_not().float(), "sum") > 0
-        self.measures.add(f"{role}/skipped_steps", broken.float(), 0.0)
+        self.measures.total(f"{role}/skipped_steps", broken.float())
         self.skipped_in_a_row[role] = self.skipped_in_a_row[role] + 1 if broken else 0
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
-            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+            gradients.clip_gradient(optimizer.optimizer, norm, grad_clip)
             optimizer.step()
         optimizer.zero_grad()
         if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
@@ -134,7 +187,14 @@ class SteppingModule(pl.LightningModule):
         """Sum or maximum over all ranks."""
         if self.trainer.world_size == 1:
             return tensor
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)
+        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op=how)  # it reduces in place
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each rank has, in the order of the ranks; for small things."""
+        things = [thing] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(things, thing)
+        return things
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that depends on the seed, the iteration and the purpose, so that none has to be saved."""
@@ -148,6 +208,10 @@ class SteppingModule(pl.LightningModule):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what `extra_state` gave."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the trained models has to know: `names` of the models they start from, and options."""
+        return {}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen reference out, and put the extra state and torch's generator in."""
         weights = checkpoint["state_dict"]
@@ -156,6 +220,7 @@ class SteppingModule(pl.LightningModule):
             **self.extra_state(),
             "skipped_in_a_row": dict(self.skipped_in_a_row),
             "torch_rng": torch.get_rng_state(),
+            "facts": run_facts(self),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

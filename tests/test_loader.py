@@ -47,7 +47,7 @@ def test_kept_samples_change_nothing_at_equal_weights(module):
     loader = module.training_loader(0, 1)
     got = [loader.collect() for _ in range(5)]
     assert module.engine.taken > 10
-    assert sum(batch.metrics["rollout/kept_samples"] for batch in got) == module.engine.taken
+    assert sum(batch.metrics.means()["rollout/kept_samples"] for batch in got) == module.engine.taken
     module.engine.taken = 0
     forgetful = module.training_loader(0, 1)
     expected = []
@@ -66,7 +66,7 @@ def test_kept_samples_of_older_weights_are_drawn_again(module):
     module.engine.version += 1
     loader.surplus.clear()
     batch = loader.collect()
-    assert module.engine.taken == 0 == batch.metrics["rollout/kept_samples"]
+    assert module.engine.taken == 0 == batch.metrics.means()["rollout/kept_samples"]
     assert {v for _, _, versions in rollouts(batch) for v in versions} == {module.engine.version}
 
 
