@@ -4,7 +4,7 @@ A crash of the engine is never the trainer's: it is started again with the weigh
 drawn once more from the same seeds. One rank owns one engine. `vllm_process.py` holds the process, in which
 `vllm_child.py` runs; nothing here imports vLLM, and on CPU the trainer never does.
 
-It leaves out engines that several ranks share, LoRA adapters (send merged weights) and speculative decoding.
+It leaves out engines that several ranks share, LoRA adapters as such (they come merged) and speculative decoding.
 """
 
 from __future__ import annotations
