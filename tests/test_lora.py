@@ -59,6 +59,10 @@ def test_merged_weights_are_those_of_peft(rank, alpha, rslora, targets, tied):
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
     assert not any(tensor.requires_grad for tensor in ours.values())
+    asked: list[torch.Size] = []
+    gathered = dict(merged_parameters(model, lambda parameter: asked.append(parameter.shape) or parameter.detach()))
+    assert all(torch.equal(gathered[name], tensor) for name, tensor in theirs.items())
+    assert sorted(asked) == sorted(parameter.shape for parameter in model.parameters())  # each once, one by one
 
 
 def test_only_one_merged_weight_exists_at_a_time():

@@ -22,8 +22,8 @@ STEPS = 6
 class Backwards(tiny.HFEngine):
     """Finishes groups in the opposite order, so that there is surplus."""
 
-    def stream(self, prompts, sampling):
-        yield from reversed(list(super().stream(prompts, sampling)))
+    def stream(self, prompts, sampling, kept=None):
+        yield from reversed(list(super().stream(prompts, sampling, kept)))
 
 
 def pieces(model, prime_options=None):
