@@ -16,6 +16,7 @@ from prime_lightning.verifiers import SandboxLeaks
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
+    "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
     "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
 }

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from prime_lightning.callbacks import PrimeProgress
@@ -77,3 +77,13 @@ def lightning(args: list[str]) -> PrimeCLI:
         model, data, _ = TRAINED[args[0]]
         return PrimeCLI(model, data, ["fit", *args[1:]])
     return PrimeCLI(PrimeModule, RolloutDataModule, args)
+
+
+class _ParsedOnly(PrimeCLI):
+    def instantiate_classes(self) -> None:
+        """Leave everything as it was read."""
+
+
+def parsed(args: Sequence[str]) -> Namespace:
+    """The configuration of `fit`, all layers merged, checked and resolved; nothing of it is built."""
+    return _ParsedOnly(PrimeModule, RolloutDataModule, args, run=False).config
