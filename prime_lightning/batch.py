@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from prime_lightning.measures import Measures
 from prime_lightning.rollout import Group, Rollout
 
 
@@ -29,7 +30,7 @@ class Batch:
     valid_B: Tensor
     """False where the verdict is unknown, or the response is left out for being truncated."""
     group_B: Tensor
-    """Number of the prompt; equal within a group."""
+    """Number of the prompt among those of all ranks; equal within a group."""
     behaviour_logprobs_BT: Tensor
     """Engine's log-probs of the distribution that was sampled from, nats."""
     version_BT: Tensor
@@ -38,7 +39,7 @@ class Batch:
     """Of the sampling; the policy's log-probs are taken at the same."""
     rollouts: list[Rollout] = field(default_factory=list)
     """The same as objects, row by row, for logs."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Measures = field(default_factory=Measures)
     """What the data module measured while it made this batch."""
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class Batch:
 
     @property
     def groups(self) -> int:
-        """Number of prompts."""
+        """Number of prompts on this rank."""
         return int(self.group_B.unique().numel())
 
     @classmethod
@@ -57,7 +58,9 @@ class Batch:
         *,
         keep_truncated: bool = True,
         temperature: float = 1.0,
-        metrics: dict[str, float] | None = None,
+        metrics: Measures | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> Batch:
         """Lay out whole groups as tensors.
 
@@ -66,6 +69,8 @@ class Batch:
             keep_truncated: Learn from responses that hit the token limit; otherwise they are masked out.
             temperature: Of the sampling.
             metrics: Carried along.
+            rank: Which rank this is; group i gets the number `i * world + rank`.
+            world: Number of ranks.
 
         Raises:
             ValueError: if there is no group.
@@ -84,12 +89,12 @@ class Batch:
             mask_BT=(torch.arange(T)[None] < response_length_B[:, None]) & valid_B[:, None],
             outcome_B=torch.tensor([r.verdict.score if r.verdict.known else 0.0 for r in rollouts]),
             valid_B=valid_B,
-            group_B=torch.tensor([i for i, group in enumerate(groups) for _ in group]),
+            group_B=torch.tensor([i * world + rank for i, group in enumerate(groups) for _ in group]),
             behaviour_logprobs_BT=pad([r.completion.logprobs for r in rollouts], torch.float32),
             version_BT=pad([r.completion.versions for r in rollouts], torch.long),
             temperature=temperature or 1.0,
             rollouts=rollouts,
-            metrics=dict(metrics or {}),
+            metrics=metrics or Measures(),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -109,19 +114,32 @@ class Batch:
         }
         return replace(self, **cut, rollouts=[self.rollouts[i] for i in rows.tolist()] if self.rollouts else [])
 
-    def minibatches(self, count: int, generator: torch.Generator) -> list[Tensor]:
-        """Shuffle the groups into `count` parts of equal size; returns the rows of each.
+    def nothing(self) -> Batch:
+        """One row of two tokens that counts for nothing: it takes part in forwards that other ranks have work for."""
+        row, one = self.select(torch.zeros(1, dtype=torch.long)), self.prompt_length_B.new_ones(1)
+        row = replace(row, prompt_length_B=one, response_length_B=one)
+        return replace(row.select(torch.zeros(1, dtype=torch.long)), mask_BT=row.mask_BT[:, :1] & False)
+
+    def minibatches(self, count: int, generator: torch.Generator, groups: int | None = None) -> list[Tensor]:
+        """Shuffle the groups of all ranks into `count` parts of equal size; returns this rank's rows of each.
+
+        The parts do not depend on which rank has which group; a rank may have no rows of one.
+
+        Args:
+            count: Number of parts.
+            generator: Of the same state on all ranks.
+            groups: Groups on all ranks, numbered from 0; this rank's by default.
 
         Raises:
             ValueError: if there are fewer groups than parts.
         """
-        ids = self.group_B.unique()
-        if len(ids) < count:
+        groups = self.groups if groups is None else groups
+        if groups < count:
             raise ValueError(
-                f"Expected at least one prompt for each of {count} minibatches, got {len(ids)} prompts. "
+                f"Expected at least one prompt for each of {count} minibatches, got {groups} prompts. "
                 "Lower `minibatches` or raise `data.prompts_per_batch`."
             )
-        order = ids[torch.randperm(len(ids), generator=generator).to(ids.device)]
+        order = torch.randperm(groups, generator=generator).to(self.group_B.device)
         return [torch.isin(self.group_B, part).nonzero().squeeze(-1) for part in order.tensor_split(count)]
 
     def microbatches(self, rows: Tensor, token_budget: int, *, whole_groups: bool = False) -> Iterator[Tensor]:
@@ -129,6 +147,8 @@ class Batch:
 
         Units are responses, or whole groups. Units of similar length come together, so that little is padding.
         """
+        if not len(rows):
+            return
         length_B = (self.prompt_length_B + self.response_length_B)[rows]
         if whole_groups:
             ids = self.group_B[rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prime_lightning.batch import Batch
 from prime_lightning.logprobs import causal_lm
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
+from prime_lightning.stepping import devices
 
 
 class WeightSync(Callback):
@@ -44,13 +46,20 @@ class WeightSync(Callback):
         assert isinstance(pl_module, PrimeModule)
         engine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.version != trainer.global_step:
-            engine.load_weights(policy_weights(pl_module), version=trainer.global_step)
+            weights = policy_weights(pl_module)
+            try:
+                engine.load_weights(weights, version=trainer.global_step)
+            finally:
+                deque(weights, maxlen=0)  # an engine that gave up must not leave other ranks waiting for this one
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights by their Hugging Face names, tied ones once."""
+    """The policy's whole weights by their Hugging Face names, tied ones once, one after another.
+
+    Where they are sharded each is gathered when it is asked for, by all ranks together.
+    """
     for name, parameter in causal_lm(module.policy.model).named_parameters():
-        yield name, parameter.detach()
+        yield name, module.devices.whole(parameter)
 
 
 class RolloutLog(Callback):
@@ -88,9 +97,10 @@ class RolloutLog(Callback):
 def rollout_rows(outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
+    logged = batch.group_B.unique()[:groups]
     for i, rollout in enumerate(batch.rollouts):
-        if int(batch.group_B[i]) >= groups:
-            return
+        if batch.group_B[i] not in logged:
+            continue
         tokens = rollout.completion.token_ids
         per_token = {
             name: [round(x, 6) for x in outputs[key][i, : len(tokens)].tolist()]
@@ -135,8 +145,14 @@ class HuggingFaceExport(Callback):
         """Write them; weights are those of the last iteration."""
         for role in self.roles:
             model = getattr(pl_module, role)
-            if trainer.is_global_zero and model is not None:
-                save(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+            if model is not None:
+                weights = {}
+                for name, weight in model.model.state_dict(keep_vars=True).items():
+                    whole = devices(trainer).whole(weight)
+                    if trainer.is_global_zero:
+                        weights[name] = whole.cpu()
+                if trainer.is_global_zero:
+                    save(model.model, pl_module.tokenizer, self.folder / role, weights)  # type: ignore[arg-type]
 
 
 class PrimeProgress(ProgressBar):

@@ -19,7 +19,7 @@ from prime_lightning.loader import AccuracyFilter, Collecting, EvaluationLoader,
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
-from prime_lightning.verifiers import Verifiers
+from prime_lightning.verifiers import GoldReport, Verifiers
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -102,14 +102,21 @@ class RolloutDataModule(pl.LightningDataModule):
             self._drop_unusable()
 
     def _drop_unusable(self) -> None:
-        """Leave rows out whose reference answer its own verifier does not accept."""
+        """Leave rows out whose reference answer its own verifier does not accept; one rank checks for all."""
         for part in self.train.parts():
-            report = self.verifiers.check_golds(part.references())
+            report = self._checked(part)
             if report.bad:
                 warnings.warn(str(report), stacklevel=2)
                 if not report.usable:
                     raise ValueError(f"Expected usable reference answers in {part.source!r}, got none: {report}.")
                 part.keep(report.usable)
+
+    def _checked(self, part: Prompts) -> GoldReport:
+        """What rank 0 finds, on all ranks."""
+        if self.trainer is None:
+            return self.verifiers.check_golds(part.references())
+        report = self.verifiers.check_golds(part.references()) if self.trainer.is_global_zero else None
+        return self.trainer.strategy.broadcast(report)  # type: ignore[return-value]
 
     def source(self, prompts: Prompts) -> RolloutSource:
         """These prompts through this module's engine and verifiers."""

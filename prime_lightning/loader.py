@@ -184,7 +184,9 @@ class TrainingLoader:
             accepted[: options.groups],
             keep_truncated=options.accuracy_filter.truncated != "mask",
             temperature=options.sampling.temperature,
-            metrics=tally.summary(),
+            metrics=tally.measures(),
+            rank=self.rank,
+            world=self.world,
         )
 
     def _round(self, prompts: list[Prompt], missing: int, tally: Tally) -> list[Group]:
@@ -298,4 +300,4 @@ class EvaluationLoader:
                 groups = list(Round(self.source, prompts, self.sampling, tally))
             for group in groups:
                 tally.add(group, None)
-            yield Batch.of_groups(groups, metrics=tally.summary())
+            yield Batch.of_groups(groups, metrics=tally.measures())

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from prime_lightning.algorithms import AllReduce
+from prime_lightning.algorithms.masked import AllReduce
+
+Union = Callable[[set[str]], set[str]]
+"""`(names of this rank) -> names of all ranks`."""
+NOTHING = torch.zeros((), dtype=torch.double)
 
 
 class Measures:
@@ -22,30 +28,51 @@ class Measures:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add a sum over `count` things; with a count of 0 throughout, the sum itself is reported."""
-        total, count = torch.as_tensor(total).detach().double().cpu(), torch.as_tensor(count).double().cpu()
-        self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.double)) + total
-        self._counts[name] = self._counts.get(name, torch.zeros((), dtype=torch.double)) + count
+        self._sums[name] = self._sums.get(name, NOTHING) + _number(total)
+        self._counts[name] = self._counts.get(name, NOTHING) + _number(count)
 
     def add_all(self, totals: dict[str, Tensor], count: Tensor) -> None:
         """Add sums over the same things; a name that ends in `_max` is a maximum instead."""
         for name, total in totals.items():
             if name.endswith("_max"):
-                value = total.detach().double().cpu()
+                value = _number(total)
                 self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
             else:
                 self.add(name, total, count)
 
-    def means(self, all_reduce: AllReduce | None = None) -> dict[str, float]:
-        """All means and maxima, over all ranks; every rank must have measured the same names."""
-        names, tops = sorted(self._sums), sorted(self._maxima)
-        rows = [torch.stack([self._sums[n], self._counts[n]]) for n in names]
-        table = torch.stack(rows) if rows else torch.empty(0, 2)
-        maxima = torch.stack([self._maxima[n] for n in tops]) if tops else torch.empty(0)
+    def total(self, name: str, value: Tensor | float) -> None:
+        """Add to what happens on all ranks at once, such as seconds; that of the rank with the most is reported."""
+        self._totals[name] = self._totals.get(name, NOTHING) + _number(value)
+
+    def update(self, other: Measures) -> None:
+        """Take over what another one measured, under names of its own."""
+        for name in ("_sums", "_counts", "_totals", "_maxima"):
+            getattr(self, name).update(getattr(other, name))
+
+    def means(self, all_reduce: AllReduce | None = None, union: Union | None = None) -> dict[str, float]:
+        """All means, sums, totals and maxima, over all ranks.
+
+        Args:
+            all_reduce: Reduces over ranks.
+            union: Gives the names of all ranks, as one rank may have had nothing to measure.
+        """
+        added, tops = sorted(self._sums), sorted(self._totals | self._maxima)
+        if union is not None:
+            named = union({f"+{name}" for name in added} | {f"<{name}" for name in tops})
+            added, tops = ([name[1:] for name in sorted(named) if name[0] == kind] for kind in "+<")
+        table = torch.stack([NOTHING, *(d.get(n, NOTHING) for n in added for d in (self._sums, self._counts))])
+        highest = self._totals | self._maxima
+        maxima = torch.stack([NOTHING, *(highest.get(n, -torch.inf * (NOTHING + 1)) for n in tops)])
         if all_reduce is not None:
             table, maxima = all_reduce(table, "sum"), all_reduce(maxima, "max")
-        means = {n: float(s / c) if c else float(s) for n, (s, c) in zip(names, table, strict=True)}
-        return means | {n: float(m) for n, m in zip(tops, maxima, strict=True)}
+        pairs = zip(added, table[1:].view(-1, 2).tolist(), strict=True)
+        return {n: s / c if c else s for n, (s, c) in pairs} | dict(zip(tops, maxima[1:].tolist(), strict=True))
+
+
+def _number(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value).detach().double().cpu()

@@ -250,7 +250,7 @@ class PrimeModule(SteppingModule):
     def finite(self, batch: Batch, *logprobs_BT: Tensor) -> Batch:
         """The batch without tokens whose log-probs are not finite, which are counted."""
         mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
-        self.measures.add("policy/nonfinite_tokens", dropped)
+        self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
         return replace(batch, mask_BT=mask_BT)
 
     def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
@@ -303,7 +303,8 @@ class PrimeModule(SteppingModule):
         lag_BT = self.trainer.global_step - 1 - batch.version_BT
         self.measures.add("rollout/policy_lag", lag_BT[batch.mask_BT].sum(), batch.mask_BT.sum())
         self.measures.add("train/outcome", batch.outcome_B[batch.valid_B].sum(), batch.valid_B.sum())
-        numbers = batch.metrics | self.measures.means(self.all_reduce)
+        self.measures.update(batch.metrics)
+        numbers = self.measures.means(self.all_reduce, lambda names: set().union(*self.gather(names)))
         numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
         for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
             logger.log_metrics(numbers, step=self.trainer.global_step - 1)
@@ -313,8 +314,9 @@ class PrimeModule(SteppingModule):
         """Mean outcome of the validation rollouts: pass@1 at the sampling temperature."""
         self.pass_rate.update(batch.outcome_B[batch.valid_B])
         self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
-        for name in ("rollout/length", "rollout/truncated", "rollout/unknown"):
-            self.log(name.replace("rollout", "val"), batch.metrics[name], batch_size=len(batch))
+        measured = batch.metrics.means()
+        for name in ("length", "truncated", "unknown"):
+            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""
@@ -344,7 +346,7 @@ class PrimeModule(SteppingModule):
             lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
-            return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            return self.devices.place(wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")

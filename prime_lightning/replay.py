@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prime_lightning.batch import Batch
+from prime_lightning.measures import Measures
 
 
 class Replay:
@@ -25,7 +26,7 @@ class Replay:
     def add(self, batch: Batch, reference_logprobs_BT: Tensor) -> None:
         """Keep this iteration and forget the oldest."""
         if self._kept.maxlen:
-            lean = replace(batch, rollouts=[], metrics={})
+            lean = replace(batch, rollouts=[], metrics=Measures())
             self._kept.append((lean.to("cpu"), reference_logprobs_BT.cpu()))
 
     def draw(self, generator: torch.Generator, device: torch.device) -> list[tuple[Batch, Tensor]]:

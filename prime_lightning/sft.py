@@ -22,6 +22,7 @@ from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.prompts import Template, check_filled, load_rows, permutation
+from prime_lightning.stepping import devices
 
 Lesson = tuple[Tensor, Tensor, Tensor]
 """`tokens_BL`, `prompt_length_B`, `response_length_B`: ready for `ScoringLM`, padded or packed."""
@@ -179,13 +180,18 @@ class SFTModule(pl.LightningModule):
         if self.loading.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.tokenizer = load_tokenizer(self.name)
-        self.policy = ScoringLM(model, chunk_tokens=self.loading.chunk_tokens, packed=self.loading.packed)
+        policy = ScoringLM(model, chunk_tokens=self.loading.chunk_tokens, packed=self.loading.packed)
+        self.policy = devices(self._trainer).place(policy)
 
     def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the response tokens."""
         logprobs_BT, _ = self.policy(*batch)
-        loss = -logprobs_BT.sum() / batch[2].sum().clamp_min(1)  # prompts may have left no room for responses
-        self.log("loss", loss, prog_bar=True)
+        tokens, world = batch[2].sum().float(), 1
+        if self._trainer is not None:
+            tokens, world = self.trainer.strategy.reduce(tokens, reduce_op="sum"), self.trainer.world_size
+        mean_tokens = tokens.clamp_min(1) / world  # of a rank; prompts may have left no room for responses
+        loss = -logprobs_BT.sum() / mean_tokens  # the strategy averages gradients over ranks
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]

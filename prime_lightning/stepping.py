@@ -11,7 +11,7 @@ import itertools
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prime_lightning.batch import Batch
 from prime_lightning.measures import Measures
@@ -27,6 +28,39 @@ from prime_lightning.options import Update
 Terms = Callable[[Batch, Tensor], Tensor]
 """`(micro-batch, its rows in the batch) -> sum of the loss terms`."""
 SKIPS_IN_A_ROW = 5
+
+
+class RoleStrategy:
+    """What a strategy does with each model of a `SteppingModule`. This is for whole models on each device."""
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Spread a model that was just loaded over the devices."""
+        return model
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """A whole weight, or whatever else is spread as weights are; all ranks take part."""
+        return parameter.detach()
+
+    def clipped_step(self, optimizer: LightningOptimizer, limit: float) -> Tensor:
+        """Clip the gradient and step; a gradient that is not finite makes no step. Returns its norm before clipping."""
+        updated = parameters(optimizer.optimizer)
+        norm = self.whole(nn.utils.get_total_norm([p.grad for p in updated if p.grad is not None]))
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(updated, limit, norm)
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+
+def devices(trainer: pl.Trainer | None) -> RoleStrategy:
+    """How a trainer's models are spread over devices."""
+    strategy = trainer.strategy if trainer is not None else None
+    return strategy if isinstance(strategy, RoleStrategy) else RoleStrategy()
+
+
+def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All that an optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class SteppingModule(pl.LightningModule):
@@ -44,6 +78,11 @@ class SteppingModule(pl.LightningModule):
         self.seed = seed
         self.skipped_in_a_row: Counter[str] = Counter()
         self.measures = Measures()
+
+    @property
+    def devices(self) -> RoleStrategy:
+        """How the models are spread over devices."""
+        return devices(self._trainer)
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
@@ -70,7 +109,7 @@ class SteppingModule(pl.LightningModule):
         """Add the seconds of a block to the metric `time/<phase>`."""
         start = time.perf_counter()
         yield
-        self.measures.add(f"time/{phase}", torch.tensor(time.perf_counter() - start), 0.0)
+        self.measures.total(f"time/{phase}", time.perf_counter() - start)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""
@@ -83,10 +122,19 @@ class SteppingModule(pl.LightningModule):
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         everything = torch.arange(len(batch), device=self.device)
         with self.timed("score"):
-            for rows in batch.microbatches(everything, self.updates["policy"].micro_tokens):
-                scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
-                out_BT[rows, : scored_bt.shape[1]] = scored_bt
+            for rows in self.level(batch.microbatches(everything, self.updates["policy"].micro_tokens)):
+                if rows is None:
+                    self.logprobs(model, batch.nothing())
+                else:
+                    scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
+                    out_BT[rows, : scored_bt.shape[1]] = scored_bt
         return out_BT
+
+    def level(self, micros: Iterable[Tensor]) -> list[Tensor | None]:
+        """These micro-batches, and None for each that another rank has more: all ranks do as many forwards."""
+        here = list(micros)
+        most = int(self.all_reduce(torch.tensor(float(len(here))), "max"))
+        return [*here, *[None] * (most - len(here))]
 
     def optimise(
         self, role: str, batch: Batch, terms: Terms, count: Callable[[Tensor], Tensor], *, whole_groups: bool = False
@@ -101,28 +149,27 @@ class SteppingModule(pl.LightningModule):
             whole_groups: Do not split groups between micro-batches.
         """
         update, generator = self.updates[role], self.generator(role)
-        passes = (batch.minibatches(update.minibatches, generator) for _ in range(update.epochs))
+        groups = int(self.all_reduce(torch.tensor(float(batch.groups)), "sum"))
+        passes = (batch.minibatches(update.minibatches, generator, groups) for _ in range(update.epochs))
         with self.timed(role):
             for rows in itertools.chain.from_iterable(passes):
                 total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
-                for micro in batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups):
-                    loss = terms(batch.select(micro), micro)
+                for micro in self.level(batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups)):
+                    if micro is None:
+                        loss = 0.0 * self.logprobs(getattr(self, role), batch.nothing())[0].sum()
+                    else:
+                        loss = terms(batch.select(micro), micro)
                     self.manual_backward(loss * (self.trainer.world_size / total))
                 self.step(role, update.grad_clip)
 
     def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
-        optimizer = self.optimizer_of[role]
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        broken = self.all_reduce(norm.isfinite().logical_not().float(), "sum") > 0
-        self.measures.add(f"{role}/skipped_steps", broken.float(), 0.0)
+        norm = self.devices.clipped_step(self.optimizer_of[role], grad_clip)
+        broken = not norm.isfinite()
+        self.measures.total(f"{role}/skipped_steps", float(broken))
         self.skipped_in_a_row[role] = self.skipped_in_a_row[role] + 1 if broken else 0
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
-            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-            optimizer.step()
-        optimizer.zero_grad()
         if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
             raise FloatingPointError(
                 f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
@@ -134,7 +181,14 @@ class SteppingModule(pl.LightningModule):
         """Sum or maximum over all ranks."""
         if self.trainer.world_size == 1:
             return tensor
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)
+        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op=how)  # it reduces in place
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each rank has, in the order of the ranks; for small things."""
+        things = [thing] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(things, thing)
+        return things
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that depends on the seed, the iteration and the purpose, so that none has to be saved."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prime_lightning.measures import Measures
 from prime_lightning.rollout import Group
 
 
@@ -16,7 +17,7 @@ class Tally:
     Example:
         >>> tally = Tally()
         >>> tally.add([], "few_valid")
-        >>> tally.summary()["filter/few_valid"]
+        >>> tally.measures().means()["filter/few_valid"]
         1.0
     """
 
@@ -64,19 +65,23 @@ class Tally:
             listed += f"; the verifier failed {self.responses - self.known} times, {count} of them with: {reason}"
         return listed
 
-    def summary(self) -> dict[str, float]:
-        """All metrics, as numbers."""
-        seconds = self._seconds["sample"]
-        return {
-            "rollout/accuracy": self.accuracy,
-            "rollout/acceptance": self.accepted / max(self.groups, 1),
-            "rollout/groups": float(self.groups),
-            "rollout/responses": float(self.responses),
-            "rollout/tokens": float(self.tokens),
-            "rollout/length": self.tokens / max(self.responses, 1),
-            "rollout/truncated": self.truncated / max(self.responses, 1),
-            "rollout/unknown": 1 - self.known / max(self.responses, 1),
-            "rollout/tokens_per_second": self.tokens / seconds if seconds else 0.0,
-            **{f"time/{phase}": spent for phase, spent in self._seconds.items()},
-            **{name: float(count) for name, count in self.metrics.items()},
-        }
+    def measures(self) -> Measures:
+        """All metrics, as sums and counts."""
+        measures, seconds = Measures(), self._seconds["sample"]
+        for name, total, count in (
+            ("accuracy", self.score, self.known),
+            ("acceptance", self.accepted, self.groups),
+            ("groups", self.groups, 0),
+            ("responses", self.responses, 0),
+            ("tokens", self.tokens, 0),
+            ("length", self.tokens, self.responses),
+            ("truncated", self.truncated, self.responses),
+            ("unknown", self.responses - self.known, self.responses),
+            ("tokens_per_second", self.tokens / seconds if seconds else 0.0, 0),
+        ):
+            measures.add(f"rollout/{name}", total, count)
+        for phase, spent in self._seconds.items():
+            measures.total(f"time/{phase}", spent)
+        for name, number in self.metrics.items():
+            measures.add(name, number, 0)
+        return measures

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from toys import rollout
 
 from prime_lightning.batch import Batch, pad
+from prime_lightning.measures import Measures
 from prime_lightning.rollout import Finish
 
 members = st.tuples(st.integers(0, 9), st.sampled_from([0.0, 0.25, 1.0, None]), st.sampled_from(list(Finish)))
@@ -30,7 +31,8 @@ def groups_of(shape):
 @given(shapes, st.booleans())
 def test_of_groups_says_of_each_token_what_its_rollout_says(shape, keep_truncated):
     groups = groups_of(shape)
-    batch = Batch.of_groups(groups, keep_truncated=keep_truncated, metrics={"rollout/groups": 3.0})
+    measures = Measures()
+    batch = Batch.of_groups(groups, keep_truncated=keep_truncated, metrics=measures)
     rows = [(number, rollout) for number, group in enumerate(groups) for rollout in group]
     assert len(batch) == len(rows)
     assert batch.groups == len(groups)
@@ -47,7 +49,7 @@ def test_of_groups_says_of_each_token_what_its_rollout_says(shape, keep_truncate
         assert (batch.outcome_B[i], batch.valid_B[i]) == (r.verdict.score if r.verdict.known else 0.0, valid)
         assert batch.group_B[i] == number
     assert batch.rollouts == [r for _, r in rows]
-    assert batch.metrics == {"rollout/groups": 3.0}
+    assert batch.metrics is measures
 
 
 def test_a_greedy_batch_is_scored_at_temperature_one():

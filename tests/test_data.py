@@ -83,8 +83,8 @@ def test_batches_are_full_whole_and_in_order(module):
         assert all(0 < batch.outcome_B[batch.group_B == g].mean() < 1 for g in range(4))
         draws = [r.prompt.draw for r in batch.rollouts[::4]]
         assert draws == sorted(draws)
-        assert batch.metrics["rollout/groups"] >= 4
-        assert batch.metrics["rollout/acceptance"] == pytest.approx(4 / batch.metrics["rollout/groups"])
+        assert batch.metrics.means()["rollout/groups"] >= 4
+        assert batch.metrics.means()["rollout/acceptance"] == pytest.approx(4 / batch.metrics.means()["rollout/groups"])
         seen += draws
     assert seen == sorted(set(seen))
 
@@ -166,7 +166,7 @@ def test_surplus_that_is_too_old_is_dropped_and_counted(oversampling):
     assert surplus > 0
     oversampling.engine.version += 2  # two iterations later
     batch = stream.collect()
-    assert batch.metrics["rollout/stale_groups"] == surplus
+    assert batch.metrics.means()["rollout/stale_groups"] == surplus
     assert int(batch.version_BT[batch.mask_BT].min()) == oversampling.engine.version
 
 
@@ -213,7 +213,7 @@ def test_unknown_verdicts_are_masked_and_counted(module):
 
     module.verifiers = Flaky()
     batch = loader(module).collect()
-    assert batch.metrics["rollout/unknown"] == 0.25
+    assert batch.metrics.means()["rollout/unknown"] == 0.25
     assert not batch.valid_B[3::4].any()
     assert not batch.mask_BT[3::4].any()
     assert batch.valid_B.sum() == 12

@@ -26,7 +26,7 @@ def test_a_tally_is_plain_counting(sampled):
         tally.add([rollout(response=[2] * n, score=score, finish=finish) for score, n, finish in group], reason)
     rows = [row for group, _ in sampled for row in group]
     known = [score for score, _, _ in rows if score is not None]
-    summary = tally.summary()
+    summary = tally.measures().means()
     mean = sum(known) / len(known) if known else 0.0
     assert summary["rollout/accuracy"] == pytest.approx(mean)
     assert summary["rollout/acceptance"] == sum(reason is None for _, reason in sampled) / len(sampled)
@@ -53,11 +53,11 @@ def test_rejections_are_named_with_their_counts():
 def test_time_adds_up_by_phase():
     tally = Tally()
     tally.add([rollout(response=[2] * 50)], None)
-    assert tally.summary()["rollout/tokens_per_second"] == 0
+    assert tally.measures().means()["rollout/tokens_per_second"] == 0
     for phase in ("sample", "verify", "sample"):
         with tally.timed(phase):
             time.sleep(0.02)
-    summary = tally.summary()
+    summary = tally.measures().means()
     assert summary["time/sample"] > summary["time/verify"] >= 0.02
     assert summary["rollout/tokens_per_second"] == pytest.approx(50 / summary["time/sample"])
 
