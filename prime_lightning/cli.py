@@ -18,6 +18,7 @@ from prime_lightning.callbacks import PrimeProgress
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.sft import LessonDataModule, SFTModule
+from prime_lightning.watch import RankWatch
 
 MEANT_AS_IT_IS = (
     "LightningCLI's args parameter",  # `main` is its only caller
@@ -55,7 +56,7 @@ class PrimeCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+"},
             trainer_defaults={
-                "callbacks": [PrimeProgress()],
+                "callbacks": [PrimeProgress(), RankWatch()],
                 "plugins": [{"class_path": "prime_lightning.checkpoint.AtomicCheckpointIO"}],
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,

@@ -48,9 +48,10 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
     """Memory of one GPU by part."""
     shard, width = setup.sharding, setup.width
     counts = {role: shape.parameters for role, shape in setup.shapes.items()}
+    gradients = {role: mem.gradient_bytes(counts[role], width, shard) for role in setup.trained}
     models = {
         "parameters": {role: mem.parameter_bytes(n, width, shard) for role, n in counts.items()},
-        "gradients": {role: mem.gradient_bytes(counts[role], width, shard) for role in setup.trained},
+        "gradients": gradients if shard.masters else {},
         "optimizer moments": {
             role: mem.moment_bytes(counts[role], setup.moments[role], width, shard) for role in setup.trained
         },
@@ -62,7 +63,12 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
     held, sampling = _engine(setup, gpu_bytes)
     return Memory(
         models=models,
-        training={"gathered parameters": max(gathered), "activations": work - logits, "logits": logits},
+        training={
+            "gathered parameters": max(gathered),
+            "gradients (one model at a time)": 0.0 if shard.masters else max(gradients.values()),
+            "activations": work - logits,
+            "logits": logits,
+        },
         sampling=sampling,
         held={**held, "CUDA context, NCCL (assumed)": CONTEXT},
         host=sum(mem.host_bytes(counts[role], setup.moments[role], width, shard) for role in setup.trained),
