@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 BEAT = 1.0  # seconds between two signs of life
-GRACE = 10.0  # seconds for others to read bad news, and for engines to close
+GRACE = 5.0  # seconds for others to read bad news, and for engines to close
 USES = itertools.count()  # of the store, by this process; all ranks use it equally often
 STATUS = 2
 """Exit status of a rank that another one stopped."""

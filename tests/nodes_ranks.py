@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import tiny
 import torch
 
@@ -106,6 +108,42 @@ class Uneven(tiny.ArithmeticPrompts):
 
     def row(self, draw: int) -> Any:
         return tiny.ArithmeticPrompts(seed=self.seed, operations=1 + 3 * (draw % 2)).row(draw)
+
+
+class Trouble(pl.Callback):
+    """Does something bad to one rank inside an iteration.
+
+    Args:
+        kind: `raise` or `kill`.
+        rank: Which one.
+        iteration: When.
+    """
+
+    def __init__(self, kind: str, rank: int = 1, iteration: int = 1) -> None:
+        self.kind, self.rank, self.iteration = kind, rank, iteration
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.iteration):
+            print(f"trouble at {time.time()}", flush=True)
+            if self.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("Expected no trouble, got some.")
+
+
+def stalls(prompt: Any, completion: str) -> float:
+    """A verifier that never comes back from the first prompt of rank 1."""
+    while prompt.row["draw"] == 1:
+        time.sleep(0.1)
+    return float(prompt.answer in completion)
+
+
+class Stalling(tiny.ArithmeticPrompts):
+    """Arithmetic for a verifier that stalls."""
+
+    kind = "nodes_ranks.stalls"
+
+    def row(self, draw: int) -> Any:
+        return {**super().row(draw), "draw": draw}
 
 
 SCENES = {"balance": balance}
