@@ -31,12 +31,13 @@ FLOORS = [
         "prm.selection",
         "prm.first_error",
     },
-    {"arithmetic", "eurus", "options", "replay", "loader", "engines.*", "prm.facts", "prm.responses"},
-    {"stepping", "ahead", "lora", "prm.implicit", "prm.folder"},
-    {"module", "data", "sft", "parallel", "prm", "prm.credit"},
-    {"callbacks", "strategy", "prm.train"},
-    {"cli", "prm.score"},
-    {"quickstart", "prm.export", "prm.rerank", "prm.processbench"},
+    {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
+    | {"prm.facts", "prm.responses"},
+    {"stepping", "ahead", "lora", "plan.shape"} | {"prm.implicit", "prm.folder"},
+    {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
+    {"callbacks", "strategy", "watch", "plan.report"} | {"prm.train"},
+    {"cli", "plan"} | {"prm.score"},
+    {"quickstart", "plan.command"} | {"prm.export", "prm.rerank", "prm.processbench"},
     {"__main__"},
 ]
 DOORS = {
@@ -59,6 +60,7 @@ DOORS = {
         "data",
         "module",
         "callbacks",
+        "watch",
         "cli",
         "__main__",
     },
