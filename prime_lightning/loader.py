@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -167,7 +167,7 @@ class TrainingLoader:
 
     def __init__(self, source: RolloutSource, options: Collecting, rank: int, world: int) -> None:
         self.source, self.options, self.rank, self.world = source, options, rank, world
-        self.position = 0
+        self.start = self.position = 0  # draw of the first prompt of all ranks; prompts taken by this one
         self.returned: deque[int] = deque()  # draws to sample again before any new one
         self.surplus: list[Group] = []
         self.acceptance = Acceptance()
@@ -263,7 +263,7 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            prompt = self._prompt(self.position * self.world + self.rank)
+            prompt = self._prompt(self.start + self.position * self.world + self.rank)
             self.position += 1
             if len(prompt.token_ids) <= self.options.max_prompt_tokens:
                 taken.append(prompt)
@@ -298,6 +298,7 @@ class TrainingLoader:
         """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
         surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
         return {
+            "start": self.start,
             "position": self.position,
             "returned": list(self.returned),
             "surplus": surplus,
@@ -305,16 +306,48 @@ class TrainingLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved position."""
-        self.position, self.returned = state["position"], deque(state["returned"])
+        """Take up this rank's share of the saved positions of all ranks (`{"ranks": [state, ...]}`), or one state."""
+        state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
+        self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
         self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
-        self.acceptance, self.kept = Acceptance(**state["acceptance"]), {}
+        self.acceptance, self.kept = Acceptance(**state.get("acceptance", {})), {}
 
     def _restore(self, row: dict[str, Any]) -> Rollout:
         completion = {**row["completion"], "finish": Finish(row["completion"]["finish"])}
         verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
         prompt = self._prompt(row["draw"])
         return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
+
+
+def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
+
+    No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued. On another
+    number of ranks the acceptance rate is measured anew.
+
+    Example:
+        >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
+        >>> share(states, rank=0, world=1)
+        {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
+    """
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    start, furthest = of_ranks[0]["start"], max(state["position"] for state in of_ranks)
+    queue = sorted(
+        [draw for state in of_ranks for draw in state["returned"]]
+        + [
+            start + position * len(of_ranks) + number
+            for number, state in enumerate(of_ranks)
+            for position in range(state["position"], furthest)
+        ]
+    )
+    surplus = [group for state in of_ranks for group in json.loads(state["surplus"])]
+    return {
+        "start": start + furthest * len(of_ranks),
+        "position": 0,
+        "returned": queue[rank::world],
+        "surplus": json.dumps(surplus[rank::world]),
+    }
 
 
 def _state(rollout: Rollout) -> dict[str, Any]:
@@ -332,20 +365,28 @@ class EvaluationLoader:
     def __init__(
         self, source: RolloutSource, sampling: Sampling, count: int, chunk: int, rank: int, world: int
     ) -> None:
-        self.source, self.sampling, self.chunk = source, sampling, chunk
-        self.draws = range(rank, count, world)
+        self.source, self.sampling, self.count = source, sampling, count
+        self.chunk, self.rank, self.world = chunk, rank, world
 
     def __len__(self) -> int:
-        """Number of batches."""
-        return math.ceil(len(self.draws) / self.chunk)
+        """Number of batches, the same on all ranks."""
+        return math.ceil(self.count / (self.chunk * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.draws), self.chunk):
-            draws = self.draws[start : start + self.chunk]
-            prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-            tally = Tally()
-            with self.source.lock:
-                groups = list(Round(self.source, prompts, self.sampling, tally))
-            for group in groups:
-                tally.add(group, None)
-            yield Batch.of_groups(groups, metrics=tally.measures())
+        for start in range(0, self.count, self.chunk * self.world):
+            draws = range(start + self.rank, min(start + self.chunk * self.world, self.count), self.world)
+            yield self._batch(draws) if draws else _uncounted(self._batch(range(start, start + 1)))
+
+    def _batch(self, draws: range) -> Batch:
+        prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
+        tally = Tally()
+        with self.source.lock:
+            groups = list(Round(self.source, prompts, self.sampling, tally))
+        for group in groups:
+            tally.add(group, None)
+        return Batch.of_groups(groups, metrics=tally.measures())
+
+
+def _uncounted(batch: Batch) -> Batch:
+    """A batch for a rank that has no prompt left while others have."""
+    return replace(batch, mask_BT=batch.mask_BT & False, valid_B=batch.valid_B & False, rollouts=[])
