@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -155,7 +155,7 @@ class TrainingLoader:
 
     def __init__(self, source: RolloutSource, options: Collecting, rank: int, world: int) -> None:
         self.source, self.options, self.rank, self.world = source, options, rank, world
-        self.position = 0
+        self.start = self.position = 0  # draw of the first prompt of all ranks; prompts taken by this one
         self.returned: deque[int] = deque()  # draws to sample again before any new one
         self.surplus: list[Group] = []
 
@@ -221,7 +221,7 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            prompt = self._prompt(self.position * self.world + self.rank)
+            prompt = self._prompt(self.start + self.position * self.world + self.rank)
             self.position += 1
             if len(prompt.token_ids) <= self.options.max_prompt_tokens:
                 taken.append(prompt)
@@ -255,11 +255,12 @@ class TrainingLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
         surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
-        return {"position": self.position, "returned": list(self.returned), "surplus": surplus}
+        return {"start": self.start, "position": self.position, "returned": list(self.returned), "surplus": surplus}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved position."""
-        self.position, self.returned = state["position"], deque(state["returned"])
+        """Take up this rank's share of the saved positions of all ranks (`{"ranks": [state, ...]}`), or one state."""
+        state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
+        self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
         self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
 
     def _restore(self, row: dict[str, Any]) -> Rollout:
@@ -267,6 +268,36 @@ class TrainingLoader:
         verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
         prompt = self._prompt(row["draw"])
         return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
+
+
+def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
+
+    No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued.
+
+    Example:
+        >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
+        >>> share(states, rank=0, world=1)
+        {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
+    """
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    start, furthest = of_ranks[0]["start"], max(state["position"] for state in of_ranks)
+    queue = sorted(
+        [draw for state in of_ranks for draw in state["returned"]]
+        + [
+            start + position * len(of_ranks) + number
+            for number, state in enumerate(of_ranks)
+            for position in range(state["position"], furthest)
+        ]
+    )
+    surplus = [group for state in of_ranks for group in json.loads(state["surplus"])]
+    return {
+        "start": start + furthest * len(of_ranks),
+        "position": 0,
+        "returned": queue[rank::world],
+        "surplus": json.dumps(surplus[rank::world]),
+    }
 
 
 def _state(rollout: Rollout) -> dict[str, Any]:
@@ -284,20 +315,28 @@ class EvaluationLoader:
     def __init__(
         self, source: RolloutSource, sampling: Sampling, count: int, chunk: int, rank: int, world: int
     ) -> None:
-        self.source, self.sampling, self.chunk = source, sampling, chunk
-        self.draws = range(rank, count, world)
+        self.source, self.sampling, self.count = source, sampling, count
+        self.chunk, self.rank, self.world = chunk, rank, world
 
     def __len__(self) -> int:
-        """Number of batches."""
-        return math.ceil(len(self.draws) / self.chunk)
+        """Number of batches, the same on all ranks."""
+        return math.ceil(self.count / (self.chunk * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.draws), self.chunk):
-            draws = self.draws[start : start + self.chunk]
-            prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-            tally = Tally()
-            with self.source.lock:
-                groups = list(Round(self.source, prompts, self.sampling, tally))
-            for group in groups:
-                tally.add(group, None)
-            yield Batch.of_groups(groups, metrics=tally.measures())
+        for start in range(0, self.count, self.chunk * self.world):
+            draws = range(start + self.rank, min(start + self.chunk * self.world, self.count), self.world)
+            yield self._batch(draws) if draws else _uncounted(self._batch(range(start, start + 1)))
+
+    def _batch(self, draws: range) -> Batch:
+        prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
+        tally = Tally()
+        with self.source.lock:
+            groups = list(Round(self.source, prompts, self.sampling, tally))
+        for group in groups:
+            tally.add(group, None)
+        return Batch.of_groups(groups, metrics=tally.measures())
+
+
+def _uncounted(batch: Batch) -> Batch:
+    """A batch for a rank that has no prompt left while others have."""
+    return replace(batch, mask_BT=batch.mask_BT & False, valid_B=batch.valid_B & False, rollouts=[])

@@ -22,7 +22,7 @@ from prime_lightning.batch import Batch
 from prime_lightning.logprobs import ScoringLM, ValueLM
 from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
-from prime_lightning.replay import Replay
+from prime_lightning.replay import Replay, share
 from prime_lightning.stepping import SteppingModule
 
 ROLES = ("prm", "policy", "critic")
@@ -316,7 +316,7 @@ class PrimeModule(SteppingModule):
         self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
         measured = batch.metrics.means()
         for name in ("length", "truncated", "unknown"):
-            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch), sync_dist=True)
+            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch.rollouts), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""
@@ -376,9 +376,13 @@ class PrimeModule(SteppingModule):
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
-        return {"gate": self.gate.state_dict(), "replay": self.replay.state_dict()}
+        return {"gate": self.gate.state_dict()}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def rank_state(self) -> list[dict[str, Any]]:
+        """Past batches of this rank."""
+        return self.replay.state_dict()
+
+    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
         """Take up that state."""
         self.gate.load_state_dict(state["gate"])
-        self.replay.load_state_dict(state["replay"])
+        self.replay.load_state_dict(share(of_ranks, self.global_rank, self.trainer.world_size))
