@@ -25,7 +25,7 @@ def drill():
 @pytest.mark.slow
 def test_a_struck_run_ends_with_the_weights_of_one_that_was_not(drill, warm_model, tmp_path, capsys):
     out = tmp_path / "drill"
-    options = ["--out", str(out), "--iterations", "6", "--model", str(warm_model)]
+    options = ["--out", str(out), "--iterations", "6", "--filter", "0.1", "0.9", "--model", str(warm_model)]
     assert drill.main([*options, "--kinds", "verifier", "launcher", "nan"]) == 0
     said = capsys.readouterr().out
     assert "**bit-equal to** those of the undisturbed run" in said

@@ -256,6 +256,10 @@ def test_what_the_configuration_says(warm_model):
     assert setup(warm_model, "--model.prm_loss=prime_lightning.algorithms.dpo").micro_tokens["prm"] == 16_384
     half = setup(warm_model, "--trainer.precision=bf16-mixed", "--trainer.strategy=deepspeed_stage_2")
     assert (half.weights, half.sharding.stage, half.sharding.masters) == (torch.bfloat16, 2, True)
+    ours = "{class_path: prime_lightning.strategy.PrimeDeepSpeedStrategy, init_args: {stage: 3, frozen: replicate}}"
+    strategy = setup(warm_model, f"--trainer.strategy={ours}").sharding
+    assert (strategy.name, strategy.masters, strategy.replicate_frozen) == ("ZeRO-3", True, True)
+    assert setup(warm_model, "--config=conf/strategy/fsdp2.yaml", "--trainer.devices=2").sharding.name == "FSDP2"
     assert setup(warm_model, "--config=conf/engine/vllm.yaml").sampler.fraction == 0.4
     assert not setup(warm_model, "--config=conf/engine/server.yaml").sampler.beside
 

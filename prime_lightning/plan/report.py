@@ -50,7 +50,7 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
     counts = setup.trainable
     gradients = {role: mem.gradient_bytes(n, width, shard) for role, n in counts.items()}
     models = {
-        "parameters": {role: mem.parameter_bytes(setup.stored(role), width, shard) for role in setup.shapes},
+        "parameters": {role: _parameters(setup, role) for role in setup.shapes},
         "gradients": gradients if shard.masters else {},
         "optimizer moments": {r: mem.moment_bytes(n, setup.moments[r], width, shard) for r, n in counts.items()},
         "float32 masters": {role: mem.master_bytes(n, shard) for role, n in counts.items()},
@@ -71,6 +71,13 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
         held={**held, "CUDA context, NCCL (assumed)": CONTEXT},
         host=sum(mem.host_bytes(n, setup.moments[role], width, shard) for role, n in counts.items()),
     )
+
+
+def _parameters(setup: Setup, role: str) -> float:
+    """Bytes of a model's weights; a frozen one may be whole where trained ones are divided."""
+    whole = setup.sharding.replicate_frozen and role not in setup.trained
+    shard = replace(setup.sharding, stage=0, offload_parameters=False) if whole else setup.sharding
+    return mem.parameter_bytes(setup.stored(role), setup.width, shard)
 
 
 def _work(setup: Setup, role: str) -> float:

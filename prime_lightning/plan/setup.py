@@ -146,6 +146,7 @@ def sharding_of(trainer: Any, gpus: int) -> Sharding:
             gpus=gpus,
             stage=stage,
             masters=True,
+            replicate_frozen=options.get("frozen") == "replicate",
             offload_optimizer=bool(options.get("offload_optimizer", "offload" in low)),
             offload_parameters=bool(options.get("offload_parameters", "offload" in low and stage == 3)),
         )
