@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from prime_lightning.batch import Batch
 from prime_lightning.logprobs import causal_lm
+from prime_lightning.lora import merged_parameters
+from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
+from prime_lightning.prm.folder import describe
 from prime_lightning.stepping import devices
 
 
@@ -54,12 +58,11 @@ class WeightSync(Callback):
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's whole weights by their Hugging Face names, tied ones once, one after another.
+    """The policy's whole weights by their Hugging Face names, tied ones once, adapters merged, one after another.
 
     Where they are sharded each is gathered when it is asked for, by all ranks together.
     """
-    for name, parameter in causal_lm(module.policy.model).named_parameters():
-        yield name, module.devices.whole(parameter)
+    return merged_parameters(module.policy.model, module.devices.whole)
 
 
 class RolloutLog(Callback):
@@ -131,28 +134,47 @@ def _iteration(line: str) -> float:
 
 
 class HuggingFaceExport(Callback):
-    """Writes trained models as Hugging Face folders when training ends.
+    """Writes trained models as Hugging Face folders when training ends, with model cards, and the PRM's JSON file.
 
     Args:
         folder: Each role becomes a folder in it.
         roles: Which models: `policy`, `prm`.
+        adapters: Write the adapters of a LoRA model alone; false merges them into a model that needs no `peft`.
     """
 
-    def __init__(self, folder: str, roles: list[str] | None = None) -> None:
+    def __init__(self, folder: str, roles: list[str] | None = None, adapters: bool = False) -> None:
         self.folder, self.roles = Path(folder), roles or ["policy"]
+        self.adapters = adapters
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if there are models already, which will be replaced."""
+        there = [str(self.folder / role) for role in self.roles if (self.folder / role).exists()]
+        if there and trainer.is_global_zero:
+            warnings.warn(f"When training ends, new models will replace those in {', '.join(there)}.", stacklevel=2)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write them; weights are those of the last iteration."""
+        facts = run_facts(pl_module)
+        latest = self.folder / "policy" if "policy" in self.roles else None  # what the PRM was last compared with
         for role in self.roles:
             model = getattr(pl_module, role)
-            if model is not None:
-                weights = {}
-                for name, weight in model.model.state_dict(keep_vars=True).items():
-                    whole = devices(trainer).whole(weight)
-                    if trainer.is_global_zero:
-                        weights[name] = whole.cpu()
+            if model is None:
+                continue
+            weights = {}
+            for name, weight in self._weights(model.model, devices(trainer).whole):
                 if trainer.is_global_zero:
-                    save(model.model, pl_module.tokenizer, self.folder / role, weights)  # type: ignore[arg-type]
+                    weights[name] = weight.cpu()
+            if trainer.is_global_zero:
+                kept = model.model if self.adapters else causal_lm(model.model)
+                save(kept, pl_module.tokenizer, self.folder / role, weights)  # type: ignore[arg-type]
+                reference = facts["names"].get("reference") or latest
+                describe(self.folder / role, role, facts, None if reference is None else str(reference))
+
+    def _weights(self, model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What is written, one after another; all ranks take part."""
+        if not self.adapters:
+            return merged_parameters(model, whole)
+        return ((name, whole(weight)) for name, weight in model.state_dict(keep_vars=True).items())
 
 
 class PrimeProgress(ProgressBar):

@@ -9,6 +9,7 @@ the sub-folder with the tensors; it is replaced last, in one step.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,13 +159,13 @@ def read(path: str | Path) -> dict[str, Any]:
     Those of a file are memory-mapped tensors, those of a folder are `Stored`.
 
     Raises:
-        ValueError: if there is no checkpoint.
+        ValueError: if there is no checkpoint, or it cannot be read.
     """
     path = Path(path)
     index = path / INDEX if path.is_dir() else path
     if not index.is_file():
         raise ValueError(f"Expected a checkpoint file, or a folder with {INDEX}, got {str(path)!r}.")
-    checkpoint: dict[str, Any] = torch.load(index, map_location="cpu", mmap=True, weights_only=True)
+    checkpoint = _load(index)
     if not path.is_dir():
         return checkpoint
     files = sorted((path / checkpoint["tensors"]).glob("*.safetensors"))
@@ -179,6 +180,19 @@ def read(path: str | Path) -> dict[str, Any]:
         for whole in checkpoint.get("optimizer_states", [])
     ]  # fmt: skip
     return checkpoint | {"state_dict": weights, "optimizer_states": states}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected a checkpoint of a run, got {str(path)!r}, which cannot be read: {reason}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"Expected a checkpoint of a run, got {str(path)!r} with a {type(loaded).__name__} in it.")
+    return loaded
 
 
 def role_weights(path: str | Path, role: str) -> Iterator[tuple[str, Tensor]]:
@@ -243,3 +257,18 @@ def not_written(target: Path, error: object) -> str:
         f"Could not write the checkpoint {target}: {error}. The last one is untouched; free some space and "
         "resume from it with --ckpt_path."
     )
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """What the run of a checkpoint says of itself; see `prime_lightning.measures.run_facts`.
+
+    Raises:
+        ValueError: if this is no checkpoint of this package, or one from before it said so.
+    """
+    facts = read(path).get("prime", {}).get("facts")
+    if facts is None:
+        raise ValueError(
+            f"Expected a checkpoint that names the models of its run, got {str(path)!r}. It was written by something "
+            "else, or by an older version; resume the run for one iteration to write another."
+        )
+    return dict(facts)
