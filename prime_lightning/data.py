@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,8 @@ class RolloutDataModule(pl.LightningDataModule):
         accuracy_filter: Which groups are trained on.
         oversample: Prompts sampled for each group that is missing. Above 1 there are fewer, larger rounds; groups that
             are whole when the batch is full are trained on one iteration later (the policy lag is logged), the others
-            are sampled again. 1 leaves none over and is exactly on-policy.
+            are sampled again. 1 leaves none over and is exactly on-policy. `auto` takes as many as the filter's
+            acceptance of the last batches asks for, at most 10.
         max_staleness: How many iterations old the weights may be that sampled a token. 0 is synchronous: sampling and
             training take turns, exactly on-policy. Above 0 the next batches are sampled while the trainer works.
         patience: Stop with an error once this many times `prompts_per_batch` groups were sampled for one batch.
@@ -59,7 +60,7 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts_per_batch: int = 256,
         max_prompt_tokens: int = 1024,
         accuracy_filter: AccuracyFilter = AccuracyFilter(),
-        oversample: float = 1.0,
+        oversample: float | Literal["auto"] = 1.0,
         max_staleness: int = 0,
         patience: int = 20,
         check_answers: bool = True,
@@ -72,7 +73,7 @@ class RolloutDataModule(pl.LightningDataModule):
             )
         for name, value in (
             ("prompts_per_batch", prompts_per_batch),
-            ("oversample", oversample),
+            ("oversample", 1 if oversample == "auto" else oversample),
             ("patience", patience),
         ):
             if value < 1:
@@ -151,7 +152,7 @@ class RolloutDataModule(pl.LightningDataModule):
             max_prompt_tokens=self.max_prompt_tokens,
             oversample=self.oversample,
             patience=self.patience,
-            max_age=max(self.max_staleness, int(self.oversample > 1)),
+            max_age=max(self.max_staleness, int(self.oversample != 1)),
         )
         return TrainingLoader(self.source(self.train), collecting, rank, world)
 

@@ -259,7 +259,7 @@ class PrimeModule(SteppingModule):
         if self.engine_checked or lag > 0 or tokens == 0:
             return
         self.engine_checked = True
-        if gap / tokens > ENGINE_GAP:
+        if gap / tokens > ENGINE_GAP + batch.truncation:
             raise ValueError(
                 "Expected the engine's log-probs of the first batch to be the policy's, got a mean difference of "
                 f"{gap / tokens:.3g} nats a token. The engine's weights, tokenizer, temperature or log-prob mode are "
@@ -341,7 +341,7 @@ class PrimeModule(SteppingModule):
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             adapted = with_adapters(lm, self.adapters.get(role), self.seed)
-            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            return self.devices.place(wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm = load("policy"), load("prm")

@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from prime_lightning import algorithms as alg
@@ -32,17 +31,32 @@ Terms = Callable[[Batch, Tensor], Tensor]
 SKIPS_IN_A_ROW = 5
 
 
-class Gradients:
-    """Gradients as torch keeps them, in `parameter.grad`; a strategy that keeps them otherwise overrides this."""
+class RoleStrategy:
+    """What a strategy does with each model of a `SteppingModule`. This is for whole models on each device."""
 
-    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        """Norm of the gradient of all ranks; called once after the last backward pass of each step."""
-        norm = nn.utils.get_total_norm([p.grad for p in parameters(optimizer) if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def place(self, model: nn.Module) -> nn.Module:
+        """Spread a model that was just loaded over the devices."""
+        return model
 
-    def clip_gradient(self, optimizer: Optimizer, norm: Tensor, limit: float) -> None:
-        """Scale a gradient of this norm down to the limit."""
-        nn.utils.clip_grads_with_norm_(parameters(optimizer), limit, norm)
+    def whole(self, parameter: Tensor) -> Tensor:
+        """A whole weight, or whatever else is spread as weights are; all ranks take part."""
+        return parameter.detach()
+
+    def clipped_step(self, optimizer: LightningOptimizer, limit: float) -> Tensor:
+        """Clip the gradient and step; a gradient that is not finite makes no step. Returns its norm before clipping."""
+        updated = parameters(optimizer.optimizer)
+        norm = self.whole(nn.utils.get_total_norm([p.grad for p in updated if p.grad is not None]))
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(updated, limit, norm)
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+
+def devices(trainer: pl.Trainer | None) -> RoleStrategy:
+    """How a trainer's models are spread over devices."""
+    strategy = trainer.strategy if trainer is not None else None
+    return strategy if isinstance(strategy, RoleStrategy) else RoleStrategy()
 
 
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -67,6 +81,11 @@ class SteppingModule(pl.LightningModule):
         self.seed = seed
         self.skipped_in_a_row: Counter[str] = Counter()
         self.measures = Measures()
+
+    @property
+    def devices(self) -> RoleStrategy:
+        """How the models are spread over devices."""
+        return devices(self._trainer)
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
@@ -165,17 +184,12 @@ class SteppingModule(pl.LightningModule):
 
     def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
-        optimizer, strategy = self.optimizer_of[role], self.trainer.strategy
-        gradients = strategy if isinstance(strategy, Gradients) else Gradients()
-        norm = gradients.gradient_norm(optimizer.optimizer)
-        broken = self.all_reduce(norm.isfinite().logical_not().float(), "sum") > 0
-        self.measures.total(f"{role}/skipped_steps", broken.float())
+        norm = self.devices.clipped_step(self.optimizer_of[role], grad_clip)
+        broken = not norm.isfinite()
+        self.measures.total(f"{role}/skipped_steps", float(broken))
         self.skipped_in_a_row[role] = self.skipped_in_a_row[role] + 1 if broken else 0
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
-            gradients.clip_gradient(optimizer.optimizer, norm, grad_clip)
-            optimizer.step()
-        optimizer.zero_grad()
         if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
             raise FloatingPointError(
                 f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "

@@ -55,14 +55,15 @@ def pieces(folder: Path, **options: Any) -> tuple[tiny.PrimeModule, tiny.Rollout
 
 def strategy(name: str) -> Any:
     """A strategy by its name."""
-    from prime_lightning.parallel import PrimeDDPStrategy
+    from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
 
-    return {"one": lambda: "auto", "ddp": PrimeDDPStrategy}[name]()
+    return {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}[name]()
 
 
 def weights(prime: tiny.PrimeModule) -> dict[str, torch.Tensor]:
     """Whole weights of the trained models."""
-    return {name: p.detach().clone() for name, p in prime.named_parameters() if not name.startswith("reference.")}
+    found = prime.trainer.strategy.lightning_module_state_dict()
+    return {name: prime.devices.whole(p).clone() for name, p in found.items() if not name.startswith("reference.")}
 
 
 def train(folder: Path, name: str) -> None:
@@ -77,7 +78,7 @@ def train(folder: Path, name: str) -> None:
         torch.save({"rows": history.rows, "weights": whole, "draws": told}, folder / f"{name}.pt")
 
 
-SCENES = {"one": train, "ddp": train}
+SCENES = dict.fromkeys(("one", "ddp", "fsdp2"), train)
 
 
 def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
