@@ -158,7 +158,7 @@ GOOD = {"prompt": "^1+1=", "response": "2;#2", "label": 1}
         ([GOOD, GOOD | {"label": None}], "Expected 0 or 1 in `label` of row 1 .* got None"),
         ([{"prompt": "1", "response": "2", "score": 1.5}], r"Expected a number in \[0, 1\], or null, in `score`"),
         ([{"prompt": "1", "responses": ["2", "3"], "labels": [1]}], "one label for each of 2 responses in row 0"),
-        ([GOOD | {"lable": 1}], r"Expected only the columns that are read in .* got also \['lable'\]"),
+        ([GOOD | {"rating": 1}], r"Expected only the columns that are read in .* got also \['rating'\]"),
         ([GOOD, GOOD | {"response": ""}], r"Expected no empty responses .* got 1 of 2 \(rows \[1\].*drop_empty"),
         ([GOOD | {"response": ""}], "Expected no empty responses"),
         ([GOOD], "Expected at least one batch of 16 prompts to train on, got 1"),
