@@ -20,8 +20,9 @@ FLOORS = [
     {"algorithms", "logprobs", "batch", "prompts", "tally", "pretrained", "checkpoint", "verifiers", "engines"},
     {"arithmetic", "eurus", "options", "replay", "loader", "engines.*"},
     {"stepping", "sft", "ahead"},
+    {"panel"},
     {"module", "data", "parallel", "strategy"},
-    {"callbacks"},
+    {"callbacks", "alarms", "progress", "sample_table"},
     {"cli"},
     {"quickstart"},
     {"__main__"},
@@ -38,6 +39,7 @@ DOORS = {
     "lightning": {
         "checkpoint",
         "stepping",
+        "panel",
         "parallel",
         "strategy",
         "sft",
