@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from prime_lightning.alarms import Alarms
 from prime_lightning.callbacks import PrimeProgress
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
@@ -66,6 +67,8 @@ class PrimeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data module samples from, and tokenizes for, the policy."""
         parser.link_arguments("model.policy", "data.model")
+        if issubclass(self._model_class, PrimeModule):  # type: ignore[arg-type]
+            parser.add_lightning_class_args(Alarms, "alarms")
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user wrote: Lightning would overwrite it with the checkpoint's hyper-parameters, silently."""

@@ -60,9 +60,9 @@ class PanelModule(SteppingModule):
         self.measures.update(judge_rewards(reward_BT, batch, self.gather))
         ce_sum, ce_count, hits, pair_count = self.all_reduce(sums, "sum").tolist()
         self.gate.update(ce_sum / max(ce_count, 1), hits / pair_count if pair_count else None)
-        for name, value in self.gate.state_dict().items():
-            if name in ("weight", "ce", "accuracy") and value is not None:
-                self.measures.add(f"gate/{name}", value)
+        for name in ("weight", "ce", "accuracy"):
+            if getattr(self.gate, name) is not None:
+                self.measures.add(f"gate/{name}", getattr(self.gate, name))
 
     def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
         """Measure the PRM on the other side of its update, too; its rewards there are not used."""
