@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from prime_lightning.alarms import Alarms
 from prime_lightning.callbacks import PrimeProgress
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
+from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.sft import LessonDataModule, SFTModule
 
 MEANT_AS_IT_IS = (
@@ -28,6 +30,7 @@ MEANT_AS_IT_IS = (
 )
 TRAINED = {
     "sft": (SFTModule, LessonDataModule, "supervised warm start"),
+    "prm": (PRMModule, LabelledDataModule, "train an implicit PRM on labelled responses"),
 }
 """LightningCLI's `fit` over other modules than PRIME's."""
 
@@ -41,11 +44,13 @@ class PrimeCLI(LightningCLI):
         data: type[pl.LightningDataModule],
         args: Sequence[str],
         *,
+        command: Sequence[str] = (),
         run: bool = True,
     ) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         for message in MEANT_AS_IT_IS:
             warnings.filterwarnings("ignore", message=message)
+        self.command = command or args
         super().__init__(
             model,
             data,
@@ -65,10 +70,15 @@ class PrimeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data module samples from, and tokenizes for, the policy."""
-        parser.link_arguments("model.policy", "data.model")
+        """The data module samples from, and tokenizes for, the policy, or the one model that is trained."""
+        parser.link_arguments(f"model.{getattr(self._model_class, 'policy_role', 'policy')}", "data.model")
         if issubclass(self._model_class, PrimeModule):  # type: ignore[arg-type]
             parser.add_lightning_class_args(Alarms, "alarms")
+
+    def instantiate_classes(self) -> None:
+        """Tell the module what started the run; model cards say it."""
+        super().instantiate_classes()
+        self.model.command = shlex.join(["prime-lightning", *self.command])
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user wrote: Lightning would overwrite it with the checkpoint's hyper-parameters, silently."""
@@ -78,5 +88,5 @@ def lightning(args: list[str]) -> PrimeCLI:
     """Run one of LightningCLI's subcommands, or one of `TRAINED`."""
     if args[0] in TRAINED:
         model, data, _ = TRAINED[args[0]]
-        return PrimeCLI(model, data, ["fit", *args[1:]])
+        return PrimeCLI(model, data, ["fit", *args[1:]], command=args)
     return PrimeCLI(PrimeModule, RolloutDataModule, args)
