@@ -16,10 +16,10 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from prime_lightning.alarms import Alarms
-from prime_lightning.callbacks import PrimeProgress
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
+from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
 
 MEANT_AS_IT_IS = (

@@ -158,6 +158,7 @@ class TrainingLoader:
         self.position = 0
         self.returned: deque[int] = deque()  # draws to sample again before any new one
         self.surplus: list[Group] = []
+        self.tally: Tally | None = None  # of the batch that is being filled, for the progress bar
 
     def __len__(self) -> int:
         """More iterations than any run has, so that a finished run can be resumed for more."""
@@ -169,14 +170,15 @@ class TrainingLoader:
 
     def collect(self) -> Batch:
         """Sample rounds of prompts until the batch is full."""
-        options, tally = self.options, Tally()
+        options, tally = self.options, Tally(self.options.groups)
+        self.tally = tally
         accepted = self._fresh(self.surplus, tally)
         self.surplus = []
         while len(accepted) < options.groups:
             missing = options.groups - len(accepted)
             accepted += self._round(self.take(math.ceil(missing * options.oversample), tally), missing, tally)
             self._watch(tally, len(accepted))
-        self.surplus = accepted[options.groups :] + self.surplus
+        self.surplus, self.tally = accepted[options.groups :] + self.surplus, None
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
         if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
             warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
@@ -286,6 +288,7 @@ class EvaluationLoader:
     ) -> None:
         self.source, self.sampling, self.chunk = source, sampling, chunk
         self.draws = range(rank, count, world)
+        self.tally: Tally | None = None
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -295,9 +298,11 @@ class EvaluationLoader:
         for start in range(0, len(self.draws), self.chunk):
             draws = self.draws[start : start + self.chunk]
             prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-            tally = Tally()
+            tally = self.tally = Tally(len(draws))
+            groups = []
             with self.source.lock:
-                groups = list(Round(self.source, prompts, self.sampling, tally))
-            for group in groups:
-                tally.add(group, None)
+                for group in Round(self.source, prompts, self.sampling, tally):
+                    tally.add(group, None)
+                    groups.append(group)
+            self.tally = None
             yield Batch.of_groups(groups, metrics=tally.measures())

@@ -14,6 +14,9 @@ from prime_lightning.rollout import Group
 class Tally:
     """Adds groups up and gives metrics with slashed names.
 
+    Args:
+        wanted: Accepted groups that are needed, for the progress bar.
+
     Example:
         >>> tally = Tally()
         >>> tally.add([], "few_valid")
@@ -21,7 +24,8 @@ class Tally:
         1.0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: int = 0) -> None:
+        self.wanted, self.doing = wanted, ""
         self.metrics: Counter[str] = Counter()
         self.groups = self.accepted = self.responses = self.known = self.tokens = self.truncated = 0
         self.score = 0.0
@@ -31,7 +35,7 @@ class Tally:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the wall time of a block to a phase."""
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), phase
         yield
         self._seconds[phase] += time.perf_counter() - start  # type: ignore[assignment]
 

@@ -39,7 +39,7 @@ SERIES = {
     "prm_collapse": ({"prm/ce": late(0.65, 0.9)}, {"prm/ce": [math.log(2)] * 20 + line(0.69, 0.6, 20)}),
     "length_drift": ({"rollout/length": line(900, 2500)}, {"rollout/length": line(900, 1400)}),
     "stale_weights": ({"importance/abs_diff": late(0.01, 0.3)}, {"importance/abs_diff": [0.02] * 40}),
-    "entropy_collapse": ({"policy/entropy": line(0.5, 0.001)}, {"policy/entropy": line(0.5, 0.15)}),
+    "entropy_collapse": ({"policy/entropy": late(0.5, 0.01)}, {"policy/entropy": line(0.5, 0.15)}),
     "clip_fraction": (
         {"policy/clip_fraction": late(0.01, 0.4)},
         {"policy/clip_fraction": [0.05, 0.3, 0.05, 0.02] * 10},

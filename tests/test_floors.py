@@ -46,7 +46,7 @@ DOORS = {
     "evaluate": {"benchmark"},
     "peft": {"lora"},
     "matplotlib": {"quickstart"},
-    "rich": {"callbacks", "verifiers.*"},
+    "rich": {"progress", "verifiers.*"},
     "datasets": {"prompts"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
