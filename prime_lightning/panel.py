@@ -47,7 +47,7 @@ class PanelModule(SteppingModule):
         if self.engine_checked or lag > 0 or tokens == 0:
             return
         self.engine_checked = True
-        if gap / tokens > ENGINE_GAP:
+        if gap / tokens > ENGINE_GAP + batch.truncation:
             raise ValueError(
                 "Expected the engine's log-probs of the first batch to be the policy's, got a mean difference of "
                 f"{gap / tokens:.3g} nats a token. The engine's weights, tokenizer, temperature or log-prob mode are "

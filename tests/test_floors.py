@@ -31,13 +31,14 @@ FLOORS = [
         "prm.selection",
         "prm.first_error",
     },
-    {"arithmetic", "eurus", "options", "replay", "loader", "engines.*", "prm.facts", "prm.responses"},
-    {"stepping", "sft", "ahead", "lora", "prm.implicit", "prm.folder"},
+    {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
+    | {"prm.facts", "prm.responses"},
+    {"stepping", "ahead", "lora", "plan.shape"} | {"prm.implicit", "prm.folder"},
     {"panel"},
-    {"module", "data", "parallel", "strategy", "prm", "prm.train", "prm.credit"},
-    {"callbacks", "alarms", "progress", "sample_table"},
-    {"cli", "prm.score"},
-    {"quickstart", "prm.export", "prm.rerank", "prm.processbench"},
+    {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
+    {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"} | {"prm.train"},
+    {"cli", "plan"} | {"prm.score"},
+    {"quickstart", "plan.command"} | {"prm.export", "prm.rerank", "prm.processbench"},
     {"__main__"},
 ]
 DOORS = {
@@ -64,6 +65,7 @@ DOORS = {
         "alarms",
         "progress",
         "sample_table",
+        "watch",
         "cli",
         "__main__",
     },
