@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_lightning import algorithms as alg
@@ -80,6 +80,7 @@ def test_a_healthy_quickstart_rings_none():
     assert feed(Alarms(), QUICKSTART) == {}
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 40), st.sampled_from(sorted(MEANINGS)))
 def test_a_resumed_run_rings_at_the_same_iteration(cut, name):
     whole = feed(Alarms(), SERIES[name][0])

@@ -30,6 +30,7 @@ def mask_of(rows):
     return ragged([[True] * len(row) for row in rows], torch.bool)
 
 
+@settings(deadline=None, max_examples=50)
 @given(triples)
 def test_correlation_is_pearsons(rows):
     x_B, y_B, valid_B = columns(rows, torch.float32, torch.float32, torch.bool)
@@ -51,6 +52,7 @@ def test_a_constant_has_no_correlation():
         assert math.isnan(alg.correlation(x_B, torch.tensor([0.0, 1.0, 0.0]), everything))
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_last_token_share_is_plain_counting(rows):
     reward_BT, mask_BT = (
@@ -62,6 +64,7 @@ def test_last_token_share_is_plain_counting(rows):
     assert float(total) == pytest.approx(sum(map(sum, kept)), rel=1e-5)
 
 
+@settings(deadline=None, max_examples=50)
 @given(texts, st.integers(1, 5))
 def test_repetition_counts_ngrams_that_came_before(rows, n):
     repeated = total = 0
@@ -79,7 +82,7 @@ def test_repetition_skips_ngrams_with_a_token_outside_the_mask():
         alg.repetition(tokens_BT, mask_BT, 0)
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.floats(0, 3))
 def test_advantage_share_is_what_the_process_reward_adds(seed, weight):
     generator = torch.Generator().manual_seed(seed)
