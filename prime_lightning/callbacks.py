@@ -1,10 +1,8 @@
-"""What happens between iterations: weights to the engine, rollouts to disk, models to folders, progress."""
+"""What happens between iterations: weights to the engine, rollouts to disk, models to folders."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from prime_lightning.batch import Batch
@@ -175,72 +172,3 @@ class HuggingFaceExport(Callback):
         if not self.adapters:
             return merged_parameters(model, whole)
         return ((name, whole(weight)) for name, weight in model.state_dict(keep_vars=True).items())
-
-
-class PrimeProgress(ProgressBar):
-    """A bar with accuracy, PRM accuracy, tokens per second and time left; plain lines where there is no terminal."""
-
-    shown: tuple[str, ...] = ("rollout/accuracy", "val/pass1", "prm/accuracy", "loss", "rollout/tokens_per_second")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: Progress | None = None
-        self._started = 0.0
-        self._first = 0
-
-    def disable(self) -> None:
-        """Show nothing (ranks above 0)."""
-        self.shown = ()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar."""
-        self._started, self._first = time.monotonic(), trainer.global_step
-        if trainer.is_global_zero and sys.stderr.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
-            self._bar.start()
-            self._task = self._bar.add_task(
-                "iteration", total=_total(trainer), completed=trainer.global_step, numbers=""
-            )
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Move the bar, or print a line."""
-        if not trainer.is_global_zero or not self.shown:
-            return
-        numbers = "  ".join(self._numbers(trainer.callback_metrics))
-        done, total = trainer.global_step, _total(trainer)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, numbers=numbers)
-        elif done % max(1, total // 50) == 0 or done == total:
-            pace = (time.monotonic() - self._started) / max(done - self._first, 1)
-            print(
-                f"iteration {done}/{total}  {numbers}  {pace:.2f} s each, {pace * (total - done):.0f} s left",
-                flush=True,
-            )
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
-        self._close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
-        self._close()
-
-    def _numbers(self, metrics: Mapping[str, Tensor]) -> Iterator[str]:
-        for name in self.shown:
-            if name in metrics:
-                yield f"{name} {float(metrics[name]):.4g}"
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _total(trainer: pl.Trainer) -> int:
-    """Steps of the run."""
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 1
-    limits = batches * epochs, trainer.max_steps  # -1 is no limit, of epochs and of steps
-    return int(min((limit for limit in limits if 0 < limit < float("inf")), default=0))

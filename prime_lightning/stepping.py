@@ -81,6 +81,7 @@ class SteppingModule(pl.LightningModule):
         self.seed = seed
         self.skipped_in_a_row: Counter[str] = Counter()
         self.measures = Measures()
+        self.doing = ""  # the phase that is timed now, for the progress bar
 
     @property
     def devices(self) -> RoleStrategy:
@@ -110,8 +111,9 @@ class SteppingModule(pl.LightningModule):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to the metric `time/<phase>`."""
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), phase
         yield
+        self.doing = ""
         self.measures.total(f"time/{phase}", time.perf_counter() - start)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
