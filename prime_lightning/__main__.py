@@ -17,6 +17,8 @@ from prime_lightning.verifiers import SandboxLeaks
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
+    "evaluate": ("prime_lightning.evaluation.command", "benchmarks of a model, or of given completions"),
+    "data": ("prime_lightning.evaluation.contamination", "`check`: training prompts that stand in a benchmark"),
     "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
 }
 """Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""
