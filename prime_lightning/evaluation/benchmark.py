@@ -108,7 +108,7 @@ def load_benchmark(name: str) -> Benchmark:
         parsed = parser.parse_object({"benchmark": {"name": path.stem, **yaml.safe_load(path.read_text())}})
     except (ArgumentError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"Expected a benchmark in {str(path)!r}: {error}") from error
-    made: Benchmark = parser.instantiate_classes(parsed).benchmark
+    made: Benchmark = parser.instantiate(parsed).benchmark
     return made
 
 

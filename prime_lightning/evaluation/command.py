@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command; 0, whatever the results."""
     made = parser()
     parsed = made.parse_args(args)
-    options = made.instantiate_classes(parsed)
+    options = made.instantiate(parsed)
     if options.data is not None and len(options.benchmark) > 1:
         raise ValueError(f"Expected one benchmark with --data, got {options.benchmark}.")
     if options.completions is not None and len(options.benchmark) > 1:
@@ -110,7 +110,8 @@ class Evaluation:
         if self.given:
             return {**own, "completions": file_digest(self.options.completions)}
         how = {"template": self.options.template, "chat": self.options.chat, "sampling": asdict(self.sampling)}
-        return {**own, **how, "engine": type(self.options.engine).__name__}
+        engine = type(self.options.engine)
+        return {**own, **how, "engine": f"{engine.__module__}.{engine.__qualname__}"}
 
     def run(self, source: RolloutSource | None, verifiers: Verifiers) -> None:
         """Sample and grade what is missing, then write the numbers of all of it.

@@ -117,7 +117,7 @@ def table(results: dict[str, Any]) -> str:
     for row in results["benchmarks"].values():
         metrics = row["metrics"]
         cut, length = _percent(metrics["truncated"]), "" if metrics["length"] is None else f"{metrics['length']:.0f}"
-        for name in metrics.keys() - {"truncated", "length", "unknown"}:
+        for name in [name for name in metrics if name not in ("truncated", "length", "unknown")]:
             interval = " to ".join(map(_percent, row["interval"][name]))
             cells = [row["title"], f"{row['problems']} x {row['samples']}", name, _percent(metrics[name]), interval]
             lines.append(f"| {' | '.join(cells)} | {cut} | {length} | {metrics['unknown']:.0f} |")

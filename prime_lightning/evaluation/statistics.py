@@ -99,7 +99,7 @@ def wilson(mean: float, error: float, problems: int, samples: int = 1) -> tuple[
         return math.nan, math.nan
     spread = mean * (1 - mean)
     known = error > 0 and spread > 0
-    n = min(max(spread / error**2, problems), problems * samples) if known else float(problems)
+    n = min(max(spread / error / error, problems), problems * samples) if known else float(problems)
     centre = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(spread / n + Z95**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
