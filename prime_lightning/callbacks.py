@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from prime_lightning.batch import Batch
-from prime_lightning.logprobs import causal_lm
+from prime_lightning.lora import merged_parameters, save_merged
+from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
+from prime_lightning.prm.folder import describe
 
 
 class WeightSync(Callback):
@@ -48,9 +51,8 @@ class WeightSync(Callback):
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights by their Hugging Face names, tied ones once."""
-    for name, parameter in causal_lm(module.policy.model).named_parameters():
-        yield name, parameter.detach()
+    """The policy's weights by their Hugging Face names, tied ones once, adapters merged."""
+    return merged_parameters(module.policy.model)
 
 
 class RolloutLog(Callback):
@@ -122,22 +124,34 @@ def _iteration(line: str) -> float:
 
 
 class HuggingFaceExport(Callback):
-    """Writes trained models as Hugging Face folders when training ends.
+    """Writes trained models as Hugging Face folders when training ends, with model cards, and the PRM's JSON file.
 
     Args:
         folder: Each role becomes a folder in it.
         roles: Which models: `policy`, `prm`.
+        adapters: Write the adapters of a LoRA model alone; false merges them into a model that needs no `peft`.
     """
 
-    def __init__(self, folder: str, roles: list[str] | None = None) -> None:
+    def __init__(self, folder: str, roles: list[str] | None = None, adapters: bool = False) -> None:
         self.folder, self.roles = Path(folder), roles or ["policy"]
+        self.write = save if adapters else save_merged
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if there are models already, which will be replaced."""
+        there = [str(self.folder / role) for role in self.roles if (self.folder / role).exists()]
+        if there and trainer.is_global_zero:
+            warnings.warn(f"When training ends, new models will replace those in {', '.join(there)}.", stacklevel=2)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write them; weights are those of the last iteration."""
+        facts = run_facts(pl_module)
+        latest = self.folder / "policy" if "policy" in self.roles else None  # what the PRM was last compared with
         for role in self.roles:
             model = getattr(pl_module, role)
             if trainer.is_global_zero and model is not None:
-                save(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+                self.write(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+                reference = facts["names"].get("reference") or latest
+                describe(self.folder / role, role, facts, None if reference is None else str(reference))
 
 
 class PrimeProgress(ProgressBar):

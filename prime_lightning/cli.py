@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from prime_lightning.callbacks import PrimeProgress
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
+from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.sft import LessonDataModule, SFTModule
 
 MEANT_AS_IT_IS = (
@@ -27,6 +29,7 @@ MEANT_AS_IT_IS = (
 )
 TRAINED = {
     "sft": (SFTModule, LessonDataModule, "supervised warm start"),
+    "prm": (PRMModule, LabelledDataModule, "train an implicit PRM on labelled responses"),
 }
 """LightningCLI's `fit` over other modules than PRIME's."""
 
@@ -40,11 +43,13 @@ class PrimeCLI(LightningCLI):
         data: type[pl.LightningDataModule],
         args: Sequence[str],
         *,
+        command: Sequence[str] = (),
         run: bool = True,
     ) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         for message in MEANT_AS_IT_IS:
             warnings.filterwarnings("ignore", message=message)
+        self.command = command or args
         super().__init__(
             model,
             data,
@@ -64,8 +69,13 @@ class PrimeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data module samples from, and tokenizes for, the policy."""
-        parser.link_arguments("model.policy", "data.model")
+        """The data module samples from, and tokenizes for, the policy, or the one model that is trained."""
+        parser.link_arguments(f"model.{getattr(self._model_class, 'policy_role', 'policy')}", "data.model")
+
+    def instantiate_classes(self) -> None:
+        """Tell the module what started the run; model cards say it."""
+        super().instantiate_classes()
+        self.model.command = shlex.join(["prime-lightning", *self.command])
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user wrote: Lightning would overwrite it with the checkpoint's hyper-parameters, silently."""
@@ -75,5 +85,5 @@ def lightning(args: list[str]) -> PrimeCLI:
     """Run one of LightningCLI's subcommands, or one of `TRAINED`."""
     if args[0] in TRAINED:
         model, data, _ = TRAINED[args[0]]
-        return PrimeCLI(model, data, ["fit", *args[1:]])
+        return PrimeCLI(model, data, ["fit", *args[1:]], command=args)
     return PrimeCLI(PrimeModule, RolloutDataModule, args)

@@ -20,8 +20,10 @@ from torchmetrics import MeanMetric
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.logprobs import ScoringLM, ValueLM
-from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.lora import WithoutAdapters, with_adapters
+from prime_lightning.measures import import_path
+from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
+from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
 from prime_lightning.replay import Replay
 from prime_lightning.stepping import SteppingModule
 
@@ -39,6 +41,9 @@ class PrimeModule(SteppingModule):
             the rollouts, which saves a model (paper, appendix B.1).
         critic: The same for a critic, which `prime_lightning.algorithms.gae` needs; null for none.
         loading: How models are loaded.
+        policy_lora: Train low-rank adapters on the policy instead of its weights; null trains all of them. A
+            `reference` of the policy's name is then the policy without its adapters, which takes no memory.
+        prm_lora: The same for the PRM.
         process_reward: The implicit process reward.
         gate: When the process reward counts.
         prm_loss: What trains the PRM, see `algorithms.prm_loss`.
@@ -65,6 +70,8 @@ class PrimeModule(SteppingModule):
         reference: str | None = None,
         critic: str | None = None,
         loading: Loading = Loading(),
+        policy_lora: Lora | None = None,
+        prm_lora: Lora | None = None,
         process_reward: ProcessReward = ProcessReward(),
         gate: alg.ProcessGate | None = None,
         prm_loss: Callable[..., Any] = alg.ce,
@@ -84,7 +91,8 @@ class PrimeModule(SteppingModule):
         if policy_loss.kl != "none" and reference is None:
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
-        self.loading, self.reward, self.gate = loading, process_reward, gate or alg.ProcessGate()
+        self.loading, self.adapters = loading, {"policy": policy_lora, "prm": prm_lora}
+        self.reward, self.gate = process_reward, gate or alg.ProcessGate()
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
@@ -140,21 +148,7 @@ class PrimeModule(SteppingModule):
         past = self.replay.draw(self.generator("replay"), self.device)
         self.replay.add(batch, reference_BT)
         for data, reference in [(batch, reference_BT), *past]:
-            labels = data.outcome_B, data.group_B, data.valid_B
-
-            def terms(micro: Batch, rows: Tensor, data: Batch = data, reference: Tensor = reference) -> Tensor:
-                prm_bt, _ = self.logprobs(self.prm, micro)
-                reference_bt = reference[rows, : prm_bt.shape[1]]
-                reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=self.reward.beta)
-                total, count = self.prm_loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
-                self.measures.add("prm/loss", total, count)
-                return total
-
-            def count(rows: Tensor, labels: tuple[Tensor, ...] = labels) -> Tensor:
-                return self.prm_loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]
-
-            whole = getattr(self.prm_loss, "whole_groups", True)
-            self.optimise("prm", data, terms, count, whole_groups=whole)
+            self.optimise_prm(data, reference, self.prm_loss, self.reward.beta)
 
     def credit(
         self,
@@ -346,22 +340,19 @@ class PrimeModule(SteppingModule):
             lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
-            return wrap(lm, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            adapted = with_adapters(lm, self.adapters.get(role), self.seed)
+            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
-        self.policy, self.prm, self.reference = load("policy"), load("prm"), load("reference")
+        self.policy, self.prm = load("policy"), load("prm")
+        below = self.adapters["policy"] is not None and self.names["reference"] == self.names["policy"]
+        self.reference = WithoutAdapters(self.policy) if below else load("reference")
         self.critic = load("critic", ValueLM)
         if self.reference is not None:
             self.reference.requires_grad_(False)
         for role, name in self.names.items():
-            if (
-                name not in (None, self.names["policy"])
-                and load_tokenizer(name).get_vocab() != self.tokenizer.get_vocab()
-            ):
-                raise ValueError(
-                    f"Expected the {role} to have the policy's tokenizer, since they score the same tokens; got "
-                    f"{name!r} and {self.names['policy']!r} with different vocabularies."
-                )
+            if name is not None:
+                check_same_vocabulary(role, name, "policy", str(self.names["policy"]))
 
     def configure_optimizers(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """One optimizer a trained model, in the order of `ROLES`."""
@@ -373,6 +364,17 @@ class PrimeModule(SteppingModule):
             schedule = {"scheduler": self.schedule(optimizer), "name": f"lr/{role}"} if self.schedule else None
             made.append({"optimizer": optimizer} | ({"lr_scheduler": schedule} if schedule else {}))
         return made
+
+    def facts(self) -> dict[str, Any]:
+        """What the models' cards and the PRM's JSON file say."""
+        return {
+            "names": self.names,
+            "beta": self.reward.beta,
+            "granularity": self.reward.granularity,
+            "step_separator": self.reward.step_separator,
+            "normalise": self.reward.normalise,
+            "prm_loss": import_path(self.prm_loss),
+        }
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""

@@ -26,6 +26,24 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters instead of all weights (LoRA, arXiv 2106.09685): `W + (alpha / rank) B A`."""
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """Scale of the adapters, divided by the rank."""
+    rslora: bool = False
+    """Divide by the root of the rank instead (arXiv 2312.03732)."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get adapters, a pattern, or `all-linear`: every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"Expected a LoRA `rank` of at least 1, got {self.rank}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProcessReward:
     """The implicit process reward."""
 

@@ -48,6 +48,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_same_vocabulary(role: str, name: str, other_role: str, other_name: str) -> None:
+    """Refuse two models that would read the same tokens differently.
+
+    Raises:
+        ValueError: if their tokenizers have different vocabularies.
+    """
+    if name != other_name and load_tokenizer(name).get_vocab() != load_tokenizer(other_name).get_vocab():
+        raise ValueError(
+            f"Expected the {role} to have the {other_role}'s tokenizer, since they score the same tokens; got "
+            f"{name!r} and {other_name!r} with different vocabularies."
+        )
+
+
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a model and its tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder)  # type: ignore[operator]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 
 from prime_lightning.batch import pad
 from prime_lightning.logprobs import ScoringLM
+from prime_lightning.measures import run_facts
 from prime_lightning.options import Loading
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.prompts import Template, check_filled, load_rows, permutation
@@ -76,10 +77,26 @@ class DatasetLessons:
         return {**row, "response": row[self.response_field]}
 
 
+class Feed(Protocol):
+    """What a `LessonLoader` asks of a data module."""
+
+    seed: int
+    batch_size: int
+
+    @property
+    def lessons(self) -> Any:
+        """Anything with a length and places."""
+        ...
+
+    def collate(self, rows: list[Any]) -> Any:
+        """Some of the lessons as one batch."""
+        ...
+
+
 class LessonLoader:
     """Batches in a seeded order of each epoch; its position is saved and restored."""
 
-    def __init__(self, options: LessonDataModule, rank: int, world: int) -> None:
+    def __init__(self, options: Feed, rank: int, world: int) -> None:
         self.options, self.rank, self.world = options, rank, world
         self.position = 0  # batches taken in all epochs
 
@@ -87,7 +104,7 @@ class LessonLoader:
         """Batches of an epoch."""
         return len(self.options.lessons) // self.options.batch_size
 
-    def __iter__(self) -> Iterator[Lesson]:
+    def __iter__(self) -> Iterator[Any]:
         size, lessons = self.options.batch_size, self.options.lessons
         for _ in range(len(self) - self.position % len(self)):
             epoch, place = divmod(self.position, len(self))
@@ -170,6 +187,17 @@ class SFTModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.name, self.loading, self.optimizer, self.warmup = policy, loading, optimizer, warmup
+
+    command = ""
+    """What started the run, for the model's card."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the model's card says."""
+        return {"names": {"policy": self.name}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in what a reader of the model has to know."""
+        checkpoint["prime"] = {"facts": run_facts(self)}
 
     def configure_model(self) -> None:
         """Load the model, once."""

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
-from prime_lightning.measures import Measures
+from prime_lightning.measures import Measures, run_facts
 from prime_lightning.options import Update
 
 Terms = Callable[[Batch, Tensor], Tensor]
@@ -56,6 +57,8 @@ class SteppingModule(pl.LightningModule):
     """Roles that have an optimizer, in the order of `configure_optimizers`."""
     updates: dict[str, Update]
     """How each role is updated."""
+    command = ""
+    """What started the run, for the cards of its models."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -143,6 +146,23 @@ class SteppingModule(pl.LightningModule):
                     self.manual_backward(loss * (self.trainer.world_size / total))
                 self.step(role, update.grad_clip)
 
+    def optimise_prm(self, batch: Batch, reference_BT: Tensor, loss: Callable[..., Any], beta: float) -> None:
+        """Train `self.prm` on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3."""
+        labels = batch.outcome_B, batch.group_B, batch.valid_B
+
+        def terms(micro: Batch, rows: Tensor) -> Tensor:
+            prm_bt, _ = self.logprobs(self.prm, micro)  # type: ignore[arg-type]
+            reference_bt = reference_BT[rows, : prm_bt.shape[1]]
+            reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=beta)
+            total, count = loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
+            self.measures.add("prm/loss", total, count)
+            return total  # type: ignore[no-any-return]
+
+        def count(rows: Tensor) -> Tensor:
+            return loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]  # type: ignore
+
+        self.optimise("prm", batch, terms, count, whole_groups=getattr(loss, "whole_groups", True))
+
     def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
         optimizer, strategy = self.optimizer_of[role], self.trainer.strategy
@@ -188,6 +208,10 @@ class SteppingModule(pl.LightningModule):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what `extra_state` gave."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the trained models has to know: `names` of the models they start from, and options."""
+        return {}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen reference out, and put the extra state and torch's generator in."""
         weights = checkpoint["state_dict"]
@@ -196,6 +220,7 @@ class SteppingModule(pl.LightningModule):
             **self.extra_state(),
             "skipped_in_a_row": dict(self.skipped_in_a_row),
             "torch_rng": torch.get_rng_state(),
+            "facts": run_facts(self),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

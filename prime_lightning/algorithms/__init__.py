@@ -34,6 +34,8 @@ from prime_lightning.algorithms.prm_loss import (
     dpo_bon_accuracy,
     dpo_bon_reward,
     dpo_detached,
+    kto,
+    nca,
     per_response,
 )
 from prime_lightning.algorithms.reward import ProcessGate, normalise, process_reward, to_granularity
@@ -60,9 +62,11 @@ __all__ = [
     "grpo",
     "importance_weight",
     "kl",
+    "kto",
     "masked_mean",
     "masked_sum",
     "masked_var",
+    "nca",
     "normalise",
     "pairwise_accuracy",
     "per_response",

@@ -186,16 +186,105 @@ def dpo_bon_accuracy(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid
     return (terms_B * _best_of_n(outcome_B, group_B, valid_B)).sum(), valid_B.sum()
 
 
+def kto(
+    reward_B: Tensor,
+    outcome_B: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    *,
+    desirable: float = 1.0,
+    undesirable: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Kahneman-Tversky optimisation: `sum_i lambda_i (1 - sigmoid(s_i (r_i - z_i)))`, the paper's up to a constant.
+
+    KTO, arXiv 2402.01306, one of the objectives of ImplicitPRM, arXiv 2412.01981. `s_i` is +1 where the
+    outcome is above 0 and -1 where it is 0. The paper's reference point is one KL estimate a batch, from prompts with
+    the responses of other prompts, which costs a second forward. Here it is what the authors' code takes where both
+    kinds are at hand: `z_i = max(0, mean_j r_j)` over the opponents of i as in `dpo_detached`, without gradient, and
+    0 where there are none. Terms are bounded, so a mislabelled response pulls less than in `ce`.
+
+    Args:
+        reward_B: `[B]` sequence rewards.
+        outcome_B: `[B]` outcome rewards, 0 = wrong.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool; invalid members are nobody's opponents.
+        desirable: Weight of right responses; the paper balances the classes with it.
+        undesirable: Weight of wrong ones.
+
+    Returns:
+        `[]` sum (no unit) and `[]` number of valid responses.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> kto(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # 2 sigmoid(0)
+        (tensor(1.), tensor(2))
+    """
+    reward_B, opponent_B, sign_B = _opposed(reward_B, outcome_B, group_B, valid_B)
+    weight_B = torch.where(sign_B > 0, desirable, undesirable)
+    terms_B = weight_B * torch.sigmoid(-sign_B * (reward_B - opponent_B.clamp(min=0)))
+    return torch.where(valid_B, terms_B, 0.0).sum(), valid_B.sum()
+
+
+def nca(
+    reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor, *, alpha: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Noise contrastive alignment: `-sum_i [w_i log sigmoid(r_i) + (1/K) log sigmoid(-r_i)]`, once a prompt.
+
+    NCA, arXiv 2402.05369, one of the objectives of ImplicitPRM, arXiv 2412.01981. `w` is the softmax of
+    `outcome / alpha` over the K valid responses of the prompt, so with the default the right ones share a weight of
+    1. With one right and one wrong response it is `-log sigmoid(r_+) - log sigmoid(-r_+) / 2 - log sigmoid(-r_-) / 2`.
+    A prompt whose outcomes are all equal pulls its rewards to 0.
+
+    Args:
+        reward_B: `[B]` sequence rewards.
+        outcome_B: `[B]` outcome rewards.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool.
+        alpha: Temperature of the outcomes, positive.
+
+    Returns:
+        `[]` sum in nats and `[]` number of prompts with a valid response.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+        ValueError: If alpha is not positive.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> nca(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # 2 log 2
+        (tensor(1.3863), tensor(1))
+    """
+    if not alpha > 0:
+        raise ValueError(f"Expected `alpha` positive, got {alpha}.")
+    reward_B = torch.where(valid_B, reward_B.float(), 0.0)
+    logit_B = torch.where(valid_B, outcome_B.float(), 0.0) / alpha
+    together_BB = same_group(group_B, valid_B)
+    total_B = torch.where(together_BB, logit_B[None, :], -torch.inf).logsumexp(1)
+    count_B = together_BB.sum(1).clamp(min=1)
+    terms_B = -((logit_B - total_B).exp() * logsigmoid(reward_B) + logsigmoid(-reward_B) / count_B)
+    return torch.where(valid_B, terms_B, 0.0).sum(), valid_B.new_tensor(
+        group_B[valid_B].unique().numel(), dtype=torch.long
+    )
+
+
 def _detached_terms(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
     """`[B]` terms of `dpo_detached`, 0 where invalid."""
+    reward_B, opponent_B, sign_B = _opposed(reward_B, outcome_B, group_B, valid_B)
+    return torch.where(valid_B, -logsigmoid((reward_B - opponent_B) * sign_B), 0.0)
+
+
+def _opposed(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B]` rewards (0 where invalid), detached means of their opponents, and +1 for right or -1 for wrong."""
     reward_B = torch.where(valid_B, reward_B.float(), 0.0)
     right_B = outcome_B > 0
     own_B1, other_1B = outcome_B[:, None], outcome_B[None, :]
     opposed_BB = torch.where(right_B[:, None], other_1B < own_B1, other_1B > own_B1) & same_group(group_B, valid_B)
     # A masked sum and not a matrix product, which TF32 or autocast would round to ten bits or fewer.
     opponent_B = torch.where(opposed_BB, reward_B.detach()[None, :], 0.0).sum(1) / opposed_BB.sum(1).clamp(min=1)
-    terms_B = -logsigmoid((reward_B - opponent_B) * torch.where(right_B, 1.0, -1.0))
-    return torch.where(valid_B, terms_B, 0.0)
+    return reward_B, opponent_B, torch.where(right_B, 1.0, -1.0)
 
 
 def _best_of_n(score_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(prog="prime-lightning evaluate", description=__doc__)
     made.add_argument("--model", type=str, required=True, help="Hugging Face folder or id")
     made.add_argument("--benchmark", nargs="+", type=str, required=True, help=f"YAML files, or {benchmark_names()}")
-    made.add_argument("--engine", type=Engine, default={"class_path": HF_ENGINE}, help="What samples: an import path.")
+    made.add_argument("--engine", type=Engine | None, default={"class_path": HF_ENGINE}, help="What samples: an import path.")
     made.add_argument("--data", type=str, help="Local file with the rows of the (one) benchmark.")
     made.add_argument("--completions", type=str, help="Grade this jsonl file (`id`, `completion`); nothing is sampled.")
     made.add_argument("--out", type=str, help="Folder of the results; by default runs/evaluate/<model>.")

@@ -17,11 +17,14 @@ from prime_lightning.algorithms import (
     dpo_bon_accuracy,
     dpo_bon_reward,
     dpo_detached,
+    kto,
+    nca,
     pairwise_accuracy,
 )
 
 seeds = pytest.mark.parametrize("seed", range(8))
-LOSSES = [ce, dpo, dpo_detached, dpo_bon_reward, dpo_bon_accuracy]
+LOSSES = [ce, dpo, dpo_detached, dpo_bon_reward, dpo_bon_accuracy, kto, nca]
+DETACHED = [dpo_detached, dpo_bon_reward, dpo_bon_accuracy]
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
@@ -81,7 +84,7 @@ def test_dpo_is_over_all_ordered_pairs(seed):
 
 
 @seeds
-@pytest.mark.parametrize("loss", LOSSES[2:])
+@pytest.mark.parametrize("loss", DETACHED)
 def test_detached_losses_follow_the_recipe(seed, loss):
     c = batch(seed)
     total = 0.0
@@ -96,6 +99,50 @@ def test_detached_losses_follow_the_recipe(seed, loss):
     mine, count = call(loss, c)
     assert_close(mine, torch.tensor(total))
     assert int(count) == len(known(c))
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@seeds
+def test_kto_is_one_minus_the_value_of_each_response(seed):
+    c = batch(seed)
+    total = 0.0
+    for i in known(c):
+        own, label, fellows = float(c.reward_B[i]), float(c.outcome_B[i]), members(c, i)
+        against = [j for j in fellows if (c.outcome_B[j] < label if label > 0 else c.outcome_B[j] > label)]
+        point = max(0.0, sum(float(c.reward_B[j]) for j in against) / len(against)) if against else 0.0
+        total += 1.5 * (1 - sigmoid(own - point)) if label > 0 else 0.5 * (1 - sigmoid(point - own))
+    mine, count = kto(c.reward_B, c.outcome_B, c.group_B, c.valid_B, desirable=1.5, undesirable=0.5)
+    assert_close(mine, torch.tensor(total))
+    assert int(count) == len(known(c))
+
+
+@seeds
+def test_nca_weighs_the_responses_of_a_prompt(seed):
+    c = batch(seed)
+    total, prompts = 0.0, {int(c.group_B[i]) for i in known(c)}
+    for prompt in prompts:
+        rows = [i for i in known(c) if c.group_B[i] == prompt]
+        powers = [math.exp(float(c.outcome_B[i]) / 0.3) for i in rows]
+        for i, power in zip(rows, powers, strict=True):
+            r = float(c.reward_B[i])
+            total += power / sum(powers) * softplus(-r) + softplus(r) / len(rows)
+    mine, count = nca(c.reward_B, c.outcome_B, c.group_B, c.valid_B, alpha=0.3)
+    assert_close(mine, torch.tensor(total))
+    assert int(count) == len(prompts)
+
+
+def test_nca_of_a_pair_is_the_form_for_pairs():
+    reward_B, both = torch.tensor([0.3, -1.2]), torch.ones(2).bool()
+    total, _ = nca(reward_B, torch.tensor([1.0, 0.0]), torch.zeros(2), both)
+    assert_close(total, torch.tensor(softplus(-0.3) + 0.5 * softplus(0.3) + 0.5 * softplus(-1.2)))
+    even = torch.zeros(2, requires_grad=True)
+    level, _ = nca(even, torch.zeros(2), torch.zeros(2), both)
+    assert_close(torch.autograd.grad(level, even)[0], torch.zeros(2))  # all wrong: rewards of 0 are the least
+    with pytest.raises(ValueError, match="Expected `alpha` positive, got 0"):
+        nca(reward_B, torch.zeros(2), torch.zeros(2), both, alpha=0)
 
 
 def test_detached_opponents_get_no_gradient():
@@ -146,7 +193,7 @@ def test_huge_rewards_stay_finite(loss, size):
     reward_B = torch.tensor([-size, size], requires_grad=True)
     total, _ = loss(reward_B, torch.tensor([1.0, 0.0]), torch.zeros(2), torch.ones(2).bool())
     assert total.isfinite()
-    assert total >= size
+    assert total >= (2.0 if loss is kto else size)  # KTO is bounded by its weights
     assert torch.autograd.grad(total, reward_B)[0].isfinite().all()
 
 

@@ -135,7 +135,9 @@ def test_a_subclass_travels_as_its_base(value: Any, expected: Any) -> None:
     assert matches(expected, over_the_wire(value))
 
 
-@pytest.mark.parametrize("value", [object(), Forged(), len, int, lambda: 1, iter([1]), math])
+@pytest.mark.parametrize(
+    "value", [object(), Forged(), len, int, lambda: 1, iter([1]), math], ids=lambda value: type(value).__name__
+)
 def test_other_objects_do_not_travel(value: Any) -> None:
     with pytest.raises(codec.Opaque):
         codec.encode(value)

@@ -1,0 +1,109 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on policy and PRM, by `peft`.
+
+A matrix `W` becomes `W + (alpha / rank) B A`, of which only `A` and `B` are trained. Engines get the sum, computed
+matrix by matrix; the model itself is never changed, and there is never a second copy of it. It leaves out quantised
+bases, dropout (a token's log-prob must not differ between two passes) and adapters of other kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prime_lightning.logprobs import ScoringLM, causal_lm
+from prime_lightning.options import Lora
+from prime_lightning.pretrained import save
+
+MISSING = (
+    "Expected `peft` to be installed for `policy_lora` or `prm_lora`, got no module `peft`.\n"
+    'Install it: pip install "prime-lightning[lora]"'
+)
+BASE = ".base_layer"
+
+
+def with_adapters(lm: PreTrainedModel, lora: Lora | None, seed: int) -> nn.Module:
+    """A causal LM with fresh adapters, whose own weights are frozen; without `lora`, the model as it is.
+
+    Fresh adapters change nothing: `B` is zero. `A` depends on the seed alone, so all ranks have the same.
+
+    Raises:
+        ValueError: if `peft` is not installed, no module fits `target_modules`, or tied weights are among them.
+    """
+    if lora is None:
+        return lm
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError(MISSING) from None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        use_rslora=lora.rslora,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(lm, config)
+    ends = {lm.get_input_embeddings(), lm.get_output_embeddings()}
+    if lm.config.get_text_config().tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends):
+        raise ValueError(
+            f"Expected `target_modules` without the tied embeddings of {lm.name_or_path!r}, got {lora.target_modules}: "
+            "an adapter on one of them would untie them, and engines tie them."
+        )
+    return model
+
+
+@torch.no_grad()
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a causal LM by their Hugging Face names, adapters added, one after another; tied ones once.
+
+    `W + (alpha / rank) B A` in the wider number format of both; without adapters, the weights themselves.
+    """
+    lm = causal_lm(model)
+    layers = dict(lm.named_modules())
+    for name, parameter in lm.named_parameters():
+        path, _, kind = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        if path.endswith(BASE) and kind == "weight":
+            layer = layers[path.removesuffix(BASE)]
+            merged: Any = sum(map(layer.get_delta_weight, layer.active_adapters), parameter.detach())
+            yield name.replace(BASE, ""), merged
+        else:
+            yield name.replace(BASE, ""), parameter.detach()
+
+
+def save_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a model and its tokenizer as a Hugging Face folder that needs no `peft`: adapters are merged in."""
+    lm = causal_lm(model)
+    if lm is model:
+        save(lm, tokenizer, folder)
+        return
+    weights = {name.replace(BASE, ""): tensor for name, tensor in lm.state_dict().items() if ".lora_" not in name}
+    weights |= {name: tensor.to(weights[name].dtype) for name, tensor in merged_parameters(model)}
+    lm.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+class WithoutAdapters(nn.Module):
+    """The model below the adapters of another, in its memory: a frozen reference that costs nothing.
+
+    Args:
+        adapted: The model with adapters; it stays where it is, and is no part of this module.
+    """
+
+    def __init__(self, adapted: ScoringLM) -> None:
+        super().__init__()
+        self._adapted = (adapted,)
+
+    def forward(self, *inputs: Tensor | float) -> tuple[Tensor, Tensor]:
+        """As `ScoringLM`."""
+        (adapted,) = self._adapted
+        with adapted.model.disable_adapter():  # type: ignore[operator]
+            return adapted(*inputs)  # type: ignore[no-any-return]
