@@ -131,7 +131,6 @@ def _templates(group: str) -> dict[str, Template]:
 
 def _prompts_class(path: str) -> type[Prompts]:
 
-
     module, _, name = path.rpartition(".")
     found = getattr(import_module(module), name, None) if module else None
     if not (isinstance(found, type) and issubclass(found, Prompts)):

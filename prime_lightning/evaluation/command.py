@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 import datasets
+import transformers
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,7 +41,9 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(prog="prime-lightning evaluate", description=__doc__)
     made.add_argument("--model", type=str, required=True, help="Hugging Face folder or id")
     made.add_argument("--benchmark", nargs="+", type=str, required=True, help=f"YAML files, or {benchmark_names()}")
-    made.add_argument("--engine", type=Engine | None, default={"class_path": HF_ENGINE}, help="What samples: an import path.")
+    made.add_argument(
+        "--engine", type=Engine | None, default={"class_path": HF_ENGINE}, help="What samples: an import path."
+    )
     made.add_argument("--data", type=str, help="Local file with the rows of the (one) benchmark.")
     made.add_argument("--completions", type=str, help="Grade this jsonl file (`id`, `completion`); nothing is sampled.")
     made.add_argument("--out", type=str, help="Folder of the results; by default runs/evaluate/<model>.")
@@ -71,6 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError("Expected an --engine to sample with, or --completions to grade, got neither.")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     out = options.out or f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', options.model.strip('/'))}"
     folder = ResultsFolder(out, options.model, fingerprint(options.model))
     todo = [Evaluation(name, options, folder) for name in options.benchmark]

@@ -11,7 +11,7 @@ import torch
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.metrics import ProblemMetric, ProblemTable, load_metric, problem_values
 from prime_lightning.evaluation.records import Record
-from prime_lightning.loader import Round, RolloutSource
+from prime_lightning.loader import RolloutSource, Round
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Prompt, Sampling
 from prime_lightning.tally import Tally
@@ -119,7 +119,9 @@ def read_completions(path: str, prompts: Prompts, problems: int) -> dict[int, li
     for number, row in enumerate(records.rows_of(Path(path)), 1):
         place = row.get("problem", positions.get(str(row.get("id"))))
         if not isinstance(row.get("completion"), str):
-            raise ValueError(f"Expected a string `completion` in row {number} of {path!r}, got the fields {sorted(row)}.")
+            raise ValueError(
+                f"Expected a string `completion` in row {number} of {path!r}, got the fields {sorted(row)}."
+            )
         if place not in found:
             name = {key: row[key] for key in ("id", "problem") if key in row} or f"the fields {sorted(row)}"
             raise ValueError(

@@ -152,7 +152,7 @@ def test_what_is_no_benchmark_is_refused(text, words, tmp_path):
 
 
 def test_other_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="Expected the import path of a subclass of Prompts, got 'os.path'"):
+    with pytest.raises(ValueError, match=r"Expected the import path of a subclass of Prompts, got 'os\.path'"):
         load_benchmark(own(tmp_path, "math500", [ROW], prompts={"class_path": "os.path"})).load()
     with pytest.raises(ValueError, match="Expected a group of templates"):
         load_benchmark(own(tmp_path, "math500", [ROW], templates="poems")).load()
@@ -172,4 +172,6 @@ def test_own_templates_and_the_system_prompt_of_the_authors(tmp_path):
     assert f"progress through your thought process.{actions}You should strictly follow" in system["content"]
     assert system["content"].endswith("# Your action step 3\n\n...\n\nNext action: [NEXT ACTION NAME]\n")
     assert user["content"] == "1+1?\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
-    assert json.dumps(system) == json.dumps(load_benchmark("mbpp").template("prime").messages({"prompt": "", "tests": [""]})[0])
+    assert json.dumps(system) == json.dumps(
+        load_benchmark("mbpp").template("prime").messages({"prompt": "", "tests": [""]})[0]
+    )

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -114,3 +117,20 @@ def test_a_model_that_falls_silent_is_reported(silent_model, chains, tmp_path):
         run(tmp_path, silent_model, Benchmarks(str(tmp_path), [chains], limit=2), steps=1)
     assert lines(tmp_path)[0]["metrics"]["avg4"] == 0.0
     assert not math.isnan(lines(tmp_path)[0]["interval"]["avg4"][1])
+
+
+def test_two_ranks_share_the_problems_and_get_the_same_numbers(sharp_folder, tmp_path):
+    path = tmp_path / "chains.yaml"
+    path.write_text(yaml.safe_dump(SPEC | {"rows": 5}))
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, sharp_folder, Benchmarks(str(one), [str(path)], after=False), steps=1)
+    script = Path(__file__).with_name("two_ranks.py")
+    ran = subprocess.run(
+        [sys.executable, script, two, sharp_folder, path], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    [alone], [shared] = lines(one), lines(two)
+    for name in ("problems", "samples", "interval", "stderr", "version"):
+        assert alone[name] == shared[name]
+    assert alone["metrics"] == pytest.approx(shared["metrics"])
+    assert (one / "benchmarks/chains/0.jsonl").read_text() == (two / "benchmarks/chains/0.jsonl").read_text()

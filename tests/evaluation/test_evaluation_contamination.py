@@ -1,6 +1,7 @@
 """Training prompts that stand in a benchmark: known positives, and texts that only look alike."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,14 +19,14 @@ def check(*args):
 
 
 def found(path):
-    return [json.loads(line) for line in open(path)]
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def test_known_positives(tmp_path, capsys):
     """Four MATH-500 problems stand word for word in AIME 1983 to 2023; all of AIME 2024 in aimo_validation."""
     old, validation, math500 = real("aime_1983_2023.jsonl"), real("aimo_validation_aime.jsonl"), real("math500")
     assert check(old, math500, real("aime2024"), "--out", tmp_path / "found.jsonl") == 1
-    texts = [[json.loads(line)["problem"] for line in open(path)] for path in (old, math500)]
+    texts = [[json.loads(line)["problem"] for line in Path(path).read_text().splitlines()] for path in (old, math500)]
     exact = [(m["train"], m["problem"]) for m in found(tmp_path / "found.jsonl") if m["exact"]]
     bare = [["".join(text.split()) for text in side] for side in texts]
     same = [(t, p) for t, a in enumerate(bare[0]) for p, b in enumerate(bare[1]) if a == b]

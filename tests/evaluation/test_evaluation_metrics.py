@@ -42,7 +42,7 @@ def test_unknown_names_and_foreign_metrics_are_refused(tmp_path):
     features = "datasets.Features({'predictions': datasets.Value('string'), 'references': datasets.Value('string')})"
     info = f"evaluate.MetricInfo(description='', citation='', inputs_description='', features={features})"
     (own / "plain.py").write_text(f"{source}        return {info}\n")
-    with pytest.raises(ValueError, match="to be a subclass of prime_lightning.evaluation.metrics.ProblemMetric"):
+    with pytest.raises(ValueError, match="to be a subclass of prime_lightning"):
         load_metric(str(own))
 
 
