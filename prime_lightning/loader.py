@@ -206,6 +206,9 @@ class TrainingLoader:
 
     def _filtered(self, group: Group, tally: Tally) -> list[Group]:
         reason = self.options.accuracy_filter.reject(group)
+        known = [rollout.verdict.score for rollout in group if rollout.verdict.known]
+        if known:
+            self.source.prompts.learn(group[0].prompt.draw, sum(known) / len(known))
         tally.add(group, reason)
         return [group] if reason is None else []
 
@@ -221,8 +224,12 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            prompt = self._prompt(self.position * self.world + self.rank)
+            draw = self.position * self.world + self.rank
             self.position += 1
+            if not self.source.prompts.wanted(draw):
+                tally.metrics["rollout/passed_over"] += 1
+                continue
+            prompt = self._prompt(draw)
             if len(prompt.token_ids) <= self.options.max_prompt_tokens:
                 taken.append(prompt)
                 continue
@@ -255,11 +262,13 @@ class TrainingLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
         surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
-        return {"position": self.position, "returned": list(self.returned), "surplus": surplus}
+        order = self.source.prompts.state_dict()
+        return {"position": self.position, "returned": list(self.returned), "surplus": surplus, "order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved position."""
         self.position, self.returned = state["position"], deque(state["returned"])
+        self.source.prompts.load_state_dict(state["order"])
         self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
 
     def _restore(self, row: dict[str, Any]) -> Rollout:

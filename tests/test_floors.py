@@ -36,6 +36,7 @@ FLOORS = [
     {
         "arithmetic",
         "eurus",
+        "difficulty",
         "options",
         "replay",
         "loader",

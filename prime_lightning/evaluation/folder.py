@@ -41,7 +41,7 @@ class ResultsFolder:
         if known is None:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(
-                    f"Expected a new, an empty or a results folder, got {path!r} with other files. Choose another --out."
+                    f"Expected a new, an empty or a results folder, got {path!r} with other files. Choose another."
                 )
             return
         if known["fingerprint"] != fingerprint:

@@ -84,13 +84,13 @@ def grade(predictions: Sequence[Sequence[str]], references: Sequence[str], kind:
 
 
 def load_metric(name: str) -> ProblemMetric:
-    """A shipped metric by its name, or a user's own by the path of its folder.
+    r"""A shipped metric by its name, or a user's own by the path of its folder.
 
     Raises:
         ValueError: if there is none.
 
     Example:
-        >>> load_metric("math_accuracy").problem([r"\\boxed{1}", "two"], [1.0, 0.0])
+        >>> load_metric("math_accuracy").problem([r"\boxed{1}", "two"], [1.0, 0.0])
         {'avg2': 0.5}
     """
     folder = Path(name) if "/" in name else shipped("evals", "metrics", name)
