@@ -8,7 +8,8 @@ from real_files import FILES, REPOSITORY, real, write
 
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.metrics import load_metric
-from prime_lightning.evaluation.runner import question
+from prime_lightning.evaluation.runner import graded, question
+from prime_lightning.verifiers import Verifiers
 
 NAMES = [
     "aime2024", "aime2025", "amc2023", "arithmetic", "gsm8k", "humaneval", "math500", "mbpp", "mbpp_sanitized",
@@ -101,6 +102,14 @@ def test_columns_of_the_hub_are_read(name, tmp_path):
         assert asked.row["prelude"] == row["prompt"]  # its imports stand before the program
     if name.startswith("mbpp"):
         assert asked.row["reference_solution"] == row["code"]
+
+
+def test_programs_have_the_imports_of_their_prompt(tmp_path):
+    prompts = load_benchmark(own(tmp_path, "humaneval", [HUB["humaneval"][0]])).load()
+    program = "```python\ndef f(x):\n    return math.floor(x)\n```"
+    with Verifiers() as verifiers:
+        [[row]] = graded(prompts, verifiers, {0: [{"completion": program}]})
+    assert (row["id"], row["score"]) == ("HumanEval/0", 1.0)
 
 
 ROW = {"problem": "1+1?", "answer": "2"}

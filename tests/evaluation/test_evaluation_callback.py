@@ -119,6 +119,13 @@ def test_a_model_that_falls_silent_is_reported(silent_model, chains, tmp_path):
     assert not math.isnan(lines(tmp_path)[0]["interval"]["avg4"][1])
 
 
+def test_it_takes_turns_with_sampling_ahead(warm_model, chains, tmp_path):
+    callback = Benchmarks(str(tmp_path), [chains], every=1, limit=3)
+    data = tiny.data(warm_model, max_staleness=1)
+    tiny.trainer(tmp_path, 3, callback).fit(tiny.module(warm_model), data)
+    assert [(row["iteration"], row["version"]) for row in lines(tmp_path)] == [(i, i) for i in range(4)]
+
+
 def test_two_ranks_share_the_problems_and_get_the_same_numbers(sharp_folder, tmp_path):
     path = tmp_path / "chains.yaml"
     path.write_text(yaml.safe_dump(SPEC | {"rows": 5}))
