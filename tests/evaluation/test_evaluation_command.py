@@ -155,13 +155,13 @@ def test_rows_of_real_benchmarks_through_a_chat_model(chat_model, tmp_path, caps
 
 
 EVERY = {
-    "math500": 10,
-    "minerva_math": 12,
-    "olympiadbench": 15,
+    "math500": 20,
+    "minerva_math": 30,
+    "olympiadbench": 30,
     "gsm8k": 20,
-    "mbpp": 25,
-    "mbpp_sanitized": 25,
-    "humaneval": 12,
+    "mbpp": 50,
+    "mbpp_sanitized": 50,
+    "humaneval": 20,
 }
 HEDGED = {"test/number_theory/459.json", "aime/2024-I-2"}
 """Their worked solutions end with the answer in two forms, each in a box, which the grader takes for hedging."""
@@ -179,5 +179,5 @@ def test_reference_solutions_are_right_and_shuffled_ones_wrong(name):
         own_ones = list(script().scores(prompts, verifiers, draws, 0))
         shuffled = list(script().scores(prompts, verifiers, draws, 1))
     assert {row["id"] for row in own_ones if row["score"] != 1.0} <= HEDGED
-    assert sum(row["score"] == 1.0 for row in shuffled) <= 0.06 * len(draws)
+    assert sum(row["score"] == 1.0 for row in shuffled) <= max(1, 0.06 * len(draws))
     assert all(row["verdict"] != "unknown" for row in own_ones + shuffled)
