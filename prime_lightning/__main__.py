@@ -16,6 +16,7 @@ from prime_lightning.verifiers import SandboxLeaks
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
+    "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
     "evaluate": ("prime_lightning.evaluation.command", "benchmarks of a model, or of given completions"),
     "data": ("prime_lightning.evaluation.contamination", "`check`: training prompts that stand in a benchmark"),

@@ -81,4 +81,4 @@ class AheadLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.loader.load_state_dict(state)
-        self._taken = state
+        self._taken = self.loader.state_dict()

@@ -19,7 +19,8 @@ from prime_lightning.rollout import Prompt
 class ByDifficulty(Prompts):
     """Rows of another source, less often once their group was all right or all wrong.
 
-    It matters from the second pass over the rows on; each rank knows the groups that it sampled itself.
+    It matters from the second pass over the rows on; each rank knows the groups that it sampled itself, and begins
+    anew if the run goes on with another number of ranks.
 
     Args:
         prompts: The source; a data set, since endless problems never come back.
@@ -34,7 +35,7 @@ class ByDifficulty(Prompts):
     Example:
         >>> from prime_lightning.arithmetic import ArithmeticPrompts
         >>> prompts = ByDifficulty(ArithmeticPrompts(), keep=0.001)
-        >>> prompts.learn(7, 1.0)
+        >>> prompts.learn(7, [1.0, 1.0])
         >>> prompts.wanted(7), prompts.wanted(8)
         (False, True)
     """
@@ -56,9 +57,10 @@ class ByDifficulty(Prompts):
             return True
         return bool(np.random.default_rng([self.seed, draw]).random() < self.keep_share)
 
-    def learn(self, draw: int, pass_rate: float) -> None:
-        """Remember how the problem went."""
-        self.pass_rates[self.prompts.place(draw)] = pass_rate
+    def learn(self, draw: int, outcomes: Sequence[float]) -> None:
+        """Remember how the problem went, if anything is known."""
+        if outcomes:
+            self.pass_rates[self.prompts.place(draw)] = sum(outcomes) / len(outcomes)
 
     def state_dict(self) -> dict[str, Any]:
         """The history."""
@@ -66,7 +68,7 @@ class ByDifficulty(Prompts):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a history."""
-        self.pass_rates = dict(state["pass_rates"])
+        self.pass_rates = dict(state.get("pass_rates", {}))
 
     def row(self, draw: int) -> Mapping[str, Any]:
         """The source's."""

@@ -9,7 +9,7 @@ Shapes: B responses, T response tokens, b and t those of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from prime_lightning.lora import WithoutAdapters, with_adapters
 from prime_lightning.measures import import_path
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
-from prime_lightning.replay import Replay
+from prime_lightning.replay import Replay, share
 from prime_lightning.stepping import SteppingModule
 
 ROLES = ("prm", "policy", "critic")
@@ -259,7 +259,7 @@ class PrimeModule(SteppingModule):
         if self.engine_checked or lag > 0 or tokens == 0:
             return
         self.engine_checked = True
-        if gap / tokens > ENGINE_GAP:
+        if gap / tokens > ENGINE_GAP + batch.truncation:
             raise ValueError(
                 "Expected the engine's log-probs of the first batch to be the policy's, got a mean difference of "
                 f"{gap / tokens:.3g} nats a token. The engine's weights, tokenizer, temperature or log-prob mode are "
@@ -310,7 +310,7 @@ class PrimeModule(SteppingModule):
         self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
         measured = batch.metrics.means()
         for name in ("length", "truncated", "unknown"):
-            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch), sync_dist=True)
+            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch.rollouts), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""
@@ -341,7 +341,7 @@ class PrimeModule(SteppingModule):
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             adapted = with_adapters(lm, self.adapters.get(role), self.seed)
-            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            return self.devices.place(wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm = load("policy"), load("prm")
@@ -374,13 +374,18 @@ class PrimeModule(SteppingModule):
             "step_separator": self.reward.step_separator,
             "normalise": self.reward.normalise,
             "prm_loss": import_path(self.prm_loss),
+            "lora": {role: asdict(lora) for role, lora in self.adapters.items() if lora is not None},
         }
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
-        return {"gate": self.gate.state_dict(), "replay": self.replay.state_dict()}
+        return {"gate": self.gate.state_dict()}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def rank_state(self) -> list[dict[str, Any]]:
+        """Past batches of this rank."""
+        return self.replay.state_dict()
+
+    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
         """Take up that state."""
         self.gate.load_state_dict(state["gate"])
-        self.replay.load_state_dict(state["replay"])
+        self.replay.load_state_dict(share(of_ranks, self.global_rank, self.trainer.world_size))

@@ -101,8 +101,8 @@ class Prompts(ABC):
         """Whether this draw is sampled, as far as is known by now; the others are passed over."""
         return True
 
-    def learn(self, draw: int, pass_rate: float) -> None:  # noqa: B027 - most orders do not depend on it
-        """Take note of the mean outcome of a group."""
+    def learn(self, draw: int, outcomes: Sequence[float]) -> None:  # noqa: B027 - most orders do not depend on it
+        """Take note of the known outcomes of a group."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the order depends on besides the position."""
@@ -275,10 +275,10 @@ class MixedPrompts(Prompts):
         part, inner = self.locate(draw)
         return self._parts[part].wanted(inner)
 
-    def learn(self, draw: int, pass_rate: float) -> None:
+    def learn(self, draw: int, outcomes: Sequence[float]) -> None:
         """Tell the source."""
         part, inner = self.locate(draw)
-        self._parts[part].learn(inner, pass_rate)
+        self._parts[part].learn(inner, outcomes)
 
     def state_dict(self) -> dict[str, Any]:
         """Of all sources."""
@@ -286,7 +286,7 @@ class MixedPrompts(Prompts):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """To all sources."""
-        for part, saved in zip(self._parts, state["parts"], strict=True):
+        for part, saved in zip(self._parts, state.get("parts", ()), strict=False):
             part.load_state_dict(saved)
 
     def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -20,7 +20,7 @@ def test_easy_and_hopeless_problems_come_back_at_the_given_share(tmp_path):
     source = rows(tmp_path)
     order = ByDifficulty(source, easy=0.9, hopeless=0.0, keep=0.25, seed=3)
     for draw, pass_rate in enumerate((1.0, 1.0, 0.95, 0.5, 0.25, 0.0, 0.75, 0.01)):
-        order.learn(draw, pass_rate)
+        order.learn(draw, [pass_rate])
     rate = {source.place(d): p for d, p in enumerate((1.0, 1.0, 0.95, 0.5, 0.25, 0.0, 0.75, 0.01))}
     taken = [source.place(draw) for draw in range(8, 8 * 1001) if order.wanted(draw)]
     for row, pass_rate in rate.items():
@@ -30,13 +30,14 @@ def test_easy_and_hopeless_problems_come_back_at_the_given_share(tmp_path):
 
 def test_what_was_learnt_last_counts_and_is_restored(tmp_path):
     order = ByDifficulty(rows(tmp_path), keep=1e-9)
-    order.learn(0, 1.0)
+    order.learn(0, [1.0, 1.0])
+    order.learn(0, [])  # nothing known
     again = 8 + next(d for d in range(8) if order.prompts.place(8 + d) == order.prompts.place(0))
     assert not order.wanted(again)
     restored = ByDifficulty(rows(tmp_path), keep=1e-9)
     restored.load_state_dict(order.state_dict())
     assert [restored.wanted(d) for d in range(32)] == [order.wanted(d) for d in range(32)]
-    order.learn(again, 0.5)
+    order.learn(again, [1.0, 0.0])
     assert order.wanted(0)
 
 
@@ -46,7 +47,7 @@ def test_in_a_mixture_each_source_keeps_its_own_history(tmp_path):
 
     order, restored = mixed(), mixed()
     for draw in range(16):  # both sources take turns
-        order.learn(draw, 1.0)
+        order.learn(draw, [1.0])
     assert [order.wanted(draw) for draw in range(16, 20)] == [True, False, True, False]
     restored.load_state_dict(order.state_dict())
     assert [restored.wanted(draw) for draw in range(16, 48)] == [order.wanted(draw) for draw in range(16, 48)]

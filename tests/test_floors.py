@@ -33,24 +33,15 @@ FLOORS = [
         "evaluation.metrics",
         "evaluation.records",
     },
-    {
-        "arithmetic",
-        "eurus",
-        "difficulty",
-        "options",
-        "replay",
-        "loader",
-        "engines.*",
-        "prm.facts",
-        "prm.responses",
-        "evaluation.rows",
-        "evaluation.folder",
-    },
-    {"stepping", "sft", "ahead", "lora", "prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner"},
-    {"module", "data", "parallel", "strategy", "prm", "prm.train", "prm.credit"},
-    {"callbacks"},
-    {"cli", "prm.score", "evaluation.callback"},
-    {"quickstart", "prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
+    {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
+    | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder"},
+    {"stepping", "ahead", "lora", "plan.shape"}
+    | {"prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner"},
+    {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
+    {"callbacks", "strategy", "watch", "plan.report"} | {"prm.train"},
+    {"cli", "plan"} | {"prm.score", "evaluation.callback"},
+    {"quickstart", "plan.command"}
+    | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
     {"__main__"},
 ]
 DOORS = {
@@ -74,6 +65,7 @@ DOORS = {
         "module",
         "callbacks",
         "evaluation.callback",
+        "watch",
         "cli",
         "__main__",
     },

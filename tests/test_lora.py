@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.callbacks import HuggingFaceExport, policy_weights
-from prime_lightning.lora import merged_parameters, save_merged, with_adapters
+from prime_lightning.lora import merged_parameters, with_adapters
 from prime_lightning.options import Lora
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
 from prime_lightning.rollout import Sampling
 
 LORA = Lora(rank=4, alpha=8.0)
@@ -59,6 +59,10 @@ def test_merged_weights_are_those_of_peft(rank, alpha, rslora, targets, tied):
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
     assert not any(tensor.requires_grad for tensor in ours.values())
+    asked: list[torch.Size] = []
+    gathered = dict(merged_parameters(model, lambda parameter: asked.append(parameter.shape) or parameter.detach()))
+    assert all(torch.equal(gathered[name], tensor) for name, tensor in theirs.items())
+    assert sorted(asked) == sorted(parameter.shape for parameter in model.parameters())  # each once, one by one
 
 
 def test_only_one_merged_weight_exists_at_a_time():
@@ -217,7 +221,7 @@ def test_a_reference_of_the_same_name_is_the_policy_without_adapters(warm_model,
 
 def test_merged_folders_of_plain_models_are_as_before(tmp_path, warm_model):
     lm, tokenizer = load_causal_lm(str(warm_model)), load_tokenizer(str(warm_model))
-    save_merged(lm, tokenizer, tmp_path)
+    save(lm, tokenizer, tmp_path, dict(merged_parameters(lm)))
     assert all(
         torch.equal(a, b) for a, b in zip(load_causal_lm(str(tmp_path)).parameters(), lm.parameters(), strict=True)
     )

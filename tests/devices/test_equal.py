@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 
+STRATEGIES = ["ddp", "fsdp2"]
 TOLERANCE = 1e-5
 OF_A_RANK = {"prm/auc", "prm/calibration_error"}
 
@@ -16,7 +17,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     shutil.copytree(warm_model, folder / "policy")
     shutil.copytree(model_folder, folder / "prm")
     ranks.train(folder, "one")
-    ranks.finish(ranks.launch(folder, "ddp"))
+    ranks.finish(ranks.launch(folder, *STRATEGIES))
     return folder
 
 
@@ -24,7 +25,7 @@ def load(folder, name):
     return torch.load(folder / f"{name}.pt")
 
 
-@pytest.mark.parametrize("name", ["ddp"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_two_processes_train_as_one(folder, name):
     one, two = load(folder, "one"), load(folder, name)
     assert one["weights"].keys() == two["weights"].keys()
