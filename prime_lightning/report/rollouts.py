@@ -53,7 +53,7 @@ def sample_rollouts(path: Path, budget: int) -> Sampled:
         places[row["iteration"], row["draw"]].append((offset, len(line)))
     chosen = choose({group: sum(size for _, size in lines) for group, lines in places.items()}, budget)
     with path.open("rb") as file:
-        for group in sorted(chosen, key=lambda group: (group[0], str(group[1]))):
+        for group in sorted(chosen, key=lambda group: (group[0], places[group][0])):
             rows = []
             for offset, size in places[group]:
                 file.seek(offset)
