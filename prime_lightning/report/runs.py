@@ -24,6 +24,10 @@ OUTSIDE = ("val/", "test/")
 NAMES_OF_SEEDS = {"seed", "seed_everything", "ckpt_path", "max_time"}
 
 
+WATCHING = ("trainer.callbacks.", "trainer.logger", "trainer.log_every", "trainer.enable_", "trainer.default_root_dir")
+"""Settings that say what is written, and where, and not what is learned."""
+
+
 @dataclass(kw_only=True)
 class Run:
     """One run, read."""
@@ -44,10 +48,10 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration, flat, without seeds and with the run's folder as `RUN`: equal for runs that are seeds."""
+        """What decides the learning, flat, without seeds, the run's folder as `RUN`: equal for runs that are seeds."""
         trainer = self.config.get("trainer")
         root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-        flat = dict(_flat(self.config))
+        flat = {key: value for key, value in _flat(self.config) if not key.startswith(WATCHING)}
         return {
             key: value.replace(root, "RUN") if root and isinstance(value, str) else value for key, value in flat.items()
         }

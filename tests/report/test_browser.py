@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from prime_lightning.report import credit_view, write_report
-from report.lines import HOSTILE
+from report.lines import HOSTILE, row, write_rollouts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -204,3 +204,44 @@ def test_the_frame_of_a_notebook_works(opened, run_folder, tmp_path):
     assert frame.locator(".token").count() > 0
     frame.locator("#iteration").press("Home")
     assert frame.locator("#iteration-value").text_content() == "0 of 3"
+
+
+@pytest.mark.parametrize("metrics", ["", "loss,step\n1,0\n2,1\n"])
+def test_a_run_without_rollouts_is_no_blank_page(opened, tmp_path, metrics):
+    folder = write_rollouts(tmp_path / "run", [])
+    if metrics:
+        (folder / "metrics.csv").write_text(metrics)
+    page = opened(write_report([folder], tmp_path / "report.html"))
+    assert "rollouts.jsonl has no rollouts (yet)" in page.locator("#notes").text_content()
+    assert page.locator("#runs-table tbody tr").count() == 1
+    assert not page.locator("#credit").is_visible()
+    assert page.locator("figure:visible").count() == bool(metrics)
+
+
+def test_several_runs_benchmarks_and_outcome_only(opened, tmp_path):
+    folders = []
+    for name, seed, beta in (("prime-seed0", 0, 1), ("prime-seed1", 1, 1), ("rloo", 0, 0)):
+        folder = write_rollouts(tmp_path / name, [{k: v for k, v in row().items() if k != "process_reward"}])
+        (folder / "metrics.csv").write_text("loss,step\n1,0\n2,1\n4,2\n")
+        (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{beta: {beta}}}\n")
+        benchmark = {"benchmark": "gsm8k", "problems": 8, "samples": 1, "seconds": 1.0}
+        results = [
+            {"iteration": i, "metrics": {"pass1": i / 8}, "intervals": {"pass1": [i / 16, i / 4]}} for i in (0, 3)
+        ]
+        (folder / "benchmarks.jsonl").write_text("".join(json.dumps(benchmark | r) + "\n" for r in results))
+        folders.append(folder)
+    page = opened(write_report(folders, tmp_path / "report.html"))
+    cells = page.locator("#benchmarks-table tbody tr").first.locator("td").all_text_contents()
+    assert cells == [
+        "prime-seed0",
+        "gsm8k",
+        "pass1",
+        "8",
+        "1",
+        "0 [0, 0] (iteration 0)",
+        "0.375 [0.188, 0.75] (iteration 3)",
+    ]
+    assert page.locator("#runs-table th").last.text_content() == "model.beta"
+    assert page.locator("#other .scatterlayer path.js-fill").count() == 1  # the band of the two seeds
+    assert page.locator("#measure label").all_text_contents() == ["advantage"]
+    assert page.locator("#benchmarks .errorbar").count() == 6

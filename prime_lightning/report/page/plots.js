@@ -163,6 +163,7 @@ function table(target, head, rows) {
   const cell = (tag) => (content) => {
     const made = content instanceof Node ? element(tag, {}, content) : element(tag, { textContent: visible(String(content)) });
     if (tag === "th") made.scope = "col";
+    if (made.textContent.length > 24) made.className = "long";
     return made;
   };
   target.replaceChildren(
