@@ -124,7 +124,7 @@ function stepsNote(groups) {
   const means = sums.true[1] && sums.false[1]
     ? ` Mean ${title} of a step in this iteration: right ${signed(sums.true[0] / sums.true[1])} (${sums.true[1]}), ` +
       `wrong ${signed(sums.false[0] / sums.false[1])} (${sums.false[1]}).` : "";
-  byId("steps-note").textContent = `✗ and a double line mark a step that is truly wrong; no label of it is ever trained on.${means}`;
+  byId("steps-note").textContent = `✘ and a double line mark a step that is truly wrong; no label of it is ever trained on.${means}`;
 }
 
 function drawCredit() {
