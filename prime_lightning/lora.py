@@ -8,16 +8,14 @@ bases, dropout (a token's log-prob must not differ between two passes) and adapt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from prime_lightning.logprobs import ScoringLM, causal_lm
 from prime_lightning.options import Lora
-from prime_lightning.pretrained import save
 
 MISSING = (
     "Expected `peft` to be installed for `policy_lora` or `prm_lora`, got no module `peft`.\n"
@@ -68,8 +66,8 @@ def merged_parameters(
     `W + (alpha / rank) B A` in the wider number format of both; without adapters, the weights themselves.
 
     Args:
-        model: With adapters or without.
-        whole: Gives the whole of a parameter that is sharded; called for the same ones in the same order on all ranks.
+        model: With or without adapters.
+        whole: Gathers a weight that is sharded.
     """
     lm = causal_lm(model)
     layers = dict(lm.named_modules())
@@ -77,33 +75,21 @@ def merged_parameters(
         path, _, kind = name.rpartition(".")
         if ".lora_" in name:
             continue
+        weight = whole(parameter)
         if path.endswith(BASE) and kind == "weight":
             layer: Any = layers[path.removesuffix(BASE)]
-            deltas = (_delta(layer, adapter, whole) for adapter in layer.active_adapters)
-            yield name.replace(BASE, ""), sum(deltas, whole(parameter))
-        else:
-            yield name.replace(BASE, ""), whole(parameter)
+            weight = sum((_delta(layer, adapter, whole) for adapter in layer.active_adapters), weight)
+        yield name.replace(BASE, ""), weight
 
 
 def _delta(layer: Any, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
-    """`(alpha / rank) B A` in the layout of the layer's weight."""
-    embeds = adapter in layer.lora_embedding_A
-    A = layer.lora_embedding_A[adapter] if embeds else layer.lora_A[adapter].weight
-    B = layer.lora_embedding_B[adapter] if embeds else layer.lora_B[adapter].weight
-    delta: Tensor = (whole(B) @ whole(A)) * layer.scaling[adapter]
-    return delta.T if embeds or layer.fan_in_fan_out else delta
-
-
-def save_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a model and its tokenizer as a Hugging Face folder that needs no `peft`: adapters are merged in."""
-    lm = causal_lm(model)
-    if lm is model:
-        save(lm, tokenizer, folder)
-        return
-    weights = {name.replace(BASE, ""): tensor for name, tensor in lm.state_dict().items() if ".lora_" not in name}
-    weights |= {name: tensor.to(weights[name].dtype) for name, tensor in merged_parameters(model)}
-    lm.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    """`(alpha / rank) B A`, computed in float32."""
+    if adapter in layer.lora_A:
+        a, b, turned = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.fan_in_fan_out
+    else:  # of an embedding
+        a, b, turned = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
+    delta: Tensor = layer.scaling[adapter] * (whole(b).float() @ whole(a).float())
+    return (delta.T if turned else delta).to(a.dtype)
 
 
 class WithoutAdapters(nn.Module):

@@ -24,6 +24,8 @@ import transformers
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.cli import PrimeCLI, lightning
+from prime_lightning.prm import credit
+from prime_lightning.shipped import shipped
 
 
 def main(args: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def main(args: Sequence[str]) -> int:
         f"\nPRIME took the tiny model from {summary['pass1_before']:.1%} to {summary['pass1_after']:.1%} of "
         f"{summary['problems']} fresh problems (pass@1 at temperature 1) in {summary['seconds']:.0f} s, seed "
         f"{options.seed}.\nCurves: {drawn}   Trained models: {out / 'policy'}, {out / 'prm'}   "
-        f"Rollouts, token by token: {out / 'rollouts.jsonl'}"
+        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\n{credit.told(summary['step_auc'])}"
     )
     return 0
 
@@ -78,6 +80,7 @@ def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "pass1_before": before,
         "pass1_after": after,
+        "step_auc": credit.of_run(out),
         "seconds": time.perf_counter() - started,
         "problems": trained.datamodule.validation_prompts,
         "iterations": trained.trainer.global_step,
@@ -97,10 +100,8 @@ def told(args: list[str]) -> PrimeCLI:
 
 
 def config(name: str) -> Path:
-    """A shipped configuration: inside an installed package, or beside it in a clone."""
-    package = Path(__file__).parent
-    inside = package / "conf" / name
-    return inside if inside.is_file() else package.parent / "conf" / name
+    """A shipped configuration."""
+    return shipped("conf", name)
 
 
 def draw_curves(out: Path) -> str:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.callbacks import HuggingFaceExport, policy_weights
-from prime_lightning.lora import merged_parameters, save_merged, with_adapters
+from prime_lightning.lora import merged_parameters, with_adapters
 from prime_lightning.options import Loading, Lora
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
 from prime_lightning.rollout import Prompt, Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
 
@@ -223,7 +223,7 @@ def test_a_reference_of_the_same_name_is_the_policy_without_adapters(warm_model,
 
 def test_merged_folders_of_plain_models_are_as_before(tmp_path, warm_model):
     lm, tokenizer = load_causal_lm(str(warm_model)), load_tokenizer(str(warm_model))
-    save_merged(lm, tokenizer, tmp_path)
+    save(lm, tokenizer, tmp_path, dict(merged_parameters(lm)))
     assert all(
         torch.equal(a, b) for a, b in zip(load_causal_lm(str(tmp_path)).parameters(), lm.parameters(), strict=True)
     )
