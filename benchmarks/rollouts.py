@@ -29,6 +29,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM
 
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.callbacks import WeightSync
 from prime_lightning.data import RolloutDataModule
@@ -38,7 +39,6 @@ from prime_lightning.engines.samples import sample_seeds
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_process import clean_environment
 from prime_lightning.engines.work import sampling_arguments
-from prime_lightning.loader import AccuracyFilter
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import Update
 from prime_lightning.rollout import Prompt, Sampling

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
 
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.ahead import AheadLoader
 from prime_lightning.balance import balanced
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine
-from prime_lightning.loader import AccuracyFilter, Collecting, EvaluationLoader, RolloutSource, TrainingLoader
+from prime_lightning.loader import Collecting, EvaluationLoader, RolloutSource, TrainingLoader
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling

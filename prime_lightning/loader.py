@@ -23,57 +23,17 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from prime_lightning.acceptance import Acceptance, AccuracyFilter
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine, Kept, check_truncated_logprobs
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Completion, Finish, Group, Label, Prompt, Rollout, Sampling, Verdict
-from prime_lightning.tally import Acceptance, Tally
+from prime_lightning.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
 LONG_PROMPTS_IN_A_ROW = 10_000
 ENDLESS = 10**9
 UNKNOWN_ALARM = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccuracyFilter:
-    """Which groups are worth training on (PRIME, arXiv 2502.01456, section 4: accuracy between 0.2 and 0.8).
-
-    Example:
-        >>> AccuracyFilter(low=0.2, high=0.8).verdict_on([1.0, 1.0, 1.0, 1.0])
-        'too_easy'
-    """
-
-    low: float = 0.2
-    """Least mean outcome of a group; set 0 to keep groups without a right answer."""
-    high: float = 0.8
-    """Greatest mean outcome of a group; set 1 to keep groups without a wrong answer."""
-    min_valid: int = 2
-    """Fewest members with a verdict."""
-    truncated: Literal["keep", "mask", "reject"] = "keep"
-    """Responses that hit the token limit: learn from them, leave them out, or reject their group."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
-            raise ValueError(f"Expected 0 <= low <= high <= 1 in the accuracy filter, got {self.low} and {self.high}.")
-        if self.min_valid < 1:
-            raise ValueError(f"Expected the accuracy filter's `min_valid` to be at least 1, got {self.min_valid}.")
-
-    def verdict_on(self, outcomes: Sequence[float]) -> str | None:
-        """Why a group with these known outcomes is rejected; None if it is accepted."""
-        if len(outcomes) < self.min_valid:
-            return "few_valid"
-        accuracy = sum(outcomes) / len(outcomes)
-        return "too_hard" if accuracy < self.low else "too_easy" if accuracy > self.high else None
-
-    def reject(self, group: Group) -> str | None:
-        """Why this group is rejected; None if it is accepted."""
-        truncated = [rollout.completion.truncated for rollout in group]
-        if self.truncated == "reject" and any(truncated):
-            return "truncated"
-        drop = [self.truncated == "mask" and cut for cut in truncated]
-        kept = [rollout for rollout, out in zip(group, drop, strict=True) if rollout.verdict.known and not out]
-        return self.verdict_on([rollout.verdict.score for rollout in kept])
 
 
 @dataclass(kw_only=True)

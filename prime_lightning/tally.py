@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import ClassVar
 
 from prime_lightning.measures import Measures
 from prime_lightning.rollout import Group
@@ -92,38 +89,3 @@ class Tally:
         for name, number in self.metrics.items():
             measures.add(name, number, 0)
         return measures
-
-
-@dataclass
-class Acceptance:
-    """How many prompts a batch needs, by the share of groups that the filter accepted lately.
-
-    Example:
-        >>> lately = Acceptance()
-        >>> lately.prompts(8)
-        8
-        >>> lately.next_batch()
-        >>> lately.add(accepted=1, decided=4)
-        >>> lately.prompts(8)  # (0.8 + 1) of (0.8 + 4) groups
-        22
-    """
-
-    MEMORY: ClassVar[float] = 0.8
-    """What a batch counts for, one batch later."""
-    MOST: ClassVar[int] = 10
-    """Prompts for a missing group, however few are accepted."""
-
-    accepted: float = 1.0
-    decided: float = 1.0
-
-    def next_batch(self) -> None:
-        """Past batches count a little less."""
-        self.accepted, self.decided = self.MEMORY * self.accepted, self.MEMORY * self.decided
-
-    def add(self, *, accepted: int, decided: int) -> None:
-        """Count the groups of a round, those that were decided in prompt order."""
-        self.accepted, self.decided = self.accepted + accepted, self.decided + decided
-
-    def prompts(self, missing: int) -> int:
-        """Prompts of which about `missing` groups will be accepted."""
-        return math.ceil(missing * min(self.MOST, self.decided / self.accepted))

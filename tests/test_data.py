@@ -8,7 +8,8 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.loader import AccuracyFilter, EvaluationLoader
+from prime_lightning.acceptance import AccuracyFilter
+from prime_lightning.loader import EvaluationLoader
 from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Template
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.tally import Tally

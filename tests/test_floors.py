@@ -16,6 +16,7 @@ FLOORS = [
         "algorithms.advantage",
         "algorithms.loss",
         "measures",
+        "acceptance",
     },
     {
         "algorithms",

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.loader import AccuracyFilter
+from prime_lightning.acceptance import Acceptance, AccuracyFilter
 from prime_lightning.rollout import Sampling
-from prime_lightning.tally import Acceptance
 
 FILTER = AccuracyFilter(low=0.1, high=0.9)
 

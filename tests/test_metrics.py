@@ -8,9 +8,9 @@ import pytest
 import tiny
 
 from prime_lightning import algorithms as alg
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.alarms import MEANINGS, Alarm, Alarms
 from prime_lightning.arithmetic import ArithmeticPrompts
-from prime_lightning.loader import AccuracyFilter
 from prime_lightning.options import PolicyLoss, ProcessReward
 from prime_lightning.prompts import MixedPrompts
 from prime_lightning.rollout import Sampling

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prime_lightning import algorithms as alg
-from prime_lightning.loader import AccuracyFilter
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.rollout import Sampling, Verdict

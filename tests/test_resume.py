@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from prime_lightning import algorithms as alg
-from prime_lightning.loader import AccuracyFilter
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.options import ProcessReward
 
 STEPS = 6

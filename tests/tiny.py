@@ -11,12 +11,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.arithmetic import ArithmeticLessons, ArithmeticPrompts, write_model
 from prime_lightning.callbacks import HuggingFaceExport, WeightSync
 from prime_lightning.checkpoint import AtomicCheckpointIO
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.loader import AccuracyFilter
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import Update
 from prime_lightning.rollout import Prompt, Sampling, Verdict

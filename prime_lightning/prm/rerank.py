@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
+from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
-from prime_lightning.loader import AccuracyFilter, EvaluationLoader
+from prime_lightning.loader import EvaluationLoader
 from prime_lightning.prm.folder import claim
 from prime_lightning.prm.responses import Response, read_responses, without_empty
 from prime_lightning.prm.score import add_prm, load_prm, score_all
