@@ -58,7 +58,7 @@ data:
   engine: {{class_path: drill.ChildEngine, init_args: {{folder: {folder}}}}}
   sampling: {{samples: 4, max_tokens: 8}}
   prompts_per_batch: 8
-  accuracy_filter: {{low: 0.0, high: 1.0}}
+  accuracy_filter: {{low: {low}, high: {high}}}
   check_answers: false
   verifiers: {{class_path: prime_lightning.verifiers.Verifiers, init_args: {{workers: 1}}}}
 """
@@ -167,11 +167,13 @@ class Event:
 class Drill:
     """The run that is struck."""
 
-    def __init__(self, folder: Path, model: Path, iterations: int, seed: int) -> None:
+    def __init__(self, folder: Path, model: Path, iterations: int, seed: int, accuracies: Sequence[float]) -> None:
         self.folder, self.iterations, self.random = folder, iterations, random.Random(seed)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.layer = folder / "layer.yaml"
-        self.layer.write_text(LAYER.format(folder=folder, model=model, iterations=iterations))
+        self.layer.write_text(
+            LAYER.format(folder=folder, model=model, iterations=iterations, low=accuracies[0], high=accuracies[1])
+        )
         self.starts = 0
 
     def start(self) -> subprocess.Popen[str]:
@@ -292,11 +294,12 @@ def final(folder: Path) -> dict[str, Any]:
     return {key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
 
 
-def campaign(out: Path, model: Path, kinds: Sequence[str], iterations: int, seed: int) -> tuple[list[Event], bool, int]:
+def campaign(out: Path, model: Path, kinds: Sequence[str], options: Any) -> tuple[list[Event], bool, int]:
     """All strikes on one run; returns them, whether it ended as the undisturbed one did, and its starts."""
-    undisturbed = Drill(out / "undisturbed", model, iterations, seed)
+    how = options.iterations, options.seed, options.filter
+    undisturbed = Drill(out / "undisturbed", model, *how)
     calm = undisturbed.start()
-    struck = Drill(out / "struck", model, iterations, seed)
+    struck = Drill(out / "struck", model, *how)
     events: list[Event] = []
     run: subprocess.Popen[str] | None = None
     for kind in kinds:
@@ -354,6 +357,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--strikes", type=int, default=24)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="these, in this order, in place of random ones")
     parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--filter", nargs=2, type=float, default=(0.0, 1.0), help="accuracies of groups that are kept")
     parser.add_argument("--model", help="a warm model in place of a new one")
     options = parser.parse_args(args)
     quiet()
@@ -363,7 +367,7 @@ def main(args: Sequence[str] | None = None) -> int:
     model = Path(options.model).resolve() if options.model else warm(out)
     rounds = -(-options.strikes // len(KINDS))
     chosen = options.kinds or random.Random(options.seed).sample(list(KINDS) * rounds, options.strikes)
-    events, same, starts = campaign(out, model, chosen, options.iterations, options.seed)
+    events, same, starts = campaign(out, model, chosen, options)
     (out / "results.md").write_text(report(events, same, starts, options))
     print((out / "results.md").read_text())
     return int(not same)

@@ -19,6 +19,7 @@ from typing import Any
 
 from prime_lightning.batch import Batch
 from prime_lightning.loader import TrainingLoader
+from prime_lightning.tally import Tally
 
 POLL_SECONDS = 0.2
 
@@ -57,6 +58,11 @@ class AheadLoader:
             stop.set()
             allowed.release()
             thread.join()
+
+    @property
+    def tally(self) -> Tally | None:
+        """Of the batch that is being filled."""
+        return self.loader.tally
 
     def _fill(self, filled: Queue[Any], allowed: threading.Semaphore, stop: threading.Event) -> None:
         try:

@@ -53,6 +53,12 @@ class Batch:
         """Number of prompts on this rank."""
         return int(self.group_B.unique().numel())
 
+    def response_tokens(self) -> Tensor:
+        """`[B, T]` tokens of the responses; what stands outside of them means nothing."""
+        T, device = self.mask_BT.shape[1], self.tokens_BL.device
+        columns_BT = self.prompt_length_B[:, None] + torch.arange(T, device=device)
+        return self.tokens_BL.gather(1, columns_BT.clamp_max(self.tokens_BL.shape[1] - 1))
+
     @classmethod
     def of_groups(
         cls,

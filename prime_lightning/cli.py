@@ -15,10 +15,11 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from prime_lightning.callbacks import PrimeProgress
+from prime_lightning.alarms import Alarms
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
+from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
 from prime_lightning.watch import RankWatch
 
@@ -72,6 +73,8 @@ class PrimeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data module samples from, and tokenizes for, the policy, or the one model that is trained."""
         parser.link_arguments(f"model.{getattr(self._model_class, 'policy_role', 'policy')}", "data.model")
+        if issubclass(self._model_class, PrimeModule):  # type: ignore[arg-type]
+            parser.add_lightning_class_args(Alarms, "alarms")
 
     def instantiate_classes(self) -> None:
         """Tell the module what started the run; model cards say it."""

@@ -173,6 +173,7 @@ class TrainingLoader:
         self.acceptance = Acceptance()
         self.kept: Kept = {}
         self._checked = options.sampling.truncation == 0 or options.sampling.temperature == 0
+        self.tally: Tally | None = None  # of the batch that is being filled, for the progress bar
 
     def __len__(self) -> int:
         """More iterations than any run has, so that a finished run can be resumed for more."""
@@ -184,7 +185,8 @@ class TrainingLoader:
 
     def collect(self) -> Batch:
         """Sample rounds of prompts until the batch is full."""
-        options, tally = self.options, Tally()
+        options, tally = self.options, Tally(self.options.groups)
+        self.tally = tally
         accepted = self._fresh(self.surplus, tally)
         self.surplus = []
         self.acceptance.next_batch()
@@ -192,7 +194,7 @@ class TrainingLoader:
             missing = options.groups - len(accepted)
             accepted += self._round(self.take(self._started(missing), tally), missing, tally)
             self._watch(tally, len(accepted))
-        self.surplus = accepted[options.groups :] + self.surplus
+        self.surplus, self.tally = accepted[options.groups :] + self.surplus, None
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
         if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
             warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
@@ -374,6 +376,7 @@ class EvaluationLoader:
     ) -> None:
         self.source, self.sampling, self.count = source, sampling, count
         self.chunk, self.rank, self.world = chunk, rank, world
+        self.tally: Tally | None = None
 
     def __len__(self) -> int:
         """Number of batches, the same on all ranks."""
@@ -386,11 +389,13 @@ class EvaluationLoader:
 
     def _batch(self, draws: range) -> Batch:
         prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-        tally = Tally()
+        tally, groups = Tally(len(draws)), []
+        self.tally = tally
         with self.source.lock:
-            groups = list(Round(self.source, prompts, self.sampling, tally))
-        for group in groups:
-            tally.add(group, None)
+            for group in Round(self.source, prompts, self.sampling, tally):
+                tally.add(group, None)
+                groups.append(group)
+        self.tally = None
         return Batch.of_groups(groups, metrics=tally.measures())
 
 

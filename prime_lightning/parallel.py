@@ -154,6 +154,11 @@ def optimizer_state(state: dict[int, dict[str, Any]], groups: list[dict[str, Any
     return {"state": state, "param_groups": numbered}
 
 
+def own(value: Any) -> Any:
+    """A copy; parameters must not share a count of steps that each of them raises."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
     """FSDP2: each decoder layer's parameters, gradients and optimizer state are spread over all devices.
 
@@ -214,7 +219,8 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
         for i, parameter in enumerate(parameters(optimizer)):
             values = {k: stored(v) for k, v in state["state"].get(i, {}).items()}
             optimizer.state[parameter] = {
-                k: _like(v, parameter) if getattr(v, "shape", None) == parameter.shape else v for k, v in values.items()
+                k: _like(v, parameter) if getattr(v, "shape", None) == parameter.shape else own(v)
+                for k, v in values.items()
             }
 
 

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from prime_lightning.checkpoint import Stored, stored
-from prime_lightning.parallel import Sharded, average_gradients, optimizer_state
+from prime_lightning.parallel import Sharded, average_gradients, optimizer_state, own
 from prime_lightning.stepping import parameters
 
 if not torch.cuda.is_available():
@@ -301,7 +301,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         else:
             get = safe_get_full_optimizer_state
         states = {
-            i: single | {name: partial(get, parameter, name) for name in spread}
+            i: {n: own(v) for n, v in single.items()} | {n: partial(get, parameter, n) for n in spread}
             for i, parameter in enumerate(self._order[role])
             if spread
         }
@@ -319,7 +319,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         spread = {name for name, value in known.items() if isinstance(value, Stored) or getattr(value, "ndim", 0) > 0}
         for flat in _flats(optimizer):
             optimizer.state[flat] = {
-                name: torch.zeros_like(flat, requires_grad=False) if name in spread else copy.copy(value)
+                name: torch.zeros_like(flat, requires_grad=False) if name in spread else own(value)
                 for name, value in known.items()
             }
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):

@@ -56,7 +56,8 @@ class RankWatch(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the others, and wait until they know it or `GRACE` is over."""
-        self._begin(trainer)  # it may have failed before `setup`
+        with contextlib.suppress(RuntimeError):  # what went wrong may be the network
+            self._begin(trainer)  # it may have failed before `setup`
         if self.watch is not None:
             self.watch.fail(f"{type(exception).__name__}: {exception}")
             self.watch = None

@@ -126,7 +126,8 @@ def test_a_rank_that_is_killed_stops_all_under_lightnings_launcher(warm_model, t
 
 def test_a_verifier_that_stalls_on_two_nodes_under_torchrun(warm_model, tmp_path):
     """Its verdicts are unknown, and the run goes on to its end on both nodes."""
-    options = overlay(tmp_path, warm_model, prompts="nodes_ranks.Stalling")
+    shipped = ["--config", str(REPOSITORY / "conf/strategy/ddp.yaml"), "--trainer.accelerator=cpu"]
+    options = [*overlay(tmp_path, warm_model, prompts="nodes_ranks.Stalling"), *shipped]
     words = ["bash", str(REPOSITORY / "docs/cluster/torchrun.sh"), *options]
     shared = {"PATH": BIN, "NODES": "2", "HEAD": "127.0.0.1", "GPUS": "1", "PORT": str(nodes_ranks.free_port())}
     nodes = [nodes_ranks.started(tmp_path, words, name=str(n), NODE_RANK=str(n), **shared) for n in range(2)]

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from prime_lightning.plan import timing
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.report import memory_of, switched
 from prime_lightning.plan.setup import setup_of
-from prime_lightning.plan.shape import shape_of, work_bytes
+from prime_lightning.plan.shape import adapter_parameters, shape_of, work_bytes
 
 SMALL = {
     "vocab_size": 1000,
@@ -159,6 +161,15 @@ def test_sampling_is_bound_by_bandwidth_then_by_arithmetic():
     assert seconds(10, length=2000, cache_bytes_per_token=1e5) == 200  # 10 caches of 1,000 tokens on average
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+def test_adapters_are_those_of_peft(targets):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["tied"]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert adapter_parameters(CONFIGS["tied"], 4, targets) == trained
+
+
 # ---- the command
 
 
@@ -202,6 +213,27 @@ def test_zero_3_fits_where_ddp_does_not(seven_billion, capsys):
     assert row.split()[2] == f"{7_615_616_512 * 4 / 8 / 2**30:.2f}"
 
 
+def documented(command):
+    """Lines of docs/nodes.md that show this subcommand, as words."""
+    lines = (Path(__file__).parent.parent / "docs/nodes.md").read_text().splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"    prime-lightning {command} ")]
+
+
+@pytest.mark.usefixtures("_here")
+def test_the_documented_plan(seven_billion, capsys):
+    (words,) = documented("plan")
+    assert main([*words, "--model-config", f"policy={seven_billion}", "--model-config", seven_billion]) in (0, 1)
+    assert "at the peak" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("words", documented("fit"), ids=" ".join)
+def test_the_documented_fits_parse(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--print_config"])
+    assert ended.value.code == 0
+
+
 @pytest.mark.usefixtures("_here")
 def test_no_hub_and_no_file(capsys):
     assert plan() == 2
@@ -224,8 +256,22 @@ def test_what_the_configuration_says(warm_model):
     assert setup(warm_model, "--model.prm_loss=prime_lightning.algorithms.dpo").micro_tokens["prm"] == 16_384
     half = setup(warm_model, "--trainer.precision=bf16-mixed", "--trainer.strategy=deepspeed_stage_2")
     assert (half.weights, half.sharding.stage, half.sharding.masters) == (torch.bfloat16, 2, True)
+    ours = "{class_path: prime_lightning.strategy.PrimeDeepSpeedStrategy, init_args: {stage: 3, frozen: replicate}}"
+    strategy = setup(warm_model, f"--trainer.strategy={ours}").sharding
+    assert (strategy.name, strategy.masters, strategy.replicate_frozen) == ("ZeRO-3", True, True)
+    assert setup(warm_model, "--config=conf/strategy/fsdp2.yaml", "--trainer.devices=2").sharding.name == "FSDP2"
     assert setup(warm_model, "--config=conf/engine/vllm.yaml").sampler.fraction == 0.4
     assert not setup(warm_model, "--config=conf/engine/server.yaml").sampler.beside
+
+
+@pytest.mark.usefixtures("_here")
+def test_adapters_have_little_state_and_a_free_reference(warm_model):
+    whole = setup(warm_model, "--model.reference", str(warm_model))
+    few = replace(whole, trainable={"policy": 1000, "prm": 1000}, shared_reference=True)
+    before, after = memory_of(whole, mem.GIB), memory_of(few, mem.GIB)
+    assert after.models["optimizer moments"] == {"policy": 8000, "prm": 8000}
+    assert after.models["parameters"]["reference"] == 0
+    assert after.models["parameters"]["policy"] == before.models["parameters"]["policy"] + 4000
 
 
 @pytest.mark.usefixtures("_here")

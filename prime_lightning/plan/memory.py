@@ -25,6 +25,8 @@ class Sharding:
     """The optimizer has a float32 copy of its own (DeepSpeed), whatever the weights are."""
     offload_optimizer: bool = False
     """Optimizer state and masters live in the host's memory."""
+    replicate_frozen: bool = False
+    """Models without an optimizer are whole on each GPU under stage 3, too."""
     offload_parameters: bool = False
     """Parameters live in the host's memory."""
 

@@ -47,15 +47,13 @@ class Memory:
 def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
     """Memory of one GPU by part."""
     shard, width = setup.sharding, setup.width
-    counts = {role: shape.parameters for role, shape in setup.shapes.items()}
-    gradients = {role: mem.gradient_bytes(counts[role], width, shard) for role in setup.trained}
+    counts = setup.trainable
+    gradients = {role: mem.gradient_bytes(n, width, shard) for role, n in counts.items()}
     models = {
-        "parameters": {role: mem.parameter_bytes(n, width, shard) for role, n in counts.items()},
+        "parameters": {role: _parameters(setup, role) for role in setup.shapes},
         "gradients": gradients if shard.masters else {},
-        "optimizer moments": {
-            role: mem.moment_bytes(counts[role], setup.moments[role], width, shard) for role in setup.trained
-        },
-        "float32 masters": {role: mem.master_bytes(counts[role], shard) for role in setup.trained},
+        "optimizer moments": {r: mem.moment_bytes(n, setup.moments[r], width, shard) for r, n in counts.items()},
+        "float32 masters": {role: mem.master_bytes(n, shard) for role, n in counts.items()},
     }
     gathered = [mem.gathered_bytes(s.parameters, s.largest_unit, width, shard) for s in setup.shapes.values()]
     logits = max(_logits(setup, role) for role in setup.trained)
@@ -71,8 +69,15 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
         },
         sampling=sampling,
         held={**held, "CUDA context, NCCL (assumed)": CONTEXT},
-        host=sum(mem.host_bytes(counts[role], setup.moments[role], width, shard) for role in setup.trained),
+        host=sum(mem.host_bytes(n, setup.moments[role], width, shard) for role, n in counts.items()),
     )
+
+
+def _parameters(setup: Setup, role: str) -> float:
+    """Bytes of a model's weights; a frozen one may be whole where trained ones are divided."""
+    whole = setup.sharding.replicate_frozen and role not in setup.trained
+    shard = replace(setup.sharding, stage=0, offload_parameters=False) if whole else setup.sharding
+    return mem.parameter_bytes(setup.stored(role), setup.width, shard)
 
 
 def _work(setup: Setup, role: str) -> float:
@@ -134,7 +139,7 @@ def switches(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
             lambda s: replace(s, sampler=replace(s.sampler, fraction=0.3)),
         )
     yield from _strategies(setup)
-    if "reference" in setup.shapes:
+    if "reference" in setup.shapes and not setup.shared_reference:
         yield "model.reference: null (appendix B.1 of the paper)", without_reference
 
 
@@ -234,7 +239,8 @@ def iteration_of(setup: Setup, rollouts: Rollouts, hardware: Hardware, gpu_bytes
     tokens = rows * length
     scored = sum(forward(role, tokens) for role in setup.shapes) + setup.extra_score * forward("policy", tokens)
     trained = sum(
-        setup.epochs[role] * timing.training_flops(forward(role, tokens), checkpointing=setup.checkpointing)
+        setup.epochs[role]
+        * timing.training_flops(forward(role, tokens), checkpointing=setup.checkpointing, adapters=setup.adapted(role))
         for role in setup.trained
     )
     running = running_samples(setup, rollouts, gpu_bytes)

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from prime_lightning.plan.memory import Sharding
-from prime_lightning.plan.shape import Shape, read_config, shape_of
+from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
 TRAINED = ("policy", "prm", "critic")
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1}
@@ -44,6 +44,8 @@ class Setup:
     shapes: Mapping[str, Shape]
     trained: tuple[str, ...]
     """Roles that have an optimizer."""
+    trainable: Mapping[str, int]
+    """Parameters of each trained role that have gradients: all of them, or those of its adapters."""
     moments: Mapping[str, int]
     """Moments of each trained role's optimizer."""
     sharding: Sharding
@@ -63,6 +65,8 @@ class Setup:
     """Of the longest prompt."""
     response_tokens: int
     """Of the longest response."""
+    shared_reference: bool
+    """The reference is the policy below its adapters."""
     extra_score: bool
     """The reference is the policy and the temperature is not 1: one forward more."""
 
@@ -70,6 +74,16 @@ class Setup:
     def width(self) -> int:
         """Bytes of a weight."""
         return self.weights.itemsize
+
+    def adapted(self, role: str) -> bool:
+        """Whether a role trains adapters."""
+        return role in self.trained and self.trainable[role] < self.shapes[role].parameters
+
+    def stored(self, role: str) -> int:
+        """Parameters that a role keeps, its adapters included."""
+        if role == "reference" and self.shared_reference:
+            return 0
+        return self.shapes[role].parameters + (self.trainable[role] if self.adapted(role) else 0)
 
 
 def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
@@ -91,11 +105,15 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
     half = trainer.precision in HALF or (sharding.masters and "32" not in str(trainer.precision))
     longest = data.max_prompt_tokens + data.sampling.max_tokens
     updates = {role: model[f"{role}_update"] for role in trained}
+    shapes = {role: shape_of(made[role]) for role in made}
+    adapters = {role: model.get(f"{role}_lora") for role in trained if model.get(f"{role}_lora")}
+    adapted = {r: adapter_parameters(made[r], lora.rank, lora.target_modules) for r, lora in adapters.items()}
     unit = {"prm": data.sampling.samples if _whole_groups(model.prm_loss) else 1}
     return Setup(
         configs=made,
-        shapes={role: shape_of(made[role]) for role in made},
+        shapes=shapes,
         trained=trained,
+        trainable={role: adapted.get(role, shapes[role].parameters) for role in trained},
         moments={role: _moments(model[f"{role}_optimizer"]) for role in trained},
         sharding=sharding,
         weights=torch.bfloat16 if half else getattr(torch, model.loading.dtype),
@@ -109,6 +127,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         samples=data.sampling.samples,
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.sampling.max_tokens,
+        shared_reference="policy" in adapted and named.get("reference") == named["policy"],
         extra_score="reference" not in named and data.sampling.temperature != 1.0,
     )
 
@@ -127,6 +146,7 @@ def sharding_of(trainer: Any, gpus: int) -> Sharding:
             gpus=gpus,
             stage=stage,
             masters=True,
+            replicate_frozen=options.get("frozen") == "replicate",
             offload_optimizer=bool(options.get("offload_optimizer", "offload" in low)),
             offload_parameters=bool(options.get("offload_parameters", "offload" in low and stage == 3)),
         )

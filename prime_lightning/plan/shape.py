@@ -94,6 +94,25 @@ def shape_of(config: PretrainedConfig) -> Shape:
     )
 
 
+def adapter_parameters(config: PretrainedConfig, rank: int, targets: str | list[str] = "all-linear") -> int:
+    """Parameters of low-rank adapters, `rank * (inputs + outputs)` for each matrix (LoRA, arXiv 2106.09685).
+
+    Args:
+        config: Of the model.
+        rank: Of the adapters.
+        targets: Last names of the matrices, or `all-linear` for all but the head; a pattern counts as `all-linear`.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    matrices = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = [
+        matrix
+        for name, matrix in matrices.items()
+        if matrix is not model.get_output_embeddings() and (isinstance(targets, str) or name.split(".")[-1] in targets)
+    ]
+    return sum(rank * (matrix.in_features + matrix.out_features) for matrix in chosen)
+
+
 @functools.lru_cache(maxsize=64)
 def _work(config: str, tokens: int, chunk: int, weights: torch.dtype, autocast: bool, checkpointing: bool) -> int:
     """Peak of live bytes in one forward and backward, weights and their gradients left out."""

@@ -42,9 +42,12 @@ def forward_flops(matrix: int, layers: int, hidden: int, tokens: float, length: 
     return (2.0 * matrix + 2.0 * layers * hidden * length) * tokens
 
 
-def training_flops(forward: float, *, checkpointing: bool) -> float:
-    """Three forwards' worth (`6 N` a token), and one more where activations are computed again."""
-    return (4.0 if checkpointing else 3.0) * forward
+def training_flops(forward: float, *, checkpointing: bool, adapters: bool = False) -> float:
+    """Three forwards' worth (`6 N` a token), and one more where activations are computed again.
+
+    Under adapters the gradients of the frozen weights, one forward's worth, are not computed.
+    """
+    return (3.0 + checkpointing - adapters) * forward
 
 
 def training_seconds(flops: float, gpus: int, hardware: Hardware) -> float:

@@ -19,7 +19,7 @@ def labelled(tmp_path_factory):
 def prm_run(tmp_path_factory, warm_model, labelled):
     """The folder of a run of `prime-lightning prm`."""
     out = tmp_path_factory.mktemp("prm")
-    assert train_prm(out, warm_model, labelled, "--trainer.max_epochs=3", "--data.validation_share=0.2") == 0
+    assert train_prm(out, warm_model, labelled, "--trainer.max_epochs=4", "--data.validation_share=0.1") == 0
     return out
 
 

@@ -13,7 +13,7 @@ ON_CPU = ("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer
           "--model.loading={attention: sdpa, packed: false, gradient_checkpointing: false}")  # fmt: skip
 
 
-def labelled_rows(problems=200, samples=4, seed=0):
+def labelled_rows(problems=600, samples=4, seed=0):
     """Answers of the imperfect teacher, several a problem, and whether the final result is right."""
     rng, teacher = np.random.default_rng(seed), Teacher(chains=CHAINS, reliability=0.8)
     for _ in range(problems):
@@ -26,7 +26,7 @@ def labelled_rows(problems=200, samples=4, seed=0):
 
 def train_prm(out, model, path, *more):
     """`prime-lightning prm` on the shipped configuration, for a model this small."""
-    small = ("--model.beta=0.5", "--model.step_separator=;", "--data.prompts_per_batch=8")
-    rate = "--model.optimizer.init_args.lr=2e-3"
+    small = ("--model.beta=0.5", "--model.step_separator=;", "--data.prompts_per_batch=16")
+    rate = "--model.optimizer.init_args.lr=5e-4"
     where = (f"--trainer.default_root_dir={out}", f"--model.prm={model}", f"--data.path={path}")
     return main(["prm", "--config", str(CONF / "prm.yaml"), *ON_CPU, *small, rate, *where, *map(str, more)])
