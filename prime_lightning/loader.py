@@ -226,8 +226,7 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            draw = self.start + self.position * self.world + self.rank
-            self.position += 1
+            draw, self.position = self.start + self.position * self.world + self.rank, self.position + 1
             if not self.source.prompts.wanted(draw):
                 tally.metrics["rollout/passed_over"] += 1
                 continue
@@ -321,11 +320,8 @@ def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str
 
 def _state(rollout: Rollout) -> dict[str, Any]:
     """A rollout without its prompt, which its draw gives back."""
-    return {
-        "draw": rollout.prompt.draw,
-        "completion": asdict(rollout.completion),
-        "verdict": asdict(rollout.verdict),
-    }
+    completion, verdict = asdict(rollout.completion), asdict(rollout.verdict)
+    return {"draw": rollout.prompt.draw, "completion": completion, "verdict": verdict}
 
 
 class EvaluationLoader:

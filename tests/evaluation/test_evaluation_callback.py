@@ -126,6 +126,7 @@ def test_it_takes_turns_with_sampling_ahead(warm_model, chains, tmp_path):
     assert [(row["iteration"], row["version"]) for row in lines(tmp_path)] == [(i, i) for i in range(4)]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_problems_and_get_the_same_numbers(sharp_folder, tmp_path):
     path = tmp_path / "chains.yaml"
     path.write_text(yaml.safe_dump(SPEC | {"rows": 5}))
