@@ -16,11 +16,15 @@ from prime_lightning.verifiers import SandboxLeaks
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
+    "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
+    "evaluate": ("prime_lightning.evaluation.command", "benchmarks of a model, or of given completions"),
+    "data": ("prime_lightning.evaluation.contamination", "`check`: training prompts that stand in a benchmark"),
     "export": ("prime_lightning.prm.export", "a model of a checkpoint as a Hugging Face folder"),
     "score": ("prime_lightning.prm.score", "rewards of tokens, steps and responses by a PRM"),
     "rerank": ("prime_lightning.prm.rerank", "best of n by a PRM, against majority and pass@n"),
     "processbench": ("prime_lightning.prm.processbench", "how well a PRM finds the first wrong step"),
+    "report": ("prime_lightning.report.command", "runs as one HTML file: curves, health, credit token by token"),
     "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
 }
 """Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""

@@ -53,6 +53,12 @@ class Batch:
         """Number of prompts on this rank."""
         return int(self.group_B.unique().numel())
 
+    def response_tokens(self) -> Tensor:
+        """`[B, T]` tokens of the responses; what stands outside of them means nothing."""
+        T, device = self.mask_BT.shape[1], self.tokens_BL.device
+        columns_BT = self.prompt_length_B[:, None] + torch.arange(T, device=device)
+        return self.tokens_BL.gather(1, columns_BT.clamp_max(self.tokens_BL.shape[1] - 1))
+
     @classmethod
     def of_groups(
         cls,
@@ -121,9 +127,9 @@ class Batch:
 
     def nothing(self) -> Batch:
         """One row of two tokens that counts for nothing: it takes part in forwards that other ranks have work for."""
-        row, one = self.select(torch.zeros(1, dtype=torch.long)), self.prompt_length_B.new_ones(1)
-        row = replace(row, prompt_length_B=one, response_length_B=one)
-        return replace(row.select(torch.zeros(1, dtype=torch.long)), mask_BT=row.mask_BT[:, :1] & False)
+        first, one = torch.zeros(1, dtype=torch.long), self.prompt_length_B.new_ones(1)
+        row = replace(self.select(first), prompt_length_B=one, response_length_B=one).select(first)
+        return replace(row, mask_BT=row.mask_BT & False, valid_B=row.valid_B & False)
 
     def minibatches(self, count: int, generator: torch.Generator, groups: int | None = None) -> list[Tensor]:
         """Shuffle the groups of all ranks into `count` parts of equal size; returns this rank's rows of each.

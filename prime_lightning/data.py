@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.ahead import AheadLoader
+from prime_lightning.balance import balanced
+from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine
 from prime_lightning.loader import AccuracyFilter, Collecting, EvaluationLoader, RolloutSource, TrainingLoader
 from prime_lightning.pretrained import load_tokenizer
@@ -45,6 +47,7 @@ class RolloutDataModule(pl.LightningDataModule):
         patience: Stop with an error once this many times `prompts_per_batch` groups were sampled for one batch.
         check_answers: Before training, check that each reference answer (and reference program) passes its own
             verifier; rows whose reference does not are reported and left out.
+        balance: On several ranks, deal the groups of a batch to them anew, by tokens, before they are trained on.
         verifiers: What grades.
     """
 
@@ -64,6 +67,7 @@ class RolloutDataModule(pl.LightningDataModule):
         max_staleness: int = 0,
         patience: int = 20,
         check_answers: bool = True,
+        balance: bool = True,
         verifiers: Verifiers | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.validation_prompts = validation_prompts
         self.prompts_per_batch, self.max_prompt_tokens = prompts_per_batch, max_prompt_tokens
         self.accuracy_filter, self.oversample, self.patience = accuracy_filter, oversample, patience
-        self.max_staleness, self.check_answers = max_staleness, check_answers
+        self.max_staleness, self.check_answers, self.balance = max_staleness, check_answers, balance
         self.verifiers = verifiers or Verifiers()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.Lock()  # training and evaluation take turns at the engine
@@ -155,6 +159,11 @@ class RolloutDataModule(pl.LightningDataModule):
             max_age=max(self.max_staleness, int(self.oversample != 1)),
         )
         return TrainingLoader(self.source(self.train), collecting, rank, world)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Even out the work of the ranks; here, because in the trainer's own thread collectives keep their order."""
+        assert self.trainer is not None
+        return balanced(batch) if self.balance and self.trainer.training and self.trainer.world_size > 1 else batch
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation rollouts, or nothing if there are no validation prompts."""

@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -167,12 +167,13 @@ class TrainingLoader:
 
     def __init__(self, source: RolloutSource, options: Collecting, rank: int, world: int) -> None:
         self.source, self.options, self.rank, self.world = source, options, rank, world
-        self.position = 0
+        self.start = self.position = 0  # draw of the first prompt of all ranks; prompts taken by this one
         self.returned: deque[int] = deque()  # draws to sample again before any new one
         self.surplus: list[Group] = []
         self.acceptance = Acceptance()
         self.kept: Kept = {}
         self._checked = options.sampling.truncation == 0 or options.sampling.temperature == 0
+        self.tally: Tally | None = None  # of the batch that is being filled, for the progress bar
 
     def __len__(self) -> int:
         """More iterations than any run has, so that a finished run can be resumed for more."""
@@ -184,7 +185,8 @@ class TrainingLoader:
 
     def collect(self) -> Batch:
         """Sample rounds of prompts until the batch is full."""
-        options, tally = self.options, Tally()
+        options, tally = self.options, Tally(self.options.groups)
+        self.tally = tally
         accepted = self._fresh(self.surplus, tally)
         self.surplus = []
         self.acceptance.next_batch()
@@ -192,7 +194,7 @@ class TrainingLoader:
             missing = options.groups - len(accepted)
             accepted += self._round(self.take(self._started(missing), tally), missing, tally)
             self._watch(tally, len(accepted))
-        self.surplus = accepted[options.groups :] + self.surplus
+        self.surplus, self.tally = accepted[options.groups :] + self.surplus, None
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
         if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
             warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
@@ -248,6 +250,7 @@ class TrainingLoader:
 
     def _filtered(self, group: Group, tally: Tally) -> list[Group]:
         reason = self.options.accuracy_filter.reject(group)
+        self.source.prompts.learn(group[0].prompt.draw, [r.verdict.score for r in group if r.verdict.known])
         tally.add(group, reason)
         return [group] if reason is None else []
 
@@ -263,8 +266,12 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            prompt = self._prompt(self.position * self.world + self.rank)
+            draw = self.start + self.position * self.world + self.rank
             self.position += 1
+            if not self.source.prompts.wanted(draw):
+                tally.metrics["rollout/passed_over"] += 1
+                continue
+            prompt = self._prompt(draw)
             if len(prompt.token_ids) <= self.options.max_prompt_tokens:
                 taken.append(prompt)
                 continue
@@ -298,23 +305,58 @@ class TrainingLoader:
         """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
         surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
         return {
+            "start": self.start,
             "position": self.position,
             "returned": list(self.returned),
             "surplus": surplus,
             "acceptance": asdict(self.acceptance),
+            "order": self.source.prompts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved position."""
-        self.position, self.returned = state["position"], deque(state["returned"])
+        """Take up this rank's share of the saved positions of all ranks (`{"ranks": [state, ...]}`), or one state."""
+        state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
+        self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
+        self.source.prompts.load_state_dict(state.get("order", {}))
         self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
-        self.acceptance, self.kept = Acceptance(**state["acceptance"]), {}
+        self.acceptance, self.kept = Acceptance(**state.get("acceptance", {})), {}
 
     def _restore(self, row: dict[str, Any]) -> Rollout:
         completion = {**row["completion"], "finish": Finish(row["completion"]["finish"])}
         verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
         prompt = self._prompt(row["draw"])
         return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
+
+
+def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
+
+    No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued. On another
+    number of ranks the acceptance rate is measured anew.
+
+    Example:
+        >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
+        >>> share(states, rank=0, world=1)
+        {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
+    """
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    start, furthest = of_ranks[0]["start"], max(state["position"] for state in of_ranks)
+    queue = sorted(
+        [draw for state in of_ranks for draw in state["returned"]]
+        + [
+            start + position * len(of_ranks) + number
+            for number, state in enumerate(of_ranks)
+            for position in range(state["position"], furthest)
+        ]
+    )
+    surplus = [group for state in of_ranks for group in json.loads(state["surplus"])]
+    return {
+        "start": start + furthest * len(of_ranks),
+        "position": 0,
+        "returned": queue[rank::world],
+        "surplus": json.dumps(surplus[rank::world]),
+    }
 
 
 def _state(rollout: Rollout) -> dict[str, Any]:
@@ -332,20 +374,31 @@ class EvaluationLoader:
     def __init__(
         self, source: RolloutSource, sampling: Sampling, count: int, chunk: int, rank: int, world: int
     ) -> None:
-        self.source, self.sampling, self.chunk = source, sampling, chunk
-        self.draws = range(rank, count, world)
+        self.source, self.sampling, self.count = source, sampling, count
+        self.chunk, self.rank, self.world = chunk, rank, world
+        self.tally: Tally | None = None
 
     def __len__(self) -> int:
-        """Number of batches."""
-        return math.ceil(len(self.draws) / self.chunk)
+        """Number of batches, the same on all ranks."""
+        return math.ceil(self.count / (self.chunk * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.draws), self.chunk):
-            draws = self.draws[start : start + self.chunk]
-            prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-            tally = Tally()
-            with self.source.lock:
-                groups = list(Round(self.source, prompts, self.sampling, tally))
-            for group in groups:
+        for start in range(0, self.count, self.chunk * self.world):
+            draws = range(start + self.rank, min(start + self.chunk * self.world, self.count), self.world)
+            yield self._batch(draws) if draws else _uncounted(self._batch(range(start, start + 1)))
+
+    def _batch(self, draws: range) -> Batch:
+        prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
+        tally, groups = Tally(len(draws)), []
+        self.tally = tally
+        with self.source.lock:
+            for group in Round(self.source, prompts, self.sampling, tally):
                 tally.add(group, None)
-            yield Batch.of_groups(groups, metrics=tally.measures())
+                groups.append(group)
+        self.tally = None
+        return Batch.of_groups(groups, metrics=tally.measures())
+
+
+def _uncounted(batch: Batch) -> Batch:
+    """A batch for a rank that has no prompt left while others have."""
+    return replace(batch, mask_BT=batch.mask_BT & False, valid_B=batch.valid_B & False, rollouts=[])

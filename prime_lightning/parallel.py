@@ -47,14 +47,19 @@ class PrimeDDPStrategy(RoleStrategy, DDPStrategy):
 
     def clipped_step(self, optimizer: LightningOptimizer, limit: float) -> Tensor:
         """Average the gradient over ranks first."""
-        for parameter in parameters(optimizer.optimizer):
-            if parameter.grad is None:  # such as an expert that no token of this rank came to
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters(optimizer.optimizer) if p.grad is not None]
-        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            work.wait()
-        torch._foreach_div_(gradients, self.world_size)
+        average_gradients(parameters(optimizer.optimizer))
         return super().clipped_step(optimizer, limit)
+
+
+def average_gradients(updated: list[nn.Parameter]) -> None:
+    """Make the gradients of all ranks their mean."""
+    for parameter in updated:
+        if parameter.grad is None:  # such as an expert that no token of this rank came to
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in updated if parameter.grad is not None]
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+    torch._foreach_div_(gradients, dist.get_world_size())
 
 
 class Sharded(RoleStrategy, ParallelStrategy):
@@ -149,6 +154,11 @@ def optimizer_state(state: dict[int, dict[str, Any]], groups: list[dict[str, Any
     return {"state": state, "param_groups": numbered}
 
 
+def own(value: Any) -> Any:
+    """A copy; parameters must not share a count of steps that each of them raises."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
     """FSDP2: each decoder layer's parameters, gradients and optimizer state are spread over all devices.
 
@@ -209,7 +219,8 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
         for i, parameter in enumerate(parameters(optimizer)):
             values = {k: stored(v) for k, v in state["state"].get(i, {}).items()}
             optimizer.state[parameter] = {
-                k: _like(v, parameter) if getattr(v, "shape", None) == parameter.shape else v for k, v in values.items()
+                k: _like(v, parameter) if getattr(v, "shape", None) == parameter.shape else own(v)
+                for k, v in values.items()
             }
 
 

@@ -80,7 +80,8 @@ class SteppingModule(pl.LightningModule):
         self.strict_loading = False  # checkpoints leave the frozen reference out; see `load_state_dict`
         self.seed = seed
         self.skipped_in_a_row: Counter[str] = Counter()
-        self.measures = Measures()
+        self.measures, self.between = Measures(), Measures()
+        self.doing = ""  # the phase that is timed now, for the progress bar
 
     @property
     def devices(self) -> RoleStrategy:
@@ -93,7 +94,7 @@ class SteppingModule(pl.LightningModule):
 
         `max_steps`, checkpoints and loggers then count iterations.
         """
-        self.measures = Measures()
+        self.measures, self.between = self.between, Measures()
         optimizers = self.optimizers()
         listed = optimizers if isinstance(optimizers, list) else [optimizers]
         self.optimizer_of: dict[str, LightningOptimizer] = dict(zip(self.trained, listed, strict=True))
@@ -110,9 +111,25 @@ class SteppingModule(pl.LightningModule):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to the metric `time/<phase>`."""
+        start, self.doing = time.perf_counter(), phase
+        yield
+        self.doing = ""
+        self.measures.total(f"time/{phase}", time.perf_counter() - start)
+
+    @contextmanager
+    def timed_between(self, phase: str) -> Iterator[None]:
+        """The same for work between two iterations; it counts to the next one."""
         start = time.perf_counter()
         yield
-        self.measures.total(f"time/{phase}", time.perf_counter() - start)
+        self.between.total(f"time/{phase}", time.perf_counter() - start)
+
+    def on_validation_start(self) -> None:
+        """Start the clock of `time/evaluation`."""
+        self._evaluating = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Stop it."""
+        self.between.total("time/evaluation", time.perf_counter() - self._evaluating)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""
@@ -158,8 +175,8 @@ class SteppingModule(pl.LightningModule):
             for rows in itertools.chain.from_iterable(passes):
                 total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
                 for micro in self.level(batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups)):
-                    if micro is None:
-                        loss = 0.0 * self.logprobs(getattr(self, role), batch.nothing())[0].sum()
+                    if micro is None:  # by the same computation, which sharding strategies compare over ranks
+                        loss = terms(batch.nothing(), torch.zeros(1, dtype=torch.long, device=self.device))
                     else:
                         loss = terms(batch.select(micro), micro)
                     self.manual_backward(loss * (self.trainer.world_size / total))
@@ -216,36 +233,48 @@ class SteppingModule(pl.LightningModule):
         return torch.Generator().manual_seed(zlib.crc32(key.encode()))
 
     def extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights, optimizers and schedules; tensors and plain values."""
+        """What a resumed run needs besides weights, optimizers and schedules; the same on all ranks."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up what `extra_state` gave."""
+    def rank_state(self) -> Any:
+        """What it needs that is another on each rank; tensors and plain values."""
+        return None
+
+    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
+        """Take up what `extra_state` gave, and `rank_state` on each rank of the run that was saved."""
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the trained models has to know: `names` of the models they start from, and options."""
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen reference out, and put the extra state and torch's generator in."""
+        """Leave the frozen reference out, and put the state of all ranks in."""
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith("reference.")}
         checkpoint["prime"] = {
             **self.extra_state(),
             "skipped_in_a_row": dict(self.skipped_in_a_row),
-            "torch_rng": torch.get_rng_state(),
             "facts": run_facts(self),
+            "ranks": self.gather(self.rank_state()),
+            "torch_rng": self.gather(torch.get_rng_state()),
         }
+        loop = checkpoint["loops"]["fit_loop"]["state_dict"]  # has the data loader's state of one rank
+        if "combined_loader" in loop:
+            states = self.gather(loop["combined_loader"])
+            loop["combined_loader"] = [{"ranks": list(of_ranks)} for of_ranks in zip(*states, strict=True)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other models, then take up the extra state."""
-        mine = {name for name in self.state_dict() if not name.startswith("reference.")}
+        names = self.trainer.strategy.lightning_module_state_dict()
+        mine = {name for name in names if not name.startswith("reference.")}
         differing = sorted(mine ^ checkpoint["state_dict"].keys())
         if differing:
             raise ValueError(
                 f"Expected a checkpoint of the same models, got one that differs in {len(differing)} weights "
                 f"({', '.join(differing[:3])} ...). Start it with the config that wrote it."
             )
-        self.skipped_in_a_row = Counter(checkpoint["prime"]["skipped_in_a_row"])
-        torch.set_rng_state(checkpoint["prime"]["torch_rng"])
-        self.load_extra_state(checkpoint["prime"])
+        state = checkpoint["prime"]
+        self.skipped_in_a_row = Counter(state["skipped_in_a_row"])
+        if len(state["torch_rng"]) == self.trainer.world_size:
+            torch.set_rng_state(state["torch_rng"][self.global_rank])
+        self.load_extra_state(state, state["ranks"])

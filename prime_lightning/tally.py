@@ -17,6 +17,9 @@ from prime_lightning.rollout import Group
 class Tally:
     """Adds groups up and gives metrics with slashed names.
 
+    Args:
+        wanted: Accepted groups that are needed, for the progress bar.
+
     Example:
         >>> tally = Tally()
         >>> tally.add([], "few_valid")
@@ -24,7 +27,8 @@ class Tally:
         1.0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: int = 0) -> None:
+        self.wanted, self.doing = wanted, ""
         self.metrics: Counter[str] = Counter()
         self.groups = self.accepted = self.responses = self.known = self.tokens = self.truncated = 0
         self.score = 0.0
@@ -34,7 +38,7 @@ class Tally:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the wall time of a block to a phase."""
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), phase
         yield
         self._seconds[phase] += time.perf_counter() - start  # type: ignore[assignment]
 
