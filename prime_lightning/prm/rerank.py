@@ -18,11 +18,12 @@ from jsonargparse import ArgumentParser, Namespace
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
+from prime_lightning.evaluation.statistics import pass_at_k, powers_of_two
 from prime_lightning.loader import EvaluationLoader
 from prime_lightning.prm.folder import claim
 from prime_lightning.prm.responses import Response, read_responses, without_empty
 from prime_lightning.prm.score import add_prm, load_prm, score_all
-from prime_lightning.prm.selection import RULES, best_of_n, interval, pass_at_n, sets_of, vote
+from prime_lightning.prm.selection import RULES, best_of_n, interval, sets_of, vote
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Prompt, Sampling
 from prime_lightning.verifiers import MathOptions, Verifiers
@@ -53,7 +54,7 @@ class Problem:
     def at(self, method: str, n: int, *, sets: int, seed: int) -> float:
         """Mean outcome of what a method picks from a set of n samples, over the sets."""
         if method == "pass":
-            return pass_at_n(self.outcomes, n)
+            return pass_at_k(int((self.outcomes == 1).sum()), len(self.outcomes), n)
         if method in self.scores:
             return best_of_n(self.scores[method], self.outcomes, n)
         sets_SN = sets_of(len(self.outcomes), n, sets, np.random.default_rng([seed, n]))
@@ -219,7 +220,7 @@ def sizes(problems: Sequence[Problem], wanted: Sequence[int] | None) -> list[int
     """
     most = min(len(problem.outcomes) for problem in problems)
     if wanted is None:
-        return sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
+        return powers_of_two(most)
     if min(wanted) < 1 or max(wanted) > most:
         raise ValueError(f"Expected --n from 1 to {most}, the fewest samples that a problem has, got {list(wanted)}.")
     return sorted(set(wanted))

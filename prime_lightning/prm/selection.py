@@ -1,6 +1,6 @@
-"""What best-of-n, voting and pass@n come to on average over all sets of n out of N samples of a problem.
+"""What best-of-n and voting come to on average over all sets of n out of N samples of a problem.
 
-The average over sets has a closed form for pass@n and for the best by a score; for votes it is taken over all sets
+The average over sets has a closed form for the best by a score; for votes it is taken over all sets
 where they are few, and over seeded random ones where they are many.
 
 Shapes: N samples of a problem, S sets, P problems.
@@ -21,19 +21,6 @@ RULES = {
     "last": lambda steps: float(steps[-1]),
 }
 """The score of a response from the rewards of its steps. ImplicitPRM (arXiv 2412.01981) ranks by `min`."""
-
-
-def pass_at_n(outcome_N: np.ndarray, n: int) -> float:
-    """Chance that a set of n holds a right sample: `1 - C(N - c, n) / C(N, n)`, c of N right (arXiv 2107.03374).
-
-    A sample is right if its outcome is 1.
-
-    Example:
-        >>> pass_at_n(np.array([1.0, 0.0, 0.0]), 2)  # 2 of 3 pairs
-        0.6666666666666667
-    """
-    wrong = int((outcome_N < 1).sum())
-    return 1.0 - comb(wrong, n) / comb(len(outcome_N), n)
 
 
 def best_of_n(score_N: np.ndarray, outcome_N: np.ndarray, n: int) -> float:
