@@ -104,9 +104,33 @@ def resume(folder: Path, scene: str) -> None:
     train(folder, name, folder / saved / f"atstep={SAVED}.ckpt", out=scene)
 
 
+def endless(folder: Path, scene: str) -> None:
+    """Saves sharded weights again and again until it is killed; all of a save have the number of the save."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from prime_lightning.parallel import PrimeFSDPStrategy
+
+    class Bare(PrimeFSDPStrategy):
+        """The strategy's writing without a trainer."""
+
+        global_rank, world_size = int(os.environ["RANK"]), 2
+        is_global_zero = global_rank == 0
+
+    dist.init_process_group("gloo")
+    mesh, saving = init_device_mesh("cpu", (2,)), Bare()
+    for step in range(1, 10**6):
+        weights = {f"policy.model.w{i}": torch.full((1000,), float(step)) for i in range(40)}
+        spread = {name: distribute_tensor(weight, mesh, [Shard(0)]) for name, weight in weights.items()}
+        saving.save_checkpoint({"step": step, "state_dict": spread}, folder / f"{scene}.ckpt")
+
+
 def run(folder: Path, scene: str) -> None:
     """Any scene by its name."""
-    (resume if scene.startswith("resume:") else train)(folder, scene)
+    if scene == "endless":
+        return endless(folder, scene)
+    return (resume if scene.startswith("resume:") else train)(folder, scene)
 
 
 def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
@@ -126,7 +150,7 @@ def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> li
     ]  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 240) -> list[str]:
+def finish(processes: list[subprocess.Popen[str]], seconds: float = 570) -> list[str]:
     """What each rank printed; all ranks have to end well."""
     try:
         printed = [process.communicate(timeout=seconds)[0] for process in processes]

@@ -1,0 +1,62 @@
+"""Every strategy that is shipped as a configuration is instantiated by it, as on a machine with GPUs."""
+
+from pathlib import Path
+
+import pytest
+
+from prime_lightning.cli import PrimeCLI
+from prime_lightning.data import RolloutDataModule
+from prime_lightning.module import PrimeModule
+from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
+from prime_lightning.strategy import PrimeDeepSpeedStrategy, merged, owners_of
+
+CONF = Path(__file__).parents[2] / "conf"
+KINDS = {
+    "ddp": PrimeDDPStrategy,
+    "fsdp2": PrimeFSDPStrategy,
+    "zero1": PrimeDeepSpeedStrategy,
+    "zero2": PrimeDeepSpeedStrategy,
+    "zero3": PrimeDeepSpeedStrategy,
+    "zero3_offload": PrimeDeepSpeedStrategy,
+}
+
+
+def built(*args):
+    """The papers's config with a strategy, on eight imagined devices."""
+    arithmetic = '{"class_path": "prime_lightning.arithmetic.ArithmeticPrompts"}'
+    local = ["--data.train", arithmetic, "--data.validation", arithmetic, "--trainer.default_root_dir", "/dev/null"]
+    layers = ["--config", CONF / "prime.yaml", *args, *local, "--trainer.accelerator", "cpu", "--trainer.devices", "8"]
+    cli = PrimeCLI(PrimeModule, RolloutDataModule, [str(arg) for arg in layers], run=False)
+    return cli.trainer.strategy
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_strategy_is_built_by_its_config(name):
+    strategy = built("--config", CONF / f"strategy/{name}.yaml")
+    assert type(strategy) is KINDS[name]
+    assert strategy.num_processes == 8
+    if name.startswith("zero"):
+        zero = strategy.config["zero_optimization"]
+        assert zero["stage"] == int(name[4])
+        assert ("offload_optimizer" in zero, "offload_param" in zero) == (2 * ("offload" in name,))
+
+
+def test_one_model_may_have_a_config_of_its_own():
+    other = '{"prm": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}'
+    strategy = built("--config", CONF / "strategy/zero2.yaml", "--trainer.strategy.init_args.roles", other)
+    assert strategy.config_of("prm")["zero_optimization"] == strategy.config["zero_optimization"] | {
+        "offload_optimizer": {"device": "cpu"}
+    }
+    assert strategy.config_of("policy") == strategy.config
+    assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+
+
+def test_an_optimizer_over_two_models_is_refused():
+    import torch
+
+    module = torch.nn.ModuleDict({"policy": torch.nn.Linear(1, 1), "prm": torch.nn.Linear(1, 1)})
+    each = [torch.optim.SGD(model.parameters(), lr=1.0) for model in module.values()]
+    assert owners_of(module, each) == ["policy", "prm"]
+    for wrong in ([torch.optim.SGD(module.parameters(), lr=1.0)], [each[0], each[0]]):
+        with pytest.raises(ValueError, match="Expected each optimizer to have the parameters of one model"):
+            owners_of(module, wrong)
