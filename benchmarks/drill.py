@@ -32,6 +32,7 @@ from torch import Tensor
 
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.cli import lightning
+from prime_lightning.engines import Kept
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.quickstart import config, quiet
 from prime_lightning.rollout import Completion, Prompt, Sampling
@@ -98,7 +99,9 @@ class ChildEngine:
         self._ask("load_weights", [(name, tensor.cpu().numpy()) for name, tensor in weights], version)
         self.version = version
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
         yield from self._ask("stream", list(prompts), sampling)
 
     def sleep(self) -> None: ...
@@ -137,15 +140,17 @@ class Struck(pl.Callback):
     """Says where the run is and who its processes are, and spoils gradients of rank 1 while there is a file `nan`."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+        self.folder, self.spoilt = Path(folder), False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         (self.folder / f"rank{trainer.global_rank}.pid").write_text(str(os.getpid()))
         if trainer.global_rank == 1:
             parameter = next(module.policy.parameters())
-            parameter.register_hook(lambda g: g * float("nan") if (self.folder / "nan").exists() else g)
+            parameter.register_hook(lambda g: g * float("nan") if self.spoilt else g)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        # of whole iterations: steps that are left out of one that is finished are no failure, and are saved
+        self.spoilt = (self.folder / "nan").exists()
         if trainer.is_global_zero:
             partial = self.folder / "progress.partial"
             partial.write_text(str(trainer.global_step))
@@ -204,7 +209,7 @@ class Drill:
 
     def strike(self, kind: str, run: subprocess.Popen[str], last: int) -> Event:
         """Do it at a random moment, zero to two iterations from here; then see to it that everything ends."""
-        soon = min(max(self._begun(run), last) + self.random.randint(0, 2), self.iterations - 1)
+        soon = min(max(self._begun(run), last) + self.random.randint(0, 2), self.iterations - 3)
         self._until(lambda: self.progress() >= soon, run)
         time.sleep(0.3 * self.random.random())
         event = Event(kind, self.progress())
