@@ -145,8 +145,7 @@ class TrainingLoader:
 
     def collect(self) -> Batch:
         """Sample rounds of prompts until the batch is full."""
-        options, tally = self.options, Tally(self.options.groups)
-        self.tally = tally
+        options, self.tally = self.options, (tally := Tally(self.options.groups))
         accepted = self._fresh(self.surplus, tally)
         self.surplus = []
         self.acceptance.next_batch()
@@ -332,7 +331,6 @@ class EvaluationLoader:
     ) -> None:
         self.source, self.sampling, self.count = source, sampling, count
         self.chunk, self.rank, self.world = chunk, rank, world
-        self.tally: Tally | None = None
 
     def __len__(self) -> int:
         """Number of batches, the same on all ranks."""
@@ -345,13 +343,11 @@ class EvaluationLoader:
 
     def _batch(self, draws: range) -> Batch:
         prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-        tally, groups = Tally(len(draws)), []
-        self.tally = tally
+        tally = Tally()
         with self.source.lock:
-            for group in Round(self.source, prompts, self.sampling, tally):
-                tally.add(group, None)
-                groups.append(group)
-        self.tally = None
+            groups = list(Round(self.source, prompts, self.sampling, tally))
+        for group in groups:
+            tally.add(group, None)
         return Batch.of_groups(groups, metrics=tally.measures())
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prime_lightning import algorithms as alg
 from prime_lightning.alarms import MEANINGS, Alarm, Alarms
@@ -136,3 +137,20 @@ def test_stop_and_cut_in_a_run(warm_model, tmp_path):
     closed = alg.ProcessGate(max_ce=None, min_accuracy=0.0)
     closed.load_state_dict(prime.gate.state_dict())
     assert (closed.weight, closed.update(0.1, 1.0)) == (0.0, 0.0)
+
+
+def test_an_alarm_that_rang_stays_quiet_after_a_resume(model_folder, tmp_path):
+    def run(steps, **options):
+        alarms = Alarms(truncation=Alarm(threshold=-1.0, iterations=2))
+        saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_last=True, save_top_k=0)
+        trainer = tiny.trainer(tmp_path, steps, alarms, saving)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(tiny.module(model_folder), tiny.data(model_folder), **options)
+        return alarms, sum("Alarm truncation" in str(w.message) for w in said)
+
+    first, rang = run(2)
+    assert (first.rung, rang) == (["truncation"], 1)
+    second, rang = run(3, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert (second.rung, rang) == (["truncation"], 0)
+    assert len(second.state_dict()["last"]["rollout/truncated"]) == 3

@@ -48,7 +48,7 @@ def logged(tmp_path_factory, warm_model):
         validation_prompts=4,
         validation_sampling=Sampling(samples=1, max_tokens=8),
     )
-    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    settings = {"val_check_interval": 1, "check_val_every_n_epoch": None}
     alarms = Alarms(truncation=Alarm(threshold=-1.0, iterations=1))
     first = tiny.module(
         warm_model,
