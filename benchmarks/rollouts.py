@@ -3,6 +3,7 @@
     python benchmarks/rollouts.py --out rollouts.json
     python benchmarks/rollouts.py --engines hf          needs no vLLM
     python benchmarks/rollouts.py --sync 1 50 500       weight syncs of models with so many million parameters too
+    python benchmarks/rollouts.py --engines --iterations 1 50   whole iterations, in turns with sampling and ahead of it
 
 Everything that is compared runs in turns on the same prompts, seeds and weights, so that a busy machine slows all of it
 alike; a ratio is the median over turns. Written for a CPU; `--device cuda` takes the engines' GPU settings.
@@ -11,6 +12,7 @@ alike; a ratio is the median over turns. Written for a CPU; `--device cuda` take
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -22,10 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM
 
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
+from prime_lightning.callbacks import WeightSync
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine
@@ -34,6 +39,8 @@ from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_process import clean_environment
 from prime_lightning.engines.work import sampling_arguments
 from prime_lightning.loader import AccuracyFilter
+from prime_lightning.module import PrimeModule
+from prime_lightning.options import Update
 from prime_lightning.rollout import Prompt, Sampling
 
 SHAPES = {1: (128, 5), 50: (768, 7), 500: (2048, 9)}  # million parameters: hidden size, layers
@@ -50,8 +57,9 @@ def main(args: Sequence[str] | None = None) -> None:
         model = write_model(Path(folder) / "model", hidden_size=hidden, layers=layers)
         for kind in options.engines:
             found[kind] = throughput(kind, str(model), options)
-        if options.sync:
-            found["sync"] = [sync(millions, Path(folder) / str(millions), options) for millions in options.sync]
+        for what, measure in (("sync", sync), ("iterations", iterations)):
+            found[what] = [measure(size, Path(folder) / f"{what}{size}", options) for size in getattr(options, what)]
+    found["load"] = os.getloadavg()
     print(table(found))
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=2) + "\n")
@@ -61,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--engines", nargs="*", default=["hf", "vllm"], choices=["hf", "vllm"])
     made.add_argument("--sync", nargs="*", type=int, default=[], choices=[*SHAPES], help="million parameters")
+    made.add_argument("--iterations", nargs="*", type=int, default=[], choices=[*SHAPES], help="million parameters")
+    made.add_argument("--iterate_with", default="vllm", choices=["hf", "vllm"])
     made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     made.add_argument("--turns", type=int, default=5)
     made.add_argument("--prompts", type=int, default=64)
@@ -236,6 +246,76 @@ def sync(millions: int, folder: Path, options: argparse.Namespace) -> dict[str, 
     }
 
 
+class Clock(Callback):
+    """When training steps begin and end, as seen from its place among the callbacks."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun.append(time.perf_counter())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ended.append(time.perf_counter())
+
+
+def iterations(millions: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of an iteration's parts where sampling and training take turns, and of a whole one where they overlap."""
+    hidden, layers = SHAPES[millions]
+    model = str(write_model(folder, hidden_size=hidden, layers=layers))
+    turns, overlapped = iterate(model, 0, options), iterate(model, 1, options)
+    return {
+        "million_parameters": millions,
+        **turns,
+        "sync_share": turns["sync"] / turns["iteration"],
+        "overlapped_iteration": overlapped["iteration"],
+        "overlap": overlapped["iteration"] / max(turns["sampling"], turns["training"]),
+    }
+
+
+def iterate(model: str, staleness: int, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of the parts of an iteration, the first one left out.
+
+    There is no PRM and no filter, so that the sync's share is at its most.
+    """
+    engine = engine_of(options.iterate_with, options.device)
+    data = RolloutDataModule(
+        model,
+        train=ArithmeticPrompts(seed=1),
+        engine=engine,
+        sampling=Sampling(samples=4, max_tokens=options.max_tokens, seed=1),
+        prompts_per_batch=options.prompts,
+        accuracy_filter=AccuracyFilter(low=0.0, high=1.0),
+        max_staleness=staleness,
+    )
+    step, whole = Clock(), Clock()
+    trainer = pl.Trainer(
+        max_steps=options.turns + 2,
+        accelerator="cpu" if options.device == "cpu" else "gpu",
+        devices=1,
+        callbacks=[step, WeightSync(), whole],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    prime = PrimeModule(
+        model,
+        policy_update=Update(minibatches=1, micro_tokens=2048),
+        policy_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
+    )
+    trainer.fit(prime, data)
+    parts = {
+        "sampling": [begun - ended for begun, ended in zip(step.begun[1:], whole.ended, strict=False)],
+        "training": [ended - begun for begun, ended in zip(step.begun[1:], step.ended[1:], strict=True)],
+        "sync": [after - before for before, after in zip(step.ended[1:], whole.ended[1:], strict=True)],
+        "iteration": [after - before for before, after in itertools.pairwise(whole.ended)],
+    }
+    return {name: statistics.median(seconds) for name, seconds in parts.items()}
+
+
 def table(found: dict[str, Any]) -> str:
     lines = ["tokens/s       module   engine     bare   module/engine  module/bare  engine/bare  first batch"]
     for kind in ("hf", "vllm"):
@@ -246,9 +326,16 @@ def table(found: dict[str, Any]) -> str:
                 f"{row['module_over_engine']:13.3f}  {row['module_over_bare']:11.3f}  {row['engine_over_bare']:11.3f}  "
                 f"{row['seconds_to_first_batch']:9.1f} s"
             )
-    for row in found.get("sync", []):
+    for row in found["sync"]:
         size = f"weight sync  {row['parameters'] / 1e6:8.1f} M parameters"
         lines.append(f"{size}  {row['seconds']:.3f} s (first {row['first_seconds']:.3f} s)")
+    lines += [
+        f"iteration   {row['million_parameters']:5} M parameters: sampling {row['sampling']:.3f} s, training "
+        f"{row['training']:.3f} s, sync {row['sync']:.3f} s ({row['sync_share']:.1%} of {row['iteration']:.3f} s); "
+        f"overlapped {row['overlapped_iteration']:.3f} s, {row['overlap']:.2f} of the longer part"
+        for row in found["iterations"]
+    ]
+    lines.append("load averages of the machine: " + ", ".join(f"{load:.1f}" for load in found["load"]))
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from prime_lightning.verifiers import SandboxLeaks
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
+    "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
     "export": ("prime_lightning.prm.export", "a model of a checkpoint as a Hugging Face folder"),
     "score": ("prime_lightning.prm.score", "rewards of tokens, steps and responses by a PRM"),

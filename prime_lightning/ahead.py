@@ -19,6 +19,7 @@ from typing import Any
 
 from prime_lightning.batch import Batch
 from prime_lightning.loader import TrainingLoader
+from prime_lightning.tally import Tally
 
 POLL_SECONDS = 0.2
 
@@ -58,6 +59,11 @@ class AheadLoader:
             allowed.release()
             thread.join()
 
+    @property
+    def tally(self) -> Tally | None:
+        """Of the batch that is being filled."""
+        return self.loader.tally
+
     def _fill(self, filled: Queue[Any], allowed: threading.Semaphore, stop: threading.Event) -> None:
         try:
             while allowed.acquire() and not stop.is_set():
@@ -81,4 +87,4 @@ class AheadLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.loader.load_state_dict(state)
-        self._taken = state
+        self._taken = self.loader.state_dict()

@@ -37,6 +37,8 @@ class Batch:
     """Version of the weights that sampled each token."""
     temperature: float = 1.0
     """Of the sampling; the policy's log-probs are taken at the same."""
+    truncation: float = 0.0
+    """Most nats by which the sampling raised a token's log-prob over the policy's, see `Sampling.truncation`."""
     rollouts: list[Rollout] = field(default_factory=list)
     """The same as objects, row by row, for logs."""
     metrics: Measures = field(default_factory=Measures)
@@ -51,6 +53,12 @@ class Batch:
         """Number of prompts on this rank."""
         return int(self.group_B.unique().numel())
 
+    def response_tokens(self) -> Tensor:
+        """`[B, T]` tokens of the responses; what stands outside of them means nothing."""
+        T, device = self.mask_BT.shape[1], self.tokens_BL.device
+        columns_BT = self.prompt_length_B[:, None] + torch.arange(T, device=device)
+        return self.tokens_BL.gather(1, columns_BT.clamp_max(self.tokens_BL.shape[1] - 1))
+
     @classmethod
     def of_groups(
         cls,
@@ -58,6 +66,7 @@ class Batch:
         *,
         keep_truncated: bool = True,
         temperature: float = 1.0,
+        truncation: float = 0.0,
         metrics: Measures | None = None,
         rank: int = 0,
         world: int = 1,
@@ -68,6 +77,7 @@ class Batch:
             groups: Rollouts of one prompt each.
             keep_truncated: Learn from responses that hit the token limit; otherwise they are masked out.
             temperature: Of the sampling.
+            truncation: Of the sampling.
             metrics: Carried along.
             rank: Which rank this is; group i gets the number `i * world + rank`.
             world: Number of ranks.
@@ -93,6 +103,7 @@ class Batch:
             behaviour_logprobs_BT=pad([r.completion.logprobs for r in rollouts], torch.float32),
             version_BT=pad([r.completion.versions for r in rollouts], torch.long),
             temperature=temperature or 1.0,
+            truncation=truncation,
             rollouts=rollouts,
             metrics=metrics or Measures(),
         )
@@ -116,9 +127,9 @@ class Batch:
 
     def nothing(self) -> Batch:
         """One row of two tokens that counts for nothing: it takes part in forwards that other ranks have work for."""
-        row, one = self.select(torch.zeros(1, dtype=torch.long)), self.prompt_length_B.new_ones(1)
-        row = replace(row, prompt_length_B=one, response_length_B=one)
-        return replace(row.select(torch.zeros(1, dtype=torch.long)), mask_BT=row.mask_BT[:, :1] & False)
+        first, one = torch.zeros(1, dtype=torch.long), self.prompt_length_B.new_ones(1)
+        row = replace(self.select(first), prompt_length_B=one, response_length_B=one).select(first)
+        return replace(row, mask_BT=row.mask_BT & False, valid_B=row.valid_B & False)
 
     def minibatches(self, count: int, generator: torch.Generator, groups: int | None = None) -> list[Tensor]:
         """Shuffle the groups of all ranks into `count` parts of equal size; returns this rank's rows of each.

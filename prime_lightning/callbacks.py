@@ -1,27 +1,27 @@
-"""What happens between iterations: weights to the engine, rollouts to disk, models to folders, progress."""
+"""What happens between iterations: weights to the engine, rollouts to disk, models to folders."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 
 from prime_lightning.batch import Batch
-from prime_lightning.lora import merged_parameters, save_merged
+from prime_lightning.logprobs import causal_lm
+from prime_lightning.lora import merged_parameters
 from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
 from prime_lightning.prm.folder import describe
 from prime_lightning.rollout import Rollout
+from prime_lightning.stepping import devices
 
 
 class WeightSync(Callback):
@@ -48,13 +48,20 @@ class WeightSync(Callback):
         assert isinstance(pl_module, PrimeModule)
         engine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.version != trainer.global_step:
-            with pl_module.timed_between("sync"):
-                engine.load_weights(policy_weights(pl_module), version=trainer.global_step)
+            weights = policy_weights(pl_module)
+            try:
+                with pl_module.timed_between("sync"):
+                    engine.load_weights(weights, version=trainer.global_step)
+            finally:
+                deque(weights, maxlen=0)  # an engine that gave up must not leave other ranks waiting for this one
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights by their Hugging Face names, tied ones once, adapters merged."""
-    return merged_parameters(module.policy.model)
+    """The policy's whole weights by their Hugging Face names, tied ones once, adapters merged, one after another.
+
+    Where they are sharded each is gathered when it is asked for, by all ranks together.
+    """
+    return merged_parameters(module.policy.model, module.devices.whole)
 
 
 Steps = Callable[[Rollout, list[str]], list[tuple[int, int, bool]]]
@@ -152,7 +159,7 @@ class HuggingFaceExport(Callback):
 
     def __init__(self, folder: str, roles: list[str] | None = None, adapters: bool = False) -> None:
         self.folder, self.roles = Path(folder), roles or ["policy"]
-        self.write = save if adapters else save_merged
+        self.adapters = adapters
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if there are models already, which will be replaced."""
@@ -166,76 +173,20 @@ class HuggingFaceExport(Callback):
         latest = self.folder / "policy" if "policy" in self.roles else None  # what the PRM was last compared with
         for role in self.roles:
             model = getattr(pl_module, role)
-            if trainer.is_global_zero and model is not None:
-                self.write(model.model, pl_module.tokenizer, self.folder / role)  # type: ignore[arg-type]
+            if model is None:
+                continue
+            weights = {}
+            for name, weight in self._weights(model.model, devices(trainer).whole):
+                if trainer.is_global_zero:
+                    weights[name] = weight.cpu()
+            if trainer.is_global_zero:
+                kept = model.model if self.adapters else causal_lm(model.model)
+                save(kept, pl_module.tokenizer, self.folder / role, weights)  # type: ignore[arg-type]
                 reference = facts["names"].get("reference") or latest
                 describe(self.folder / role, role, facts, None if reference is None else str(reference))
 
-
-class PrimeProgress(ProgressBar):
-    """A bar with accuracy, PRM accuracy, tokens per second and time left; plain lines where there is no terminal."""
-
-    shown: tuple[str, ...] = ("rollout/accuracy", "val/pass1", "prm/accuracy", "loss", "rollout/tokens_per_second")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: Progress | None = None
-        self._started = 0.0
-        self._first = 0
-
-    def disable(self) -> None:
-        """Show nothing (ranks above 0)."""
-        self.shown = ()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar."""
-        self._started, self._first = time.monotonic(), trainer.global_step
-        if trainer.is_global_zero and sys.stderr.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
-            self._bar.start()
-            self._task = self._bar.add_task(
-                "iteration", total=_total(trainer), completed=trainer.global_step, numbers=""
-            )
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Move the bar, or print a line."""
-        if not trainer.is_global_zero or not self.shown:
-            return
-        numbers = "  ".join(self._numbers(trainer.callback_metrics))
-        done, total = trainer.global_step, _total(trainer)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, numbers=numbers)
-        elif done % max(1, total // 50) == 0 or done == total:
-            pace = (time.monotonic() - self._started) / max(done - self._first, 1)
-            print(
-                f"iteration {done}/{total}  {numbers}  {pace:.2f} s each, {pace * (total - done):.0f} s left",
-                flush=True,
-            )
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
-        self._close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
-        self._close()
-
-    def _numbers(self, metrics: Mapping[str, Tensor]) -> Iterator[str]:
-        for name in self.shown:
-            if name in metrics:
-                yield f"{name} {float(metrics[name]):.4g}"
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _total(trainer: pl.Trainer) -> int:
-    """Steps of the run."""
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 1
-    limits = batches * epochs, trainer.max_steps  # -1 is no limit, of epochs and of steps
-    return int(min((limit for limit in limits if 0 < limit < float("inf")), default=0))
+    def _weights(self, model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What is written, one after another; all ranks take part."""
+        if not self.adapters:
+            return merged_parameters(model, whole)
+        return ((name, whole(weight)) for name, weight in model.state_dict(keep_vars=True).items())

@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from prime_lightning.callbacks import PrimeProgress
+from prime_lightning.alarms import Alarms
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
+from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
+from prime_lightning.watch import RankWatch
 
 MEANT_AS_IT_IS = (
     "LightningCLI's args parameter",  # `main` is its only caller
@@ -60,7 +62,7 @@ class PrimeCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+"},
             trainer_defaults={
-                "callbacks": [PrimeProgress()],
+                "callbacks": [PrimeProgress(), RankWatch()],
                 "plugins": [{"class_path": "prime_lightning.checkpoint.AtomicCheckpointIO"}],
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
@@ -71,6 +73,8 @@ class PrimeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data module samples from, and tokenizes for, the policy, or the one model that is trained."""
         parser.link_arguments(f"model.{getattr(self._model_class, 'policy_role', 'policy')}", "data.model")
+        if issubclass(self._model_class, PrimeModule):  # type: ignore[arg-type]
+            parser.add_lightning_class_args(Alarms, "alarms")
 
     def instantiate_classes(self) -> None:
         """Tell the module what started the run; model cards say it."""
@@ -87,3 +91,13 @@ def lightning(args: list[str]) -> PrimeCLI:
         model, data, _ = TRAINED[args[0]]
         return PrimeCLI(model, data, ["fit", *args[1:]], command=args)
     return PrimeCLI(PrimeModule, RolloutDataModule, args)
+
+
+class _ParsedOnly(PrimeCLI):
+    def instantiate_classes(self) -> None:
+        """Leave everything as it was read."""
+
+
+def parsed(args: Sequence[str]) -> Namespace:
+    """The configuration of `fit`, all layers merged, checked and resolved; nothing of it is built."""
+    return _ParsedOnly(PrimeModule, RolloutDataModule, args, run=False).config

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.ahead import AheadLoader
+from prime_lightning.balance import balanced
+from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine
 from prime_lightning.loader import AccuracyFilter, Collecting, EvaluationLoader, RolloutSource, TrainingLoader
 from prime_lightning.pretrained import load_tokenizer
@@ -38,12 +40,14 @@ class RolloutDataModule(pl.LightningDataModule):
         accuracy_filter: Which groups are trained on.
         oversample: Prompts sampled for each group that is missing. Above 1 there are fewer, larger rounds; groups that
             are whole when the batch is full are trained on one iteration later (the policy lag is logged), the others
-            are sampled again. 1 leaves none over and is exactly on-policy.
+            are sampled again. 1 leaves none over and is exactly on-policy. `auto` takes as many as the filter's
+            acceptance of the last batches asks for, at most 10.
         max_staleness: How many iterations old the weights may be that sampled a token. 0 is synchronous: sampling and
             training take turns, exactly on-policy. Above 0 the next batches are sampled while the trainer works.
         patience: Stop with an error once this many times `prompts_per_batch` groups were sampled for one batch.
         check_answers: Before training, check that each reference answer (and reference program) passes its own
             verifier; rows whose reference does not are reported and left out.
+        balance: On several ranks, deal the groups of a batch to them anew, by tokens, before they are trained on.
         verifiers: What grades.
     """
 
@@ -59,10 +63,11 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts_per_batch: int = 256,
         max_prompt_tokens: int = 1024,
         accuracy_filter: AccuracyFilter = AccuracyFilter(),
-        oversample: float = 1.0,
+        oversample: float | Literal["auto"] = 1.0,
         max_staleness: int = 0,
         patience: int = 20,
         check_answers: bool = True,
+        balance: bool = True,
         verifiers: Verifiers | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +77,7 @@ class RolloutDataModule(pl.LightningDataModule):
             )
         for name, value in (
             ("prompts_per_batch", prompts_per_batch),
-            ("oversample", oversample),
+            ("oversample", 1 if oversample == "auto" else oversample),
             ("patience", patience),
         ):
             if value < 1:
@@ -88,7 +93,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.validation_prompts = validation_prompts
         self.prompts_per_batch, self.max_prompt_tokens = prompts_per_batch, max_prompt_tokens
         self.accuracy_filter, self.oversample, self.patience = accuracy_filter, oversample, patience
-        self.max_staleness, self.check_answers = max_staleness, check_answers
+        self.max_staleness, self.check_answers, self.balance = max_staleness, check_answers, balance
         self.verifiers = verifiers or Verifiers()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.Lock()  # training and evaluation take turns at the engine
@@ -151,9 +156,14 @@ class RolloutDataModule(pl.LightningDataModule):
             max_prompt_tokens=self.max_prompt_tokens,
             oversample=self.oversample,
             patience=self.patience,
-            max_age=max(self.max_staleness, int(self.oversample > 1)),
+            max_age=max(self.max_staleness, int(self.oversample != 1)),
         )
         return TrainingLoader(self.source(self.train), collecting, rank, world)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Even out the work of the ranks; here, because in the trainer's own thread collectives keep their order."""
+        assert self.trainer is not None
+        return balanced(batch) if self.balance and self.trainer.training and self.trainer.world_size > 1 else batch
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation rollouts, or nothing if there are no validation prompts."""

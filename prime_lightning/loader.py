@@ -3,6 +3,10 @@
 Groups are decided in the order of their prompts, whatever order they finish in, so that a batch does not depend on
 speed and short answers have no advantage. Sampling stops as soon as the batch is full. Groups that are whole by then
 wait for the next batch, and the prompts of the others go back to the front of the queue.
+
+Their finished samples are used again only as long as the weights are those that drew them: the seeds would give the
+same samples then, so they save time and change nothing. After an update they are drawn again like the others. To keep
+them would favour short answers: a slot would hold its old sample if that was short, and a fresh one if it was long.
 """
 
 from __future__ import annotations
@@ -14,16 +18,16 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.batch import Batch
-from prime_lightning.engines import Engine
+from prime_lightning.engines import Engine, Kept, check_truncated_logprobs
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Completion, Finish, Group, Label, Prompt, Rollout, Sampling, Verdict
-from prime_lightning.tally import Tally
+from prime_lightning.tally import Acceptance, Tally
 from prime_lightning.verifiers import Verifiers
 
 LONG_PROMPTS_IN_A_ROW = 10_000
@@ -94,13 +98,21 @@ class Round:
         prompts: In rising order of their draws.
         sampling: How completions are drawn.
         tally: Takes the seconds.
+        kept: Finished samples of groups that are not whole, see `Engine.stream`; None keeps none.
     """
 
-    def __init__(self, source: RolloutSource, prompts: Sequence[Prompt], sampling: Sampling, tally: Tally) -> None:
+    def __init__(
+        self,
+        source: RolloutSource,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        tally: Tally,
+        kept: Kept | None = None,
+    ) -> None:
         self.source, self.tally = source, tally
         self.undecided = deque(prompts)
         self._finished: dict[int, Graded] = {}
-        self._stream = source.engine.stream(prompts, sampling)
+        self._stream = source.engine.stream(prompts, sampling, **({} if kept is None else {"kept": kept}))
 
     def __iter__(self) -> Iterator[Group]:
         while self.undecided:
@@ -141,7 +153,7 @@ class Collecting:
     sampling: Sampling
     accuracy_filter: AccuracyFilter
     max_prompt_tokens: int
-    oversample: float
+    oversample: float | Literal["auto"]
     patience: int
     max_age: int
     """Iterations that an accepted group may wait; 0 keeps none."""
@@ -155,9 +167,13 @@ class TrainingLoader:
 
     def __init__(self, source: RolloutSource, options: Collecting, rank: int, world: int) -> None:
         self.source, self.options, self.rank, self.world = source, options, rank, world
-        self.position = 0
+        self.start = self.position = 0  # draw of the first prompt of all ranks; prompts taken by this one
         self.returned: deque[int] = deque()  # draws to sample again before any new one
         self.surplus: list[Group] = []
+        self.acceptance = Acceptance()
+        self.kept: Kept = {}
+        self._checked = options.sampling.truncation == 0 or options.sampling.temperature == 0
+        self.tally: Tally | None = None  # of the batch that is being filled, for the progress bar
 
     def __len__(self) -> int:
         """More iterations than any run has, so that a finished run can be resumed for more."""
@@ -169,14 +185,16 @@ class TrainingLoader:
 
     def collect(self) -> Batch:
         """Sample rounds of prompts until the batch is full."""
-        options, tally = self.options, Tally()
+        options, tally = self.options, Tally(self.options.groups)
+        self.tally = tally
         accepted = self._fresh(self.surplus, tally)
         self.surplus = []
+        self.acceptance.next_batch()
         while len(accepted) < options.groups:
             missing = options.groups - len(accepted)
-            accepted += self._round(self.take(math.ceil(missing * options.oversample), tally), missing, tally)
+            accepted += self._round(self.take(self._started(missing), tally), missing, tally)
             self._watch(tally, len(accepted))
-        self.surplus = accepted[options.groups :] + self.surplus
+        self.surplus, self.tally = accepted[options.groups :] + self.surplus, None
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
         if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
             warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
@@ -184,25 +202,51 @@ class TrainingLoader:
             accepted[: options.groups],
             keep_truncated=options.accuracy_filter.truncated != "mask",
             temperature=options.sampling.temperature,
+            truncation=options.sampling.truncation,
             metrics=tally.measures(),
             rank=self.rank,
             world=self.world,
         )
 
+    def _started(self, missing: int) -> int:
+        """Prompts to begin with where this many groups are missing."""
+        oversample = self.options.oversample
+        return self.acceptance.prompts(missing) if oversample == "auto" else math.ceil(missing * oversample)
+
     def _round(self, prompts: list[Prompt], missing: int, tally: Tally) -> list[Group]:
         """Up to `missing` accepted groups of these prompts; whole groups behind them may become surplus."""
         accepted: list[Group] = []
         with self.source.lock:
-            sampled = Round(self.source, prompts, self.options.sampling, tally)
-            for group in sampled:
+            self._check(prompts[0])
+            kept = self._same_weights(prompts, tally) if self.options.max_age > 0 else None
+            sampled = Round(self.source, prompts, self.options.sampling, tally, kept)
+            for decided, group in enumerate(sampled, start=1):  # noqa: B007
                 accepted += self._filtered(group, tally)
                 if len(accepted) == missing:
                     break
+            self.acceptance.add(accepted=len(accepted), decided=decided)
             whole, again = sampled.close(keep_finished=self.options.max_age > 0)
         for group in whole:
             self.surplus += self._filtered(group, tally)
         self.returned.extendleft(prompt.draw for prompt in reversed(again))
         return accepted
+
+    def _check(self, prompt: Prompt) -> None:
+        """Once, before the first round: log-probs that do not know of top-p would spoil the importance weights."""
+        if not self._checked:
+            check_truncated_logprobs(self.source.engine, prompt, self.options.sampling)
+            self._checked = True
+
+    def _same_weights(self, prompts: list[Prompt], tally: Tally) -> Kept:
+        """The finished samples of aborted groups that the present weights would draw again."""
+        present = {self.source.engine.version}
+        groups = {
+            draw: {k: sample for k, sample in group.items() if set(sample.versions) == present}
+            for draw, group in self.kept.items()
+        }
+        self.kept = {draw: group for draw, group in groups.items() if group}
+        tally.metrics["rollout/kept_samples"] += sum(len(self.kept.get(prompt.draw, ())) for prompt in prompts)
+        return self.kept
 
     def _filtered(self, group: Group, tally: Tally) -> list[Group]:
         reason = self.options.accuracy_filter.reject(group)
@@ -221,7 +265,7 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            prompt = self._prompt(self.position * self.world + self.rank)
+            prompt = self._prompt(self.start + self.position * self.world + self.rank)
             self.position += 1
             if len(prompt.token_ids) <= self.options.max_prompt_tokens:
                 taken.append(prompt)
@@ -255,18 +299,57 @@ class TrainingLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
         surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
-        return {"position": self.position, "returned": list(self.returned), "surplus": surplus}
+        return {
+            "start": self.start,
+            "position": self.position,
+            "returned": list(self.returned),
+            "surplus": surplus,
+            "acceptance": asdict(self.acceptance),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved position."""
-        self.position, self.returned = state["position"], deque(state["returned"])
+        """Take up this rank's share of the saved positions of all ranks (`{"ranks": [state, ...]}`), or one state."""
+        state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
+        self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
         self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
+        self.acceptance, self.kept = Acceptance(**state.get("acceptance", {})), {}
 
     def _restore(self, row: dict[str, Any]) -> Rollout:
         completion = {**row["completion"], "finish": Finish(row["completion"]["finish"])}
         verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
         prompt = self._prompt(row["draw"])
         return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
+
+
+def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
+
+    No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued. On another
+    number of ranks the acceptance rate is measured anew.
+
+    Example:
+        >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
+        >>> share(states, rank=0, world=1)
+        {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
+    """
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    start, furthest = of_ranks[0]["start"], max(state["position"] for state in of_ranks)
+    queue = sorted(
+        [draw for state in of_ranks for draw in state["returned"]]
+        + [
+            start + position * len(of_ranks) + number
+            for number, state in enumerate(of_ranks)
+            for position in range(state["position"], furthest)
+        ]
+    )
+    surplus = [group for state in of_ranks for group in json.loads(state["surplus"])]
+    return {
+        "start": start + furthest * len(of_ranks),
+        "position": 0,
+        "returned": queue[rank::world],
+        "surplus": json.dumps(surplus[rank::world]),
+    }
 
 
 def _state(rollout: Rollout) -> dict[str, Any]:
@@ -284,20 +367,31 @@ class EvaluationLoader:
     def __init__(
         self, source: RolloutSource, sampling: Sampling, count: int, chunk: int, rank: int, world: int
     ) -> None:
-        self.source, self.sampling, self.chunk = source, sampling, chunk
-        self.draws = range(rank, count, world)
+        self.source, self.sampling, self.count = source, sampling, count
+        self.chunk, self.rank, self.world = chunk, rank, world
+        self.tally: Tally | None = None
 
     def __len__(self) -> int:
-        """Number of batches."""
-        return math.ceil(len(self.draws) / self.chunk)
+        """Number of batches, the same on all ranks."""
+        return math.ceil(self.count / (self.chunk * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.draws), self.chunk):
-            draws = self.draws[start : start + self.chunk]
-            prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-            tally = Tally()
-            with self.source.lock:
-                groups = list(Round(self.source, prompts, self.sampling, tally))
-            for group in groups:
+        for start in range(0, self.count, self.chunk * self.world):
+            draws = range(start + self.rank, min(start + self.chunk * self.world, self.count), self.world)
+            yield self._batch(draws) if draws else _uncounted(self._batch(range(start, start + 1)))
+
+    def _batch(self, draws: range) -> Batch:
+        prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
+        tally, groups = Tally(len(draws)), []
+        self.tally = tally
+        with self.source.lock:
+            for group in Round(self.source, prompts, self.sampling, tally):
                 tally.add(group, None)
-            yield Batch.of_groups(groups, metrics=tally.measures())
+                groups.append(group)
+        self.tally = None
+        return Batch.of_groups(groups, metrics=tally.measures())
+
+
+def _uncounted(batch: Batch) -> Batch:
+    """A batch for a rank that has no prompt left while others have."""
+    return replace(batch, mask_BT=batch.mask_BT & False, valid_B=batch.valid_B & False, rollouts=[])

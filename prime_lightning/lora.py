@@ -7,17 +7,15 @@ bases, dropout (a token's log-prob must not differ between two passes) and adapt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from prime_lightning.logprobs import ScoringLM, causal_lm
 from prime_lightning.options import Lora
-from prime_lightning.pretrained import save
 
 MISSING = (
     "Expected `peft` to be installed for `policy_lora` or `prm_lora`, got no module `peft`.\n"
@@ -60,10 +58,16 @@ def with_adapters(lm: PreTrainedModel, lora: Lora | None, seed: int) -> nn.Modul
 
 
 @torch.no_grad()
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(
+    model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of a causal LM by their Hugging Face names, adapters added, one after another; tied ones once.
 
     `W + (alpha / rank) B A` in the wider number format of both; without adapters, the weights themselves.
+
+    Args:
+        model: With or without adapters.
+        whole: Gathers a weight that is sharded.
     """
     lm = causal_lm(model)
     layers = dict(lm.named_modules())
@@ -71,24 +75,21 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         path, _, kind = name.rpartition(".")
         if ".lora_" in name:
             continue
+        weight = whole(parameter)
         if path.endswith(BASE) and kind == "weight":
-            layer = layers[path.removesuffix(BASE)]
-            merged: Any = sum(map(layer.get_delta_weight, layer.active_adapters), parameter.detach())
-            yield name.replace(BASE, ""), merged
-        else:
-            yield name.replace(BASE, ""), parameter.detach()
+            layer: Any = layers[path.removesuffix(BASE)]
+            weight = sum((_delta(layer, adapter, whole) for adapter in layer.active_adapters), weight)
+        yield name.replace(BASE, ""), weight
 
 
-def save_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a model and its tokenizer as a Hugging Face folder that needs no `peft`: adapters are merged in."""
-    lm = causal_lm(model)
-    if lm is model:
-        save(lm, tokenizer, folder)
-        return
-    weights = {name.replace(BASE, ""): tensor for name, tensor in lm.state_dict().items() if ".lora_" not in name}
-    weights |= {name: tensor.to(weights[name].dtype) for name, tensor in merged_parameters(model)}
-    lm.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+def _delta(layer: Any, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """`(alpha / rank) B A`, computed in float32."""
+    if adapter in layer.lora_A:
+        a, b, turned = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.fan_in_fan_out
+    else:  # of an embedding
+        a, b, turned = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
+    delta: Tensor = layer.scaling[adapter] * (whole(b).float() @ whole(a).float())
+    return (delta.T if turned else delta).to(a.dtype)
 
 
 class WithoutAdapters(nn.Module):

@@ -9,7 +9,7 @@ Shapes: B responses, T response tokens, b and t those of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,15 +23,14 @@ from prime_lightning.logprobs import ScoringLM, ValueLM
 from prime_lightning.lora import WithoutAdapters, with_adapters
 from prime_lightning.measures import import_path
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
+from prime_lightning.panel import PanelModule
 from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
-from prime_lightning.replay import Replay
-from prime_lightning.stepping import SteppingModule
+from prime_lightning.replay import Replay, share
 
 ROLES = ("prm", "policy", "critic")
-ENGINE_GAP = 0.1  # nats; bfloat16 engines come to about 0.01, engines with other weights to more than 1
 
 
-class PrimeModule(SteppingModule):
+class PrimeModule(PanelModule):
     """Process reinforcement through implicit rewards (PRIME, arXiv 2502.01456, Algorithm 1).
 
     Args:
@@ -120,8 +119,8 @@ class PrimeModule(SteppingModule):
             self.update_critic(batch, values_BT, advantage_BT)
             advantage_BT = self.whitened(batch, advantage_BT)
             self.update_policy(batch, advantage_BT, proximal_BT, reference_BT)
-        self.log_iteration(batch)
-        return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT}
+        numbers = self.log_iteration(batch)
+        return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
 
     def reference_logprobs(self, batch: Batch, proximal_BT: Tensor) -> Tensor:
         """`log pi_ref`: of the frozen reference, or of the policy that sampled; always at temperature 1."""
@@ -135,7 +134,7 @@ class PrimeModule(SteppingModule):
             return None
         prm_BT = self.score(self.prm, batch)
         reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
-        self.judge_prm(batch, reward_BT.sum(1))
+        self.judge_prm(batch, reward_BT)
         reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
         reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.all_reduce)
         self.measures.add("process/scale", scale)
@@ -145,10 +144,17 @@ class PrimeModule(SteppingModule):
         """`L_CE` (or another PRM loss) on the outcome labels: the fresh rollouts, then one replayed iteration."""
         if self.prm is None:
             return
+        if self.reward.update == "before":
+            self.second_look(batch, reference_BT)
         past = self.replay.draw(self.generator("replay"), self.device)
         self.replay.add(batch, reference_BT)
         for data, reference in [(batch, reference_BT), *past]:
             self.optimise_prm(data, reference, self.prm_loss, self.reward.beta)
+        for data, _ in past:
+            age_BT = self.trainer.global_step - data.version_BT
+            self.measures.add("prm/replay_age", age_BT[data.mask_BT].sum(), data.mask_BT.sum())
+        if self.reward.update == "after":
+            self.second_look(batch, reference_BT)
 
     def credit(
         self,
@@ -159,24 +165,34 @@ class PrimeModule(SteppingModule):
         reference_BT: Tensor,
     ) -> Tensor:
         """Advantages: Eq. 5, or whatever `advantage` computes from outcomes and token rewards."""
-        weights, gate = self.weights, self.gate.weight if self.prm is not None else 0.0
-        reward_BT = None if process_BT is None else weights.process_weight * gate * process_BT
+        weights = self.weights
+
+        def estimated(reward_BT: Tensor | None) -> Tensor:
+            return self.advantage(
+                batch.outcome_B,
+                reward_BT,
+                batch.mask_BT,
+                batch.group_B,
+                batch.valid_B,
+                values_BT=values_BT,
+                gamma_outcome=weights.gamma_outcome,
+                gamma_process=weights.gamma_process,
+                outcome_weight=weights.outcome_weight,
+                lam=weights.lam,
+            )
+
+        penalty_BT = None
         if self.loss.kl == "reward":
-            penalty_BT = self.loss.kl_weight * alg.kl(proximal_BT, reference_BT, self.loss.kl_estimator)
-            reward_BT = -penalty_BT if reward_BT is None else reward_BT - penalty_BT
-        self.measures.add("process/weight", torch.tensor(weights.process_weight * gate))
-        return self.advantage(
-            batch.outcome_B,
-            reward_BT,
-            batch.mask_BT,
-            batch.group_B,
-            batch.valid_B,
-            values_BT=values_BT,
-            gamma_outcome=weights.gamma_outcome,
-            gamma_process=weights.gamma_process,
-            outcome_weight=weights.outcome_weight,
-            lam=weights.lam,
-        )
+            penalty_BT = -self.loss.kl_weight * alg.kl(proximal_BT, reference_BT, self.loss.kl_estimator)
+        without_BT = estimated(penalty_BT)
+        if process_BT is None:
+            return without_BT
+        weight = weights.process_weight * self.gate.weight
+        reward_BT = weight * process_BT if penalty_BT is None else weight * process_BT + penalty_BT
+        advantage_BT = estimated(reward_BT)
+        self.measures.add("process/weight", weight)
+        self.measures.add("process/advantage_share", *alg.advantage_share(advantage_BT, without_BT, batch.mask_BT))
+        return advantage_BT
 
     def whitened(self, batch: Batch, advantage_BT: Tensor) -> Tensor:
         """Advantages of mean 0 and variance 1 over all ranks, where that is asked for."""
@@ -192,6 +208,9 @@ class PrimeModule(SteppingModule):
         )
         self.measures.add_all(measured, batch.mask_BT.sum())
         self.compare_with_engine(batch, measured["importance/abs_diff"])
+        if self.reference is not None:
+            kl_BT = alg.kl(proximal_BT, reference_BT, "k3")
+            self.measures.add("policy/reference_kl", alg.masked_sum(kl_BT, batch.mask_BT), batch.mask_BT.sum())
         if options.importance_cap is not None:
             weight_BT = corrected_BT
 
@@ -239,45 +258,6 @@ class PrimeModule(SteppingModule):
 
         self.optimise("critic", batch, terms, lambda rows: batch.mask_BT[rows].sum())
 
-    # ---- what is measured and logged
-
-    def finite(self, batch: Batch, *logprobs_BT: Tensor) -> Batch:
-        """The batch without tokens whose log-probs are not finite, which are counted."""
-        mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
-        self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
-        return replace(batch, mask_BT=mask_BT)
-
-    def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
-        """Stop a run whose engine does not sample from the policy, at the first batch that is all on-policy.
-
-        Raises:
-            ValueError: if engine and trainer differ by more than `ENGINE_GAP` nats a token.
-        """
-        lag_BT = self.trainer.global_step - batch.version_BT
-        sums = torch.stack([abs_diff, batch.mask_BT.sum().float(), lag_BT[batch.mask_BT].abs().sum().float()])
-        gap, tokens, lag = self.all_reduce(sums, "sum").tolist()
-        if self.engine_checked or lag > 0 or tokens == 0:
-            return
-        self.engine_checked = True
-        if gap / tokens > ENGINE_GAP:
-            raise ValueError(
-                "Expected the engine's log-probs of the first batch to be the policy's, got a mean difference of "
-                f"{gap / tokens:.3g} nats a token. The engine's weights, tokenizer, temperature or log-prob mode are "
-                "not the trainer's."
-            )
-
-    def judge_prm(self, batch: Batch, reward_B: Tensor) -> None:
-        """Measure how well the PRM's response rewards tell right from wrong, and tell the gate."""
-        labels = batch.outcome_B, batch.group_B, batch.valid_B
-        ce = torch.stack(alg.ce(reward_B, *labels)).double()
-        pairs = torch.stack(alg.pairwise_accuracy(reward_B, *labels)).double()
-        self.measures.add("prm/ce", *ce)
-        self.measures.add("prm/accuracy", *pairs)
-        self.measures.add("prm/auc", alg.auc(reward_B, batch.outcome_B, batch.valid_B))
-        self.measures.add("prm/calibration_error", alg.calibration_error(reward_B, batch.outcome_B, batch.valid_B))
-        ce_sum, ce_count, hits, pair_count = self.all_reduce(torch.cat([ce, pairs]), "sum").tolist()
-        self.gate.update(ce_sum / max(ce_count, 1), hits / pair_count if pair_count else None)
-
     def step_ids(self, batch: Batch) -> Tensor | None:
         """Number of the step that each response token belongs to, where rewards are per step."""
         if self.reward.granularity != "step":
@@ -285,24 +265,10 @@ class PrimeModule(SteppingModule):
         if self._step_ends is None:
             words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
             self._step_ends = torch.tensor([self.reward.step_separator in word for word in words])
-        T = batch.mask_BT.shape[1]
-        columns_BT = (batch.prompt_length_B[:, None] + torch.arange(T, device=self.device)).clamp_max(
-            batch.tokens_BL.shape[1] - 1
-        )
-        ends_BT = self._step_ends.to(self.device)[batch.tokens_BL.gather(1, columns_BT)]
+        ends_BT = self._step_ends.to(self.device)[batch.response_tokens()]
         return ends_BT.long().cumsum(1) - ends_BT.long()
 
-    def log_iteration(self, batch: Batch) -> None:
-        """One line of numbers an iteration."""
-        lag_BT = self.trainer.global_step - 1 - batch.version_BT
-        self.measures.add("rollout/policy_lag", lag_BT[batch.mask_BT].sum(), batch.mask_BT.sum())
-        self.measures.add("train/outcome", batch.outcome_B[batch.valid_B].sum(), batch.valid_B.sum())
-        self.measures.update(batch.metrics)
-        numbers = self.measures.means(self.all_reduce, lambda names: set().union(*self.gather(names)))
-        numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
-        for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
-            logger.log_metrics(numbers, step=self.trainer.global_step - 1)
-        self.log_dict(numbers, logger=False, batch_size=len(batch))
+    # ---- what is evaluated and predicted
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean outcome of the validation rollouts: pass@1 at the sampling temperature."""
@@ -310,7 +276,7 @@ class PrimeModule(SteppingModule):
         self.log("val/pass1", self.pass_rate, prog_bar=True, batch_size=len(batch))
         measured = batch.metrics.means()
         for name in ("length", "truncated", "unknown"):
-            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch), sync_dist=True)
+            self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch.rollouts), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""
@@ -341,7 +307,7 @@ class PrimeModule(SteppingModule):
             if loading.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             adapted = with_adapters(lm, self.adapters.get(role), self.seed)
-            return wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
+            return self.devices.place(wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm = load("policy"), load("prm")
@@ -374,13 +340,18 @@ class PrimeModule(SteppingModule):
             "step_separator": self.reward.step_separator,
             "normalise": self.reward.normalise,
             "prm_loss": import_path(self.prm_loss),
+            "lora": {role: asdict(lora) for role, lora in self.adapters.items() if lora is not None},
         }
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
-        return {"gate": self.gate.state_dict(), "replay": self.replay.state_dict()}
+        return {"gate": self.gate.state_dict()}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def rank_state(self) -> list[dict[str, Any]]:
+        """Past batches of this rank."""
+        return self.replay.state_dict()
+
+    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
         """Take up that state."""
         self.gate.load_state_dict(state["gate"])
-        self.replay.load_state_dict(state["replay"])
+        self.replay.load_state_dict(share(of_ranks, self.global_rank, self.trainer.world_size))

@@ -59,6 +59,13 @@ class ProcessReward:
     """Train the PRM after its rewards are read (the paper's single forward), before (double forward), or not at all."""
     replay: int = 0
     """Past iterations to keep for one more PRM pass an iteration, over one of them; 0 is off."""
+    second_look: int = 1
+    """Iterations between two measurements of the PRM on the far side of its update, `prm/accuracy_after`; each costs
+    one forward pass of the PRM; 0 is off."""
+
+    def __post_init__(self) -> None:
+        if self.second_look < 0:
+            raise ValueError(f"Expected `process_reward.second_look` of 0 (off) or more, got {self.second_look}.")
 
 
 @dataclass(frozen=True, kw_only=True)

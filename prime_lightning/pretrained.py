@@ -5,11 +5,12 @@ A name is a hub id or a folder, as everywhere in `transformers`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -61,9 +62,14 @@ def check_same_vocabulary(role: str, name: str, other_role: str, other_name: str
         )
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a model and its tokenizer as a Hugging Face folder."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model, with these weights or its own, and its tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ import transformers
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.cli import PrimeCLI, lightning
+from prime_lightning.prm import credit
 from prime_lightning.report import write_report
 
 
@@ -42,7 +43,7 @@ def main(args: Sequence[str]) -> int:
         f"\nPRIME took the tiny model from {summary['pass1_before']:.1%} to {summary['pass1_after']:.1%} of "
         f"{summary['problems']} fresh problems (pass@1 at temperature 1) in {summary['seconds']:.0f} s, seed "
         f"{options.seed}.\nTrained models: {out / 'policy'}, {out / 'prm'}   "
-        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\nReport: {report}"
+        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\n{credit.told(summary['step_auc'])}\nReport: {report}"
     )
     return 0
 
@@ -78,6 +79,7 @@ def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "pass1_before": before,
         "pass1_after": after,
+        "step_auc": credit.of_run(out),
         "seconds": time.perf_counter() - started,
         "problems": trained.datamodule.validation_prompts,
         "iterations": trained.trainer.global_step,

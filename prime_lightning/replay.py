@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prime_lightning.batch import Batch
 from prime_lightning.measures import Measures
@@ -51,3 +53,27 @@ class Replay:
             row = dict(saved)
             reference = row.pop("reference_logprobs_BT")
             self._kept.append((Batch(**row), reference))
+
+
+def share(of_ranks: Sequence[list[dict[str, Any]]], rank: int, world: int) -> list[dict[str, Any]]:
+    """A rank's share of the states that the ranks of a run saved, which may have been another number of ranks."""
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    return [_rows(_joined(parts), rank, world) for parts in zip(*of_ranks, strict=True)]
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of all parts, padded with zeros to the widest."""
+    joined = dict(parts[0])
+    for name, value in joined.items():
+        if isinstance(value, Tensor):
+            width = max(part[name].shape[-1] for part in parts) if value.ndim == 2 else 0
+            rows = [pad(part[name], (0, width - part[name].shape[1])) if width else part[name] for part in parts]
+            joined[name] = torch.cat(rows)
+    return joined
+
+
+def _rows(whole: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
+    """The groups of one rank."""
+    mine = whole["group_B"] % world == rank
+    return {name: value[mine] if isinstance(value, Tensor) else value for name, value in whole.items()}

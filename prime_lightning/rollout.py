@@ -65,6 +65,11 @@ class Sampling:
     seed: int = 0
     """With a prompt's `draw` and a sample's number it fixes that sample, whatever else is in the batch."""
 
+    @property
+    def truncation(self) -> float:
+        """Most nats by which top-p and top-k raise a token's log-prob: `-log top_p`, and no limit with top-k."""
+        return math.inf if self.top_k else -math.log(self.top_p)
+
     def __post_init__(self) -> None:
         for name, ok, expected in (
             ("samples", self.samples >= 1, "at least 1"),

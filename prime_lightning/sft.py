@@ -23,6 +23,7 @@ from prime_lightning.measures import run_facts
 from prime_lightning.options import Loading
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.prompts import Template, check_filled, load_rows, permutation
+from prime_lightning.stepping import devices
 
 Lesson = tuple[Tensor, Tensor, Tensor]
 """`tokens_BL`, `prompt_length_B`, `response_length_B`: ready for `ScoringLM`, padded or packed."""
@@ -207,7 +208,8 @@ class SFTModule(pl.LightningModule):
         if self.loading.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.tokenizer = load_tokenizer(self.name)
-        self.policy = ScoringLM(model, chunk_tokens=self.loading.chunk_tokens, packed=self.loading.packed)
+        policy = ScoringLM(model, chunk_tokens=self.loading.chunk_tokens, packed=self.loading.packed)
+        self.policy = devices(self._trainer).place(policy)
 
     def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the response tokens."""

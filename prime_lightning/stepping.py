@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from prime_lightning import algorithms as alg
@@ -32,17 +31,32 @@ Terms = Callable[[Batch, Tensor], Tensor]
 SKIPS_IN_A_ROW = 5
 
 
-class Gradients:
-    """Gradients as torch keeps them, in `parameter.grad`; a strategy that keeps them otherwise overrides this."""
+class RoleStrategy:
+    """What a strategy does with each model of a `SteppingModule`. This is for whole models on each device."""
 
-    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        """Norm of the gradient of all ranks; called once after the last backward pass of each step."""
-        norm = nn.utils.get_total_norm([p.grad for p in parameters(optimizer) if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def place(self, model: nn.Module) -> nn.Module:
+        """Spread a model that was just loaded over the devices."""
+        return model
 
-    def clip_gradient(self, optimizer: Optimizer, norm: Tensor, limit: float) -> None:
-        """Scale a gradient of this norm down to the limit."""
-        nn.utils.clip_grads_with_norm_(parameters(optimizer), limit, norm)
+    def whole(self, parameter: Tensor) -> Tensor:
+        """A whole weight, or whatever else is spread as weights are; all ranks take part."""
+        return parameter.detach()
+
+    def clipped_step(self, optimizer: LightningOptimizer, limit: float) -> Tensor:
+        """Clip the gradient and step; a gradient that is not finite makes no step. Returns its norm before clipping."""
+        updated = parameters(optimizer.optimizer)
+        norm = self.whole(nn.utils.get_total_norm([p.grad for p in updated if p.grad is not None]))
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(updated, limit, norm)
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+
+def devices(trainer: pl.Trainer | None) -> RoleStrategy:
+    """How a trainer's models are spread over devices."""
+    strategy = trainer.strategy if trainer is not None else None
+    return strategy if isinstance(strategy, RoleStrategy) else RoleStrategy()
 
 
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -67,6 +81,12 @@ class SteppingModule(pl.LightningModule):
         self.seed = seed
         self.skipped_in_a_row: Counter[str] = Counter()
         self.measures, self.between = Measures(), Measures()
+        self.doing = ""  # the phase that is timed now, for the progress bar
+
+    @property
+    def devices(self) -> RoleStrategy:
+        """How the models are spread over devices."""
+        return devices(self._trainer)
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
@@ -91,8 +111,9 @@ class SteppingModule(pl.LightningModule):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to the metric `time/<phase>`."""
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), phase
         yield
+        self.doing = ""
         self.measures.total(f"time/{phase}", time.perf_counter() - start)
 
     @contextmanager
@@ -106,9 +127,9 @@ class SteppingModule(pl.LightningModule):
         """Start the clock of `time/evaluation`."""
         self._evaluating = time.perf_counter()
 
-    def on_validation_end(self) -> None:
-        """Stop it."""
-        self.between.total("time/evaluation", time.perf_counter() - self._evaluating)
+    def on_validation_epoch_end(self) -> None:
+        """Log it beside what the evaluation found."""
+        self.log("time/evaluation", time.perf_counter() - self._evaluating, reduce_fx="max", sync_dist=True)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""
@@ -154,8 +175,8 @@ class SteppingModule(pl.LightningModule):
             for rows in itertools.chain.from_iterable(passes):
                 total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
                 for micro in self.level(batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups)):
-                    if micro is None:
-                        loss = 0.0 * self.logprobs(getattr(self, role), batch.nothing())[0].sum()
+                    if micro is None:  # by the same computation, which sharding strategies compare over ranks
+                        loss = terms(batch.nothing(), torch.zeros(1, dtype=torch.long, device=self.device))
                     else:
                         loss = terms(batch.select(micro), micro)
                     self.manual_backward(loss * (self.trainer.world_size / total))
@@ -180,17 +201,12 @@ class SteppingModule(pl.LightningModule):
 
     def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
-        optimizer, strategy = self.optimizer_of[role], self.trainer.strategy
-        gradients = strategy if isinstance(strategy, Gradients) else Gradients()
-        norm = gradients.gradient_norm(optimizer.optimizer)
-        broken = self.all_reduce(norm.isfinite().logical_not().float(), "sum") > 0
-        self.measures.total(f"{role}/skipped_steps", broken.float())
+        norm = self.devices.clipped_step(self.optimizer_of[role], grad_clip)
+        broken = not norm.isfinite()
+        self.measures.total(f"{role}/skipped_steps", float(broken))
         self.skipped_in_a_row[role] = self.skipped_in_a_row[role] + 1 if broken else 0
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
-            gradients.clip_gradient(optimizer.optimizer, norm, grad_clip)
-            optimizer.step()
-        optimizer.zero_grad()
         if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
             raise FloatingPointError(
                 f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
@@ -217,36 +233,48 @@ class SteppingModule(pl.LightningModule):
         return torch.Generator().manual_seed(zlib.crc32(key.encode()))
 
     def extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights, optimizers and schedules; tensors and plain values."""
+        """What a resumed run needs besides weights, optimizers and schedules; the same on all ranks."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up what `extra_state` gave."""
+    def rank_state(self) -> Any:
+        """What it needs that is another on each rank; tensors and plain values."""
+        return None
+
+    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
+        """Take up what `extra_state` gave, and `rank_state` on each rank of the run that was saved."""
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the trained models has to know: `names` of the models they start from, and options."""
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen reference out, and put the extra state and torch's generator in."""
+        """Leave the frozen reference out, and put the state of all ranks in."""
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith("reference.")}
         checkpoint["prime"] = {
             **self.extra_state(),
             "skipped_in_a_row": dict(self.skipped_in_a_row),
-            "torch_rng": torch.get_rng_state(),
             "facts": run_facts(self),
+            "ranks": self.gather(self.rank_state()),
+            "torch_rng": self.gather(torch.get_rng_state()),
         }
+        loop = checkpoint["loops"]["fit_loop"]["state_dict"]  # has the data loader's state of one rank
+        if "combined_loader" in loop:
+            states = self.gather(loop["combined_loader"])
+            loop["combined_loader"] = [{"ranks": list(of_ranks)} for of_ranks in zip(*states, strict=True)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other models, then take up the extra state."""
-        mine = {name for name in self.state_dict() if not name.startswith("reference.")}
+        names = self.trainer.strategy.lightning_module_state_dict()
+        mine = {name for name in names if not name.startswith("reference.")}
         differing = sorted(mine ^ checkpoint["state_dict"].keys())
         if differing:
             raise ValueError(
                 f"Expected a checkpoint of the same models, got one that differs in {len(differing)} weights "
                 f"({', '.join(differing[:3])} ...). Start it with the config that wrote it."
             )
-        self.skipped_in_a_row = Counter(checkpoint["prime"]["skipped_in_a_row"])
-        torch.set_rng_state(checkpoint["prime"]["torch_rng"])
-        self.load_extra_state(checkpoint["prime"])
+        state = checkpoint["prime"]
+        self.skipped_in_a_row = Counter(state["skipped_in_a_row"])
+        if len(state["torch_rng"]) == self.trainer.world_size:
+            torch.set_rng_state(state["torch_rng"][self.global_rank])
+        self.load_extra_state(state, state["ranks"])

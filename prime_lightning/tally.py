@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 from prime_lightning.measures import Measures
 from prime_lightning.rollout import Group
@@ -14,6 +17,9 @@ from prime_lightning.rollout import Group
 class Tally:
     """Adds groups up and gives metrics with slashed names.
 
+    Args:
+        wanted: Accepted groups that are needed, for the progress bar.
+
     Example:
         >>> tally = Tally()
         >>> tally.add([], "few_valid")
@@ -21,7 +27,8 @@ class Tally:
         1.0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: int = 0) -> None:
+        self.wanted, self.doing = wanted, ""
         self.metrics: Counter[str] = Counter()
         self.groups = self.accepted = self.responses = self.known = self.tokens = self.truncated = 0
         self.score = 0.0
@@ -31,7 +38,7 @@ class Tally:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the wall time of a block to a phase."""
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), phase
         yield
         self._seconds[phase] += time.perf_counter() - start  # type: ignore[assignment]
 
@@ -85,3 +92,38 @@ class Tally:
         for name, number in self.metrics.items():
             measures.add(name, number, 0)
         return measures
+
+
+@dataclass
+class Acceptance:
+    """How many prompts a batch needs, by the share of groups that the filter accepted lately.
+
+    Example:
+        >>> lately = Acceptance()
+        >>> lately.prompts(8)
+        8
+        >>> lately.next_batch()
+        >>> lately.add(accepted=1, decided=4)
+        >>> lately.prompts(8)  # (0.8 + 1) of (0.8 + 4) groups
+        22
+    """
+
+    MEMORY: ClassVar[float] = 0.8
+    """What a batch counts for, one batch later."""
+    MOST: ClassVar[int] = 10
+    """Prompts for a missing group, however few are accepted."""
+
+    accepted: float = 1.0
+    decided: float = 1.0
+
+    def next_batch(self) -> None:
+        """Past batches count a little less."""
+        self.accepted, self.decided = self.MEMORY * self.accepted, self.MEMORY * self.decided
+
+    def add(self, *, accepted: int, decided: int) -> None:
+        """Count the groups of a round, those that were decided in prompt order."""
+        self.accepted, self.decided = self.accepted + accepted, self.decided + decided
+
+    def prompts(self, missing: int) -> int:
+        """Prompts of which about `missing` groups will be accepted."""
+        return math.ceil(missing * min(self.MOST, self.decided / self.accepted))

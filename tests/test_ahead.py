@@ -51,10 +51,10 @@ def test_resume_samples_again_what_was_not_trained_on(warm_model, tmp_path):
 
 def test_a_failure_of_the_thread_reaches_the_trainer(warm_model, tmp_path):
     class Broken(tiny.HFEngine):
-        def stream(self, prompts, sampling):
+        def stream(self, prompts, sampling, kept=None):
             if self.version >= 1:
                 raise ValueError("the engine broke")
-            yield from super().stream(prompts, sampling)
+            yield from super().stream(prompts, sampling, kept)
 
     with pytest.raises(ValueError, match="the engine broke"):
         fit(warm_model, tmp_path, 6, max_staleness=1, engine=Broken())

@@ -100,8 +100,8 @@ def test_a_round_is_no_larger_than_what_is_missing(module):
 class Backwards(tiny.HFEngine):
     """Finishes groups in the opposite order."""
 
-    def stream(self, prompts, sampling):
-        yield from reversed(list(super().stream(prompts, sampling)))
+    def stream(self, prompts, sampling, kept=None):
+        yield from reversed(list(super().stream(prompts, sampling, kept)))
 
 
 def test_a_batch_does_not_depend_on_the_order_of_finishing(module):
@@ -134,9 +134,9 @@ def test_surplus_is_trained_on_and_not_sampled_again(oversampling):
     sampled = []
 
     class Watched(Backwards):
-        def stream(self, prompts, sampling):
+        def stream(self, prompts, sampling, kept=None):
             sampled.extend(prompt.draw for prompt in prompts)
-            yield from super().stream(prompts, sampling)
+            yield from super().stream(prompts, sampling, kept)
 
     oversampling.engine = Watched(batch_size=32)
     oversampling.engine.start(oversampling.model)

@@ -329,3 +329,23 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(engine):
     endless = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="with an end token"):
         end_token_ids(endless, None)
+
+
+def test_finished_samples_that_are_kept_are_not_drawn_again(engine):
+    options = Sampling(samples=4, max_tokens=24, seed=2)
+    engine_ends, engine.end_ids = engine.end_ids, list(range(20, 26))  # many, so that samples end early
+    try:
+        undisturbed = {p.draw: group for p, group in engine.stream(RAGGED, options)}
+        kept = {}
+        stream = engine.stream(RAGGED, options, kept)
+        first, _ = next(stream)
+        stream.close()
+        assert first.draw not in kept
+        left = {(draw, k): sample for draw, group in kept.items() for k, sample in group.items()}
+        assert 4 < len(left) < 4 * len(RAGGED)
+        rest = {p.draw: group for p, group in engine.stream([p for p in RAGGED if p is not first], options, kept)}
+    finally:
+        engine.end_ids = engine_ends
+    assert kept == {}
+    assert all(rest[draw][k] is sample for (draw, k), sample in left.items())  # the very objects
+    assert_same(rest, {draw: group for draw, group in undisturbed.items() if draw != first.draw})

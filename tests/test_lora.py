@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+from concurrent.futures import Future
 
 import lightning.pytorch as pl
 import peft
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.callbacks import HuggingFaceExport, policy_weights
-from prime_lightning.lora import merged_parameters, save_merged, with_adapters
-from prime_lightning.options import Lora
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
-from prime_lightning.rollout import Sampling
+from prime_lightning.lora import merged_parameters, with_adapters
+from prime_lightning.options import Loading, Lora
+from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
+from prime_lightning.rollout import Prompt, Sampling, Verdict
+from prime_lightning.verifiers import Verifiers
 
 LORA = Lora(rank=4, alpha=8.0)
 
@@ -59,6 +61,10 @@ def test_merged_weights_are_those_of_peft(rank, alpha, rslora, targets, tied):
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
     assert not any(tensor.requires_grad for tensor in ours.values())
+    asked: list[torch.Size] = []
+    gathered = dict(merged_parameters(model, lambda parameter: asked.append(parameter.shape) or parameter.detach()))
+    assert all(torch.equal(gathered[name], tensor) for name, tensor in theirs.items())
+    assert sorted(asked) == sorted(parameter.shape for parameter in model.parameters())  # each once, one by one
 
 
 def test_only_one_merged_weight_exists_at_a_time():
@@ -217,7 +223,7 @@ def test_a_reference_of_the_same_name_is_the_policy_without_adapters(warm_model,
 
 def test_merged_folders_of_plain_models_are_as_before(tmp_path, warm_model):
     lm, tokenizer = load_causal_lm(str(warm_model)), load_tokenizer(str(warm_model))
-    save_merged(lm, tokenizer, tmp_path)
+    save(lm, tokenizer, tmp_path, dict(merged_parameters(lm)))
     assert all(
         torch.equal(a, b) for a, b in zip(load_causal_lm(str(tmp_path)).parameters(), lm.parameters(), strict=True)
     )
@@ -228,3 +234,28 @@ def test_the_policys_weights_are_the_merged_ones(warm_model):
     prime.configure_model()
     assert dict(policy_weights(prime)).keys() == dict(load_causal_lm(str(warm_model)).named_parameters()).keys()
     assert isinstance(prime.policy.model, peft.PeftModel)
+
+
+class Sevens(Verifiers):
+    """A task that any model can learn: a quarter of a point for each 7, four at most."""
+
+    def submit(self, prompt: Prompt, text: str) -> Future[Verdict]:
+        done: Future[Verdict] = Future()
+        done.set_result(Verdict.of_score(min(1.0, text.count("7") / 4)))
+        return done
+
+
+def test_a_run_with_adapters_learns(model_folder, tmp_path):
+    prime = tiny.module(model_folder, policy_lora=LORA, prm_lora=LORA, policy_optimizer=tiny.adam(1e-2))
+    rollouts = tiny.data(model_folder, verifiers=Sevens(), prompts_per_batch=16, engine=tiny.HFEngine(batch_size=128))
+    scores = [row["rollout/accuracy"] for row in tiny.fit(tmp_path, prime, rollouts, 15).rows]
+    assert sum(scores[-5:]) > 2 * sum(scores[:5])
+
+
+def test_adapters_on_a_checkpointed_bfloat16_base(warm_model, tmp_path):
+    loading = Loading(dtype="bfloat16", gradient_checkpointing=True, packed=True, attention="eager")
+    prime, rollouts = pieces(warm_model, loading=loading)
+    (row,) = tiny.fit(tmp_path, prime, rollouts, 1).rows
+    assert row["policy/grad_norm"] > 0
+    assert row["importance/abs_diff"] < 0.05  # the engine's float32 sums of the same bfloat16 weights
+    assert {p.dtype for p in prime.policy.parameters() if p.requires_grad} == {torch.float32}

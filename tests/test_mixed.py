@@ -30,8 +30,8 @@ HALF = {"code": "```python\ndef triple(x):\n    return x + x + x if isinstance(x
 class Tutored(tiny.HFEngine):
     """The random model's completions, but one of each group is right, and one program passes half of its tests."""
 
-    def stream(self, prompts, sampling):
-        for prompt, completions in super().stream(prompts, sampling):
+    def stream(self, prompts, sampling, kept=None):
+        for prompt, completions in super().stream(prompts, sampling, kept):
             completions[0] = self.say(completions[0], RIGHT[prompt.source](prompt))
             if prompt.source in HALF:
                 completions[1] = self.say(completions[1], HALF[prompt.source])
@@ -49,7 +49,7 @@ class Tutored(tiny.HFEngine):
 
 
 def test_three_kinds_in_one_run(chat_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("prime_lightning.module.ENGINE_GAP", math.inf)  # a tutor's words are not the policy's
+    monkeypatch.setattr("prime_lightning.panel.ENGINE_GAP", math.inf)  # a tutor's words are not the policy's
     paths = {}
     for name, rows in (("maths", MATHS), ("code", CODE)):
         paths[name] = tmp_path / f"{name}.jsonl"

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def batch(number):
     group = [rollout(number, [2] * number, [3] * (number + i), score) for i, score in enumerate((1.0, None, 0.25))]
-    return Batch.of_groups([group], temperature=0.7, metrics={"rollout/groups": 1.0})
+    return Batch.of_groups([group], temperature=0.7)
 
 
 def filled(size, count):

@@ -22,8 +22,8 @@ STEPS = 6
 class Backwards(tiny.HFEngine):
     """Finishes groups in the opposite order, so that there is surplus."""
 
-    def stream(self, prompts, sampling):
-        yield from reversed(list(super().stream(prompts, sampling)))
+    def stream(self, prompts, sampling, kept=None):
+        yield from reversed(list(super().stream(prompts, sampling, kept)))
 
 
 def pieces(model, prime_options=None):
@@ -185,6 +185,7 @@ def command(folder, model, *more):
 
 def weights(folder):
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    saved["prime"]["facts"].pop("command")  # names its own folder
     return {key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "prime")}
 
 

@@ -1,16 +1,15 @@
-"""The log of rollouts on disk, and the steps that the progress bar counts to."""
+"""The log of rollouts on disk."""
 
 import json
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from toys import rollout
 
 from prime_lightning.arithmetic import build_tokenizer
 from prime_lightning.batch import Batch
-from prime_lightning.callbacks import RolloutLog, _total
+from prime_lightning.callbacks import RolloutLog
 from prime_lightning.rollout import Finish
 
 MODULE = SimpleNamespace(tokenizer=build_tokenizer(), reward=SimpleNamespace(beta=0.5))
@@ -124,21 +123,3 @@ def test_a_truncated_response_is_logged_as_such(tmp_path):
     log.on_train_batch_end(at(1), MODULE, cut, None, 0)
     [line] = written(log)
     assert (line["finish"], line["verdict"], line["score"]) == ("length", "partial", 0.25)
-
-
-@pytest.mark.parametrize(
-    ("max_steps", "max_epochs", "batches", "expected"),
-    [
-        (100, 1, 100, 100),
-        (30, 1, 100, 30),
-        (-1, 3, 100, 300),
-        (50, -1, 100, 50),
-        (50, -1, float("inf"), 50),
-        (-1, -1, 9, 0),
-    ],
-)
-def test_the_progress_bar_knows_where_it_ends(tmp_path, max_steps, max_epochs, batches, expected):
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    trainer = pl.Trainer(max_steps=max_steps, max_epochs=max_epochs, **options)
-    trainer.fit_loop.max_batches = batches
-    assert _total(trainer) == expected

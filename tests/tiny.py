@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from prime_lightning.engines.hf import HFEngine
 from prime_lightning.loader import AccuracyFilter
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import Update
-from prime_lightning.rollout import Sampling
+from prime_lightning.rollout import Prompt, Sampling, Verdict
 from prime_lightning.sft import LessonDataModule, SFTModule
 
 EVERYTHING = AccuracyFilter(low=0.0, high=1.0)
@@ -41,6 +43,13 @@ class Outputs(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         if isinstance(trainer.logger, History):
             trainer.logger.outputs.append(outputs)
+
+
+def parity(prompt: Prompt, text: str) -> Future[Verdict]:
+    """A verifier's `submit` for a task that even a random model gets right half of the time: an even checksum."""
+    done: Future[Verdict] = Future()
+    done.set_result(Verdict.of_score(float(hashlib.sha256(text.encode()).digest()[0] % 2 == 0)))
+    return done
 
 
 def adam(lr: float) -> Any:

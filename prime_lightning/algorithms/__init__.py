@@ -6,7 +6,15 @@ configuration, a model, a trainer or a batch object.
 """
 
 from prime_lightning.algorithms.advantage import gae, gae_returns, grpo, reinforce, rloo, rloo_official
-from prime_lightning.algorithms.health import auc, calibration_error, pairwise_accuracy
+from prime_lightning.algorithms.health import (
+    advantage_share,
+    auc,
+    calibration_error,
+    correlation,
+    last_token_share,
+    pairwise_accuracy,
+    repetition,
+)
 from prime_lightning.algorithms.loss import (
     aggregate,
     clipped_surrogate,
@@ -43,11 +51,13 @@ from prime_lightning.algorithms.reward import ProcessGate, normalise, process_re
 __all__ = [
     "AllReduce",
     "ProcessGate",
+    "advantage_share",
     "aggregate",
     "auc",
     "calibration_error",
     "ce",
     "clipped_surrogate",
+    "correlation",
     "denominator",
     "dpo",
     "dpo_bon_accuracy",
@@ -63,6 +73,7 @@ __all__ = [
     "importance_weight",
     "kl",
     "kto",
+    "last_token_share",
     "masked_mean",
     "masked_sum",
     "masked_var",
@@ -72,6 +83,7 @@ __all__ = [
     "per_response",
     "process_reward",
     "reinforce",
+    "repetition",
     "reverse_cumsum",
     "rloo",
     "rloo_official",

@@ -1,7 +1,9 @@
-"""Figures of merit of the PRM, from rewards it gave before it was trained on the same responses.
+"""Figures of merit: how much the PRM knows, what it pays for, and whether the responses are still sound.
 
-Shapes in names: `B` responses. `reward_B` is `beta * sum_t log(prm / reference)`; `outcome_B` the outcome reward in
-[0, 1], NaN allowed where invalid; `valid_B` False = no known verdict. Results are detached scalar tensors.
+Shapes in names: `B` responses, `T` response tokens. `reward_B` is `beta * sum_t log(prm / reference)`; `outcome_B` the
+outcome reward in [0, 1], NaN allowed where invalid; `valid_B` False = no known verdict; `mask_BT` True = a token we
+train on. Results are detached scalar tensors. What comes as `(sum, count)` is summed over micro-batches and ranks and
+then divided; what comes as one number needs the responses of all ranks in one call.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prime_lightning.algorithms.masked import group_pairs
+from prime_lightning.algorithms.masked import group_pairs, masked_sum
 
 
 def pairwise_accuracy(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,3 +106,121 @@ def calibration_error(reward_B: Tensor, outcome_B: Tensor, valid_B: Tensor, bins
     index = (chance * bins).long().clamp(0, bins - 1)
     gap_of_bin = chance.new_zeros(bins).index_add(0, index, gap)
     return gap_of_bin.abs().sum() / gap.numel() if gap.numel() else chance.new_tensor(torch.nan)
+
+
+def correlation(x_B: Tensor, y_B: Tensor, valid_B: Tensor) -> Tensor:
+    """Pearson's correlation over the valid responses: `sum (x - mx)(y - my) / sqrt(sum (x - mx)^2 sum (y - my)^2)`.
+
+    Of the process return with the outcome it says how much of the outcome the PRM of PRIME, arXiv 2502.01456, Eq. 3,
+    has learned; of the process return with the length, how much it pays for mere length.
+
+    Args:
+        x_B: `[B]` numbers, of any unit.
+        y_B: `[B]` numbers, of any unit.
+        valid_B: `[B]` bool.
+
+    Returns:
+        `[]` float64 in [-1, 1]; NaN where either is constant to rounding, or fewer than two responses are valid.
+
+    Raises:
+        IndexError: From torch, when the shapes differ.
+
+    Example:
+        >>> x_B, y_B = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([1.0, 0.0, 2.0, -9.0])
+        >>> correlation(x_B, y_B, torch.tensor([True, True, True, False]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    x, y = x_B.detach().double()[valid_B], y_B.detach().double()[valid_B]
+    if x.numel() < 2:
+        return x.new_tensor(torch.nan)
+    dx, dy = x - x.mean(), y - y.mean()
+    for values, deviations in ((x, dx), (y, dy)):
+        if deviations.abs().max() <= 1e-12 * values.abs().max():  # rounding of the mean, not a spread
+            return x.new_tensor(torch.nan)
+    return torch.dot(dx / torch.linalg.vector_norm(dx), dy / torch.linalg.vector_norm(dy)).clamp(-1, 1)
+
+
+def last_token_share(reward_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the absolute process reward that stands on the last tokens: `sum_i |r_iT| / sum_i sum_t |r_it|`.
+
+    An implicit PRM (arXiv 2412.01981, Prop. 3.1) may put all it knows into the end token: it is then an outcome
+    reward model and gives no credit to steps. Evenly spread rewards come to one over the mean length.
+
+    Args:
+        reward_BT: `[B, T]` process reward, before it is normalised or paid out per step.
+        mask_BT: `[B, T]` bool.
+
+    Returns:
+        `[]` sum over last tokens under the mask and `[]` sum over all tokens, both of the absolute reward.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> last_token_share(torch.tensor([[1.0, -3.0, 9.0]]), torch.tensor([[True, True, False]]))
+        (tensor(3.), tensor(4.))
+    """
+    size_BT = torch.where(mask_BT, reward_BT.detach().float().abs(), 0.0)
+    last_BT = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+    return masked_sum(size_BT, last_BT), size_BT.sum()
+
+
+def advantage_share(advantage_BT: Tensor, outcome_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the advantage that comes from process reward: `sum |A - A_o| / sum (|A - A_o| + |A_o|)`.
+
+    The two sums of PRIME, arXiv 2502.01456, Eq. 5, apart, before anything is whitened.
+
+    Args:
+        advantage_BT: `[B, T]` advantage of outcome and process reward.
+        outcome_BT: `[B, T]` the same estimator's advantage without process reward.
+        mask_BT: `[B, T]` bool.
+
+    Returns:
+        `[]` absolute sum of the process part and `[]` absolute sum of both parts.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> mask_BT = torch.tensor([[True, True]])
+        >>> advantage_share(torch.tensor([[1.5, 0.5]]), torch.tensor([[1.0, 1.0]]), mask_BT)
+        (tensor(1.), tensor(3.))
+    """
+    process = masked_sum((advantage_BT - outcome_BT).detach().abs(), mask_BT)
+    return process, process + masked_sum(outcome_BT.detach().abs(), mask_BT)
+
+
+def repetition(tokens_BT: Tensor, mask_BT: Tensor, n: int = 4) -> tuple[Tensor, Tensor]:
+    """N-grams of a response that it has said before: `sum_i (N_i - distinct_i) / sum_i N_i`, `N_i = T_i - n + 1`.
+
+    The `seq-rep-n` of Welleck et al., arXiv 1908.04319, over tokens. Exact: n-grams get numbers, not hashes.
+
+    Args:
+        tokens_BT: `[B, T]` token ids of 0 or more.
+        mask_BT: `[B, T]` bool; an n-gram counts if all its tokens are under the mask.
+        n: Tokens of an n-gram.
+
+    Returns:
+        `[]` n-grams that came before in their response and `[]` all n-grams.
+
+    Raises:
+        ValueError: If n is not at least 1.
+
+    Example:
+        >>> tokens_BT = torch.tensor([[5, 6, 5, 6, 5]])  # 56 65 56 65
+        >>> repetition(tokens_BT, torch.ones(1, 5).bool(), n=2)
+        (tensor(2), tensor(4))
+    """
+    if n < 1:
+        raise ValueError(f"Expected `n` of at least 1, got {n}.")
+    B, T = tokens_BT.shape
+    width = T - n + 1
+    if width < 1 or not B:
+        return mask_BT.new_zeros((), dtype=torch.long), mask_BT.new_zeros((), dtype=torch.long)
+    whole_BT = mask_BT.unfold(1, n, 1).all(-1)
+    number_BT = torch.arange(B, device=tokens_BT.device)[:, None].expand(B, width)
+    for start in range(n):  # number of (response, tokens so far), so that no two n-grams share one
+        _, word_BT = torch.unique(tokens_BT[:, start : start + width], return_inverse=True)
+        _, number_BT = torch.unique(number_BT * (word_BT.max() + 1) + word_BT, return_inverse=True)
+    total = whole_BT.sum()
+    return total - number_BT[whole_BT].unique().numel(), total

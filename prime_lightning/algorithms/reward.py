@@ -159,6 +159,8 @@ class ProcessGate:
        `min_accuracy=0` switch their conditions off; an accuracy never measured does not pass one that is on.
     3. Trusted: the level rises by one, to at most `ramp`. Otherwise it falls by one, to at least 0.
 
+    After `close()` the weight is 0 whatever the level.
+
     Args:
         after: Iterations during which the weight is 0 whatever the PRM does.
         max_ce: Mean CE in nats that the PRM must stay below; None for no such condition.
@@ -197,12 +199,17 @@ class ProcessGate:
         self.iteration = 0
         self.ce: float | None = None
         self.accuracy: float | None = None
+        self.closed = False
         self._level = 0
 
     @property
     def weight(self) -> float:
         """What to multiply the process reward by, in [0, 1]."""
-        return self._level / self.ramp
+        return 0.0 if self.closed else self._level / self.ramp
+
+    def close(self) -> None:
+        """Keep the process reward out for good."""
+        self.closed = True
 
     def update(self, ce: float, accuracy: float | None) -> float:
         """Take in one iteration's CE (nats) and pairwise accuracy (None or NaN without a pair); the new weight."""
@@ -220,12 +227,20 @@ class ProcessGate:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; plain numbers and None."""
-        return {"iteration": self.iteration, "weight": self.weight, "ce": self.ce, "accuracy": self.accuracy}
+        weight = self._level / self.ramp
+        return {
+            "iteration": self.iteration,
+            "weight": weight,
+            "ce": self.ce,
+            "accuracy": self.accuracy,
+            "closed": self.closed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state. The weight carries over to a `ramp` of another length, rounded to its levels."""
         self.iteration, self.ce, self.accuracy = state["iteration"], state["ce"], state["accuracy"]
         self._level = round(state["weight"] * self.ramp)
+        self.closed = bool(state.get("closed", False))
 
     def _mean(self, mean: float | None, value: float) -> float | None:
         """The running mean after one more value; unchanged by a value that is not finite."""

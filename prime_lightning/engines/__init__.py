@@ -7,11 +7,15 @@ imports it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from prime_lightning.rollout import Completion, Prompt, Sampling
+
+Kept = dict[int, dict[int, Completion]]
+"""Finished samples of groups that are not whole, by the prompt's `draw` and the sample's number."""
 
 
 @runtime_checkable
@@ -31,11 +35,17 @@ class Engine(Protocol):
         """
         ...
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each prompt with its `sampling.samples` completions as soon as all of them are finished, in any order.
 
         A sample is fixed by `sampling.seed`, the prompt's `draw` and the sample's number. Closing the iterator drops
         what is unfinished.
+
+        Samples in `kept` are not drawn again. Every sample that finishes is put there, and a group leaves it when it is
+        yielded: what a closed stream leaves there can be given to the next one. Its draws must differ then. An engine
+        whose samples are not fixed by seeds leaves it alone.
 
         Raises:
             ValueError: if a prompt and `max_tokens` do not fit the model's context.
@@ -61,3 +71,21 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything; calling it twice is fine."""
         ...
+
+
+def check_truncated_logprobs(engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+    """See that an engine's log-probs are of the truncated distribution (top-p, top-k) that it samples from.
+
+    A top-p set of one token leaves no choice, so each log-prob must be 0.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    lone = replace(sampling, samples=1, max_tokens=min(16, sampling.max_tokens), top_p=1e-6, top_k=0, stop=())
+    for _, (done,) in engine.stream([prompt], lone):
+        if min(done.logprobs) < -1e-3:
+            raise ValueError(
+                f"Expected log-probs of the truncated distribution, as `data.sampling` has top_p {sampling.top_p} and "
+                f"top_k {sampling.top_k}; got {min(done.logprobs):.3g} nats for a token without alternative.\n"
+                "Set top_p to 1 and top_k to 0, or let the engine give what vLLM calls `processed_logprobs`."
+            )

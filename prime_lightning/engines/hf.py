@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, mix, sample_keys
+from prime_lightning.engines import Kept
+from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
@@ -75,12 +76,14 @@ class HFEngine:
                 raise ValueError(f"Expected all weights of the policy, got none for {sorted(missing.values())[:3]} ...")
             self.version = version
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield groups as they finish, batch by batch in the order of the prompts."""
         check_fits(prompts, sampling, getattr(self.model.config, "max_position_embeddings", None))
         step = max(1, self.batch_size // sampling.samples)
         for start in range(0, len(prompts), step):
-            yield from self._sample(prompts[start : start + step], sampling)
+            yield from self._sample(prompts[start : start + step], sampling, kept)
 
     def sleep(self) -> None:
         """Move the weights to the host."""
@@ -94,20 +97,18 @@ class HFEngine:
         """Nothing runs beside the trainer's process, so there is nothing to end."""
 
     @torch.inference_mode()
-    def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
-        rows = _Rows.of(prompts, sampling)
-        logits_RV, cache, mask_RL = self._prefill(prompts, sampling.samples)
-        waiting = [sampling.samples] * len(prompts)
-        slots = np.arange(len(rows))  # which row stands in each place of the batch
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
+        rows, groups = _Rows.of(prompts, sampling), Groups(prompts, sampling.samples, kept)
+        # Which row stands in each place of the batch:
+        slots = np.array([i * sampling.samples + k for i, k in groups.missing()])
+        logits_RV, cache, mask_RL = self._prefill(prompts, slots // sampling.samples)
         for step in range(sampling.max_tokens):
             tokens_R, logprobs_R = draw(logits_RV, sampling, uniform(rows.keys[slots], step))
             finished = self._record(rows, slots, tokens_R, logprobs_R, sampling)
             for row in finished:
-                group = row // sampling.samples
-                waiting[group] -= 1
-                if waiting[group] == 0:
-                    members = range(group * sampling.samples, (group + 1) * sampling.samples)
-                    yield prompts[group], [rows.completion(member, self.tokenizer) for member in members]
+                yield from groups.add(*divmod(row, sampling.samples), rows.completion(row, self.tokenizer))
             alive = ~rows.done[slots]
             if not alive.any():
                 return
@@ -119,7 +120,7 @@ class HFEngine:
             mask_RL = None if mask_RL is None else torch.cat([mask_RL, mask_RL.new_ones(len(slots), 1)], 1)
             logits_RV = self._forward(tokens_R[:, None], cache, mask_RL)
 
-    def _prefill(self, prompts: Sequence[Prompt], samples: int) -> tuple[Tensor, DynamicCache, Tensor | None]:
+    def _prefill(self, prompts: Sequence[Prompt], prompt_of: np.ndarray) -> tuple[Tensor, DynamicCache, Tensor | None]:
         """Run each prompt once and repeat its cache for its samples. Prompts are padded on the left."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         tokens = np.full((len(prompts), longest), self.end_ids[0], dtype=np.int64)
@@ -130,12 +131,9 @@ class HFEngine:
         mask_RL = None if mask.all() else torch.from_numpy(mask).to(self.device)
         cache = DynamicCache(config=self.model.config)
         logits_RV = self._forward(torch.from_numpy(tokens).to(self.device), cache, mask_RL)
-        cache.batch_repeat_interleave(samples)
-        return (
-            logits_RV.repeat_interleave(samples, 0),
-            cache,
-            None if mask_RL is None else mask_RL.repeat_interleave(samples, 0),
-        )
+        rows_R = torch.from_numpy(prompt_of).to(self.device)
+        cache.batch_select_indices(rows_R)
+        return logits_RV[rows_R], cache, None if mask_RL is None else mask_RL[rows_R]
 
     def _forward(self, tokens_RX: Tensor, cache: DynamicCache, mask_RL: Tensor | None) -> Tensor:
         """Logits `[R, V]` behind the last token."""
@@ -202,9 +200,6 @@ class _Rows:
             logprobs=[[] for _ in range(n)],
             versions=[[] for _ in range(n)],
         )
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def completion(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Completion:
         finish = "stop" if self.stopped[row] else "length"

@@ -1,15 +1,17 @@
 """What every engine derives from a prompt and sampling numbers in the same way.
 
-The key of each sample, the tokens that end one, whether prompts fit the context, and the finished `Completion`.
+The key of each sample, the tokens that end one, whether prompts fit the context, the finished `Completion`, and the
+groups of a stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from prime_lightning.engines import Kept
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
 
 
@@ -85,3 +87,44 @@ def completion_of(
         finish=Finish(finish),
         versions=versions,
     )
+
+
+class Groups:
+    """Finished samples of the prompts of one stream; a whole group leaves it.
+
+    Args:
+        prompts: Of the stream.
+        samples: Of each prompt.
+        kept: Where finished samples of groups that are not whole come from and stay; see `Engine.stream`.
+
+    Example:
+        >>> prompt = Prompt(draw=7, token_ids=(5, 6), text="1+1=", kind="exact")
+        >>> done = Completion(text="2", token_ids=[4], logprobs=[-1.0], finish=Finish.STOP, versions=[0])
+        >>> groups = Groups([prompt], 2, kept={7: {1: done}})
+        >>> groups.missing()
+        [(0, 0)]
+        >>> [(p.draw, len(group)) for p, group in groups.add(0, 0, done)], len(groups)
+        ([(7, 2)], 0)
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], samples: int, kept: Kept | None = None) -> None:
+        self.prompts, self.samples, self._kept = prompts, samples, kept
+        self._open = {i: {} if kept is None else kept.setdefault(p.draw, {}) for i, p in enumerate(prompts)}
+
+    def __len__(self) -> int:
+        """Groups that are not whole."""
+        return len(self._open)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Samples to draw: index of the prompt and number of the sample."""
+        return [(i, k) for i, group in self._open.items() for k in range(self.samples) if k not in group]
+
+    def add(self, i: int, k: int, completion: Completion) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Take a finished sample; yield the group that it completes."""
+        group, prompt = self._open[i], self.prompts[i]
+        group[k] = completion
+        if len(group) == self.samples:
+            del self._open[i]
+            if self._kept is not None:
+                del self._kept[prompt.draw]
+            yield prompt, [group[number] for number in range(self.samples)]

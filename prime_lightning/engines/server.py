@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import GenerationConfig
 
+from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.server_client import SampleCall, ServerClient, ServerDownError
 from prime_lightning.engines.server_fleet import Fleet, Server
@@ -131,10 +132,12 @@ class ServerEngine:
             finally:
                 self._release()
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         check_fits(prompts, sampling, self.limit)
-        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded)
+        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         outcomes: queue.SimpleQueue[tuple[Request, Completion | Exception]] = queue.SimpleQueue()
         pool = ThreadPoolExecutor(self.in_flight * len(self.servers))
         try:

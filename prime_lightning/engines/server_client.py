@@ -53,10 +53,25 @@ class ServerClient:
     def healthy(self, timeout: float = 5.0) -> bool:
         """Whether the server says that it is well."""
         try:
-            self.get("/health", timeout)
+            self.check(timeout)
         except (ServerDownError, ValueError):
             return False
         return True
+
+    def check(self, timeout: float = 5.0) -> None:
+        """See that the server is well.
+
+        Raises:
+            ServerDownError: if it is not there, or not yet.
+            ValueError: if something answers that is no vLLM server.
+        """
+        try:
+            self.get("/health", timeout)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected a vLLM server at {self.url}, got the answer of another program: {error}\n"
+                "Its port is in use by that one: correct `urls`, or start the server on a free port (`--port`)."
+            ) from None
 
     def read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
         """Values of the server's own weights, see `VLLMWorker.prime_read_back`."""

@@ -34,14 +34,7 @@ class Server:
         Raises:
             ValueError: if it does not come, or serves something else; the message says what to change.
         """
-        deadline = time.monotonic() + timeout
-        while not self.client.healthy():
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"Expected a vLLM server at {self.client.url}, got no healthy answer in {timeout:g} s. "
-                    "Start it as docs/vllm.md says, or correct `urls`."
-                )
-            time.sleep(1.0)
+        self._wait(timeout)
         served = {card["id"]: card for card in self.client.get("/v1/models")["data"]}
         if wanted is None and len(served) > 1:
             raise ValueError(f"Expected `served_model` to be one of {[*served]} at {self.client.url}, got none.")
@@ -52,6 +45,21 @@ class Server:
         self._check_config(dtype, "nccl" if transfer == "nccl" else "prime_host")
         self.well = True
         return int(served[self.model]["max_model_len"])
+
+    def _wait(self, timeout: float) -> None:
+        """Wait until the server is well."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self.client.check()
+                return
+            except ServerDownError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"Expected a vLLM server at {self.client.url}, got no healthy answer in {timeout:g} s "
+                        f"({error}).\nStart it as docs/vllm.md says, or correct `urls`."
+                    ) from None
+            time.sleep(1.0)
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Both must read the same text as the same tokens."""

@@ -4,7 +4,7 @@ A crash of the engine is never the trainer's: it is started again with the weigh
 drawn once more from the same seeds. One rank owns one engine. `vllm_process.py` holds the process, in which
 `vllm_child.py` runs; nothing here imports vLLM, and on CPU the trainer never does.
 
-It leaves out engines that several ranks share, LoRA adapters (send merged weights) and speculative decoding.
+It leaves out engines that several ranks share, LoRA adapters as such (they come merged) and speculative decoding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
+from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_errors import MISSING, explain
 from prime_lightning.engines.vllm_process import EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
@@ -121,6 +123,8 @@ class VLLMEngine:
         if importlib.util.find_spec("vllm") is None:
             raise ValueError(MISSING)
         self.close()
+        if self.cuda:
+            check_devices(self._devices())
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
         self.copy = WeightCopy(model, self.dtype)
@@ -146,13 +150,15 @@ class VLLMEngine:
                 self._revive(process, death)
             self.version = version
 
-    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         process = self.ready()
         check_fits(prompts, sampling, process.info["max_model_len"])
         if self._asleep or (self.version < 0 and self.args.get("load_format") == "dummy"):
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
-        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded)
+        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         try:
             process.open(work.name)
             while work.unfinished:
@@ -293,10 +299,14 @@ class VLLMEngine:
             **self.args,
         }
 
+    def _devices(self) -> list[int]:
+        """CUDA devices of the engine."""
+        return [torch.cuda.current_device()] if self.devices is None else self.devices
+
     def _environment(self) -> dict[str, str]:
         """Environment of the engine's process, besides what it inherits."""
         if self.cuda:
-            devices = [torch.cuda.current_device()] if self.devices is None else self.devices
+            devices = self._devices()
             named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             visible = ",".join(named[device] if named else str(device) for device in devices)
             return {"CUDA_VISIBLE_DEVICES": visible, **self.env}

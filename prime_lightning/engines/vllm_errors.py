@@ -11,6 +11,7 @@ MISSING = (
 
 KV_CACHE = "Raise the engine's `kv_cache_gib` (on GPUs `gpu_memory_utilization`), or lower `max_model_len`."
 
+TOO_MUCH = "Lower the engine's `kv_cache_gib`, take a smaller model or a machine with more memory, "
 HINTS = (  # what vLLM prints, what to do; the first that fits
     ("nms does not exist", f"torchvision does not fit this torch: remove it as docs/vllm.md says, {INSTEAD}"),
     ("ImportError", f"The vLLM installation is broken: install it again as docs/vllm.md says, {INSTEAD}"),
@@ -20,6 +21,9 @@ HINTS = (  # what vLLM prints, what to do; the first that fits
         f"vLLM on CPU wants attention heads of 32, 64, 80, 96, 112, 128 or more numbers: take another model, {INSTEAD}",
     ),
     ("derived max_model_len", "Lower the engine's `max_model_len` to what the model can do, or leave it out."),
+    ("killed from outside", TOO_MUCH + INSTEAD),
+    ("Available memory on node", TOO_MUCH + INSTEAD),
+    ("allocate memory", TOO_MUCH + INSTEAD),
     ("cache blocks", KV_CACHE),
     ("KV cache", KV_CACHE),
     (

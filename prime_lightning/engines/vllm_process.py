@@ -32,7 +32,7 @@ LAUNCHER_PREFIXES = (
 TAIL = 25  # lines of the log in an error
 
 
-class EngineDiedError(RuntimeError):
+class EngineDiedError(ChildProcessError):
     """The engine's process is gone or hangs; what it was sampling is lost."""
 
 
@@ -220,7 +220,9 @@ class EngineProcess:
                 self.process.wait(2)
         status = self.process.poll()
         self._kill()
-        how = "it was killed" if status is None else f"exit status {status}"
+        how = "it was ended" if status is None else f"exit status {status}"
+        if status == -signal.SIGKILL:
+            how = "killed from outside; where memory runs out, the kernel does that"
         tail = f" Its last lines:\n{self.log_tail()}" if log else ""
         return EngineDiedError(f"The vLLM process {self.process.pid} {why} ({how}).{tail}")
 

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from prime_lightning.engines.samples import sample_seeds
+from prime_lightning.engines import Kept
+from prime_lightning.engines.samples import Groups, sample_seeds
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 
@@ -45,16 +46,18 @@ class Work:
     """Requests that an engine has taken and not finished."""
     closed: bool = False
     """Nobody waits for the rest."""
+    kept: Kept | None = None
+    """See `Engine.stream`."""
 
     def __post_init__(self) -> None:
-        k = self.sampling.samples
-        self.waiting = deque((i, s) for i in range(len(self.prompts)) for s in range(k))
-        self.groups: dict[int, list[Completion | None]] = {i: [None] * k for i in range(len(self.prompts))}
+        repeats = self.seeded or self.sampling.temperature == 0
+        self.groups = Groups(self.prompts, self.sampling.samples, self.kept if repeats else None)
+        self.waiting = deque(self.groups.missing())
 
     @property
     def unfinished(self) -> bool:
         """Whether a group is still missing."""
-        return bool(self.groups)
+        return len(self.groups) > 0
 
     def take(self, window: int) -> list[Request]:
         """Requests to begin with now, in the order of the prompts, so that at most `window` fly.
@@ -79,14 +82,8 @@ class Work:
     def finish(self, name: str, completion: Completion) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Take a finished sample; yield the group that it completes. One that does not fly any more is ignored."""
         request = self.flying.pop(name, None)
-        if request is None:
-            return
-        group = self.groups[request.prompt]
-        group[request.sample] = completion
-        done = [member for member in group if member is not None]
-        if len(done) == len(group):
-            del self.groups[request.prompt]
-            yield self.prompts[request.prompt], done
+        if request is not None:
+            yield from self.groups.add(request.prompt, request.sample, completion)
 
     def _seed(self, i: int, k: int) -> int | None:
         if self.sampling.temperature == 0 or not self.seeded:

@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prime_lightning.checkpoint import read_facts, role_weights
+from prime_lightning.lora import merged_parameters, with_adapters
+from prime_lightning.options import Lora
 from prime_lightning.pretrained import load_causal_lm
 from prime_lightning.prm.folder import claim, describe, write_model
 
@@ -41,10 +45,21 @@ def main(args: list[str]) -> int:
             f"{sorted(role for role, name in run['names'].items() if name)}."
             + (" Its reference was the policy of each iteration." if options.role == "reference" else "")
         )
-    write_model(options.out, start, _weights(options.ckpt, options.role, start), dtype=options.dtype)
+    weights = _weights(options.ckpt, options.role, start)
+    if options.role in run.get("lora", {}):
+        weights = _merged(start, Lora(**run["lora"][options.role]), weights)
+    write_model(options.out, start, weights, dtype=options.dtype)
     describe(options.out, options.role, run, options.reference)
     print(f"Wrote the {options.role} after {run['iterations']} iterations: {options.out}")
     return 0
+
+
+def _merged(start: str, lora: Lora, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """The weights with their adapters added, matrix by matrix."""
+    with torch.device("meta"):
+        model = with_adapters(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start)), lora, seed=0)
+    model.load_state_dict(dict(weights), assign=True)
+    return merged_parameters(model)
 
 
 def _weights(path: Path, role: str, start: str) -> Iterable[tuple[str, Tensor]]:

@@ -48,7 +48,7 @@ def parser() -> ArgumentParser:
 def main(args: list[str]) -> int:
     """Run the command."""
     command = parser()
-    options = command.instantiate_classes(command.parse_args(args))
+    options = command.instantiate(command.parse_args(args))
     new_file(options.output)
     rows = read_rows(options.data, options.split)
     if options.tune is None:

@@ -29,6 +29,7 @@ from prime_lightning.verifiers.math_answer import answer_of
 from prime_lightning.verifiers.math_text import normalise
 
 VOTED = "vote_"
+RIGHT = "(right)"  # right answers are one candidate of the vote, however they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def parser() -> ArgumentParser:
 def main(args: list[str]) -> int:
     """Run the command."""
     command = parser()
-    options = command.instantiate_classes(command.parse_args(args))
+    options = command.instantiate(command.parse_args(args))
     claim(options.out)
     unknown = sorted(set(options.rules) - RULES.keys())
     if unknown:
@@ -202,7 +203,7 @@ def group(
     return [
         Problem(
             outcomes=np.array([responses[i].label for i in rows], float),
-            answers=[answers[i] for i in rows],
+            answers=[RIGHT if answers[i] and responses[i].label == 1 else answers[i] for i in rows],
             scores={rule: np.array([RULES[rule](rewards[i]) for i in rows]) for rule in rules},
         )
         for rows in members.values()

@@ -73,7 +73,7 @@ def parser() -> ArgumentParser:
 def main(args: list[str]) -> int:
     """Run the command."""
     command = parser()
-    options = command.instantiate_classes(command.parse_args(args))
+    options = command.instantiate(command.parse_args(args))
     new_file(options.output)
     responses, rows = read_responses(options.input, labelled=False)
     without_empty(responses, options.input, drop=False)

@@ -54,8 +54,8 @@ class StepRule:
     def pattern(self) -> str:
         """The rule as a regular expression over one separator."""
         return {
-            "newline": r"\n",
-            "blank_line": r"\n[^\S\n]*\n",
+            "newline": r"\n(?:[^\S\n]*\n)*",
+            "blank_line": r"\n(?:[^\S\n]*\n)+",
             "text": re.escape(self.separator),
             "regex": self.separator,
         }[self.rule]

@@ -15,14 +15,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import lightning.pytorch as pl
 import tiny
 import torch
 
 from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
+from prime_lightning.callbacks import policy_weights
 from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Update
 
 STEPS = 20
+SAVED = 14
 SEED = 5
 
 
@@ -55,29 +58,55 @@ def pieces(folder: Path, **options: Any) -> tuple[tiny.PrimeModule, tiny.Rollout
 
 def strategy(name: str) -> Any:
     """A strategy by its name."""
-    from prime_lightning.parallel import PrimeDDPStrategy
+    from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
 
-    return {"one": lambda: "auto", "ddp": PrimeDDPStrategy}[name]()
+    if name.startswith("zero"):
+        from prime_lightning.strategy import PrimeDeepSpeedStrategy
+
+        deepspeed = PrimeDeepSpeedStrategy(stage=int(name[4]), logging_level=40)
+        deepspeed.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
+        return deepspeed
+    return {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}[name]()
 
 
 def weights(prime: tiny.PrimeModule) -> dict[str, torch.Tensor]:
     """Whole weights of the trained models."""
-    return {name: p.detach().clone() for name, p in prime.named_parameters() if not name.startswith("reference.")}
+    found = prime.trainer.strategy.lightning_module_state_dict()
+    return {name: prime.devices.whole(p).clone() for name, p in found.items() if not name.startswith("reference.")}
 
 
-def train(folder: Path, name: str) -> None:
-    """Twenty iterations under a strategy: what was logged, and the weights behind them."""
+def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> None:
+    """Twenty iterations under a strategy, or the rest of them after a checkpoint; what was logged, and the weights."""
     prime, rollouts = pieces(folder)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    history = tiny.fit(folder / name, prime, rollouts, STEPS, devices=world, strategy=strategy(name))
-    draws = [[row.prompt.draw for row in out["batch"].rollouts] for out in history.outputs]
-    told = prime.gather(draws)
-    whole = weights(prime)
+    world, history = int(os.environ.get("WORLD_SIZE", 1)), tiny.History()
+    saving = pl.callbacks.ModelCheckpoint(folder / name, "at{step}", every_n_train_steps=SAVED, save_top_k=-1)
+    trainer = tiny.trainer(
+        folder, STEPS, history=history, devices=world, strategy=strategy(name),
+        callbacks=[tiny.WeightSync(), tiny.Outputs(), *([] if after else [saving])], enable_checkpointing=not after,
+    )  # fmt: skip
+    trainer.fit(prime, rollouts, ckpt_path=after)
+    draws = prime.gather([[row.prompt.draw for row in out["batch"].rollouts] for out in history.outputs])
+    whole, gap = weights(prime), engine_gap(prime, rollouts)
     if prime.global_rank == 0:
-        torch.save({"rows": history.rows, "weights": whole, "draws": told}, folder / f"{name}.pt")
+        found = {"rows": history.rows, "weights": whole, "draws": draws, "gap": gap}
+        torch.save(found, folder / f"{out or name}.pt")
 
 
-SCENES = {"one": train, "ddp": train}
+def engine_gap(prime: tiny.PrimeModule, rollouts: tiny.RolloutDataModule) -> float:
+    """Greatest difference between a weight of the policy and of the engine that samples from it."""
+    own = dict(rollouts.engine.model.named_parameters())
+    return max(float((own[name] - weight).abs().max()) for name, weight in policy_weights(prime))
+
+
+def resume(folder: Path, scene: str) -> None:
+    """`resume:A:B`: what strategy A saved, continued under B."""
+    _, saved, name = scene.split(":")
+    train(folder, name, folder / saved / f"atstep={SAVED}.ckpt", out=scene)
+
+
+def run(folder: Path, scene: str) -> None:
+    """Any scene by its name."""
+    (resume if scene.startswith("resume:") else train)(folder, scene)
 
 
 def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
@@ -111,5 +140,5 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float = 240) -> list
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for scene in sys.argv[2:]:
-        SCENES[scene](Path(sys.argv[1]), scene)
+        run(Path(sys.argv[1]), scene)
     print(json.dumps("done"))

@@ -98,7 +98,7 @@ def servings(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
 @pytest.fixture(scope="module")
 def engine(model: str, servings: list[Serving]) -> Iterator[ServerEngine]:
     os.environ["PRIME_TEST_KEY"] = KEY
-    made = ServerEngine([s.url for s in servings], api_key_variable="PRIME_TEST_KEY", in_flight=16, start_timeout=200)
+    made = ServerEngine([s.url for s in servings], api_key_variable="PRIME_TEST_KEY", in_flight=16, start_timeout=500)
     made.start(model)
     yield made
     made.close()

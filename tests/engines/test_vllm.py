@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
-from prime_lightning.engines import Engine
+from prime_lightning.engines import Engine, check_truncated_logprobs
 from prime_lightning.engines.hf import HFEngine, truncate
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.lora import merged_parameters, with_adapters
+from prime_lightning.options import Lora
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
 
@@ -136,6 +138,58 @@ def test_closing_a_stream_aborts_the_rest(engine, prompts):
     assert len(collect(engine, prompts, SAMPLING)) == len(prompts)
 
 
+def test_finished_samples_that_are_kept_are_not_drawn_again(engine, model, prompts):
+    engine.load_weights(weights(model, noise=2), 1)
+    undisturbed = collect(engine, prompts, SAMPLING)
+    kept: dict[int, dict[int, Completion]] = {}
+    engine.max_sequences = 6
+    stream = engine.stream(prompts, SAMPLING, kept)
+    begun = [next(stream)[0] for _ in range(2)]
+    stream.close()
+    left = {(draw, k): sample for draw, group in kept.items() for k, sample in group.items()}
+    rest = [prompt for prompt in prompts if prompt not in begun]
+    again = {prompt.draw: group for prompt, group in engine.stream(rest, SAMPLING, kept)}
+    engine.max_sequences = 64
+    assert left
+    assert not kept
+    assert all(again[draw][k] is sample for (draw, k), sample in left.items())
+    for draw, group in again.items():
+        assert [c.token_ids for c in group] == [c.token_ids for c in undisturbed[draw]]
+
+
+def test_samples_without_seeds_are_never_kept(engine, prompts):
+    """Drawn again they would be others, and keeping the short ones would favour them."""
+    engine.seeded = False
+    kept: dict[int, dict[int, Completion]] = {}
+    stream = engine.stream(prompts, SAMPLING, kept)
+    next(stream)
+    stream.close()
+    engine.seeded = True
+    assert kept == {}
+
+
+def test_adapters_arrive_merged(engine, model, prompts):
+    pytest.importorskip("peft")
+    adapted = with_adapters(load_causal_lm(model), Lora(rank=4, alpha=8.0), 0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    engine.load_weights(merged_parameters(adapted), 2)
+    lm = adapted.eval()
+    for prompt, (done,) in engine.stream(prompts, GREEDY):
+        with torch.no_grad():
+            logits = lm(torch.tensor([[*prompt.token_ids, *done.token_ids]])).logits[0, len(prompt.token_ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == done.token_ids
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(done.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_logprobs_know_of_top_p(engine, prompts):
+    check_truncated_logprobs(engine, prompts[0], Sampling(top_p=0.9, max_tokens=24))
+    check_truncated_logprobs(engine, prompts[1], Sampling(top_k=5, temperature=0.7, max_tokens=24))
+
+
 def test_two_streams_at_a_time_do_not_mix(engine, prompts):
     first, second = engine.stream(prompts[:6], SAMPLING), engine.stream(prompts[6:12], SAMPLING)
     seen: tuple[list[int], list[int]] = ([], [])
@@ -228,3 +282,12 @@ def test_a_hanging_engine_is_replaced_during_a_sync(engine, model, prompts):
         engine.load_weights(named, 9)
     assert engine.version == 9
     assert largest_gap(model, named, prompts, collect(engine, prompts, GREEDY), GREEDY) < 1e-4
+
+
+def test_an_engine_that_dies_too_often_ends_the_run(engine, prompts):
+    """With an OSError, which the command prints without a traceback."""
+    engine.restarts = engine.deaths
+    stream = engine.stream(prompts, SAMPLING)
+    os.kill(engine.process.process.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match=r"died \(killed from outside; where memory runs out, the kernel does that"):
+        list(stream)

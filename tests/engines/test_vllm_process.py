@@ -7,6 +7,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.engines import Engine
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_errors import explain
 from prime_lightning.engines.vllm_process import clean_environment
 from prime_lightning.rollout import Sampling
@@ -116,6 +118,7 @@ def test_a_tied_output_layer_gets_new_weights_too(tmp_path):
     ("options", "sign", "advice"),
     [
         ({"kv_cache_gib": 1e-5}, "cache blocks", "Raise the engine's `kv_cache_gib`"),
+        ({"kv_cache_gib": 1e5}, "less than requested memory", "Lower the engine's `kv_cache_gib`"),
         ({"max_model_len": 4096}, "derived max_model_len", "Lower the engine's `max_model_len`"),
         ({"max_sequences": 16}, "head_dim=16", "attention heads of 32, 64"),
     ],
@@ -134,6 +137,60 @@ def test_a_start_that_fails_says_why_and_what_to_do(model, tmp_path, options, si
     first, second = str(raised.value).splitlines()
     assert sign in first
     assert advice in second
+
+
+@real
+def test_an_engine_that_is_killed_while_it_starts_tells_of_memory(model):
+    engine = VLLMEngine(device="cpu")
+    engine.start(model)
+    os.kill(engine.process.process.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"killed from outside.*\n.*Lower the engine's `kv_cache_gib`") as raised:
+        engine.ready()
+    engine.close()
+    assert len(str(raised.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+            "Lower `gpu_memory_utilization` or `max_sequences`",
+        ),
+        (
+            "ValueError: Free memory on device cuda:0 (8.1/79.1 GiB) on startup is less than desired GPU memory "
+            "utilization (0.4, 31.6 GiB).",
+            "Do two engines, or engine and trainer, share this GPU?",
+        ),
+        (
+            "ValueError: To serve at least one request with the models's max seq len (32768), (4.00 GiB KV cache is "
+            "needed, which is larger than the available KV cache memory (1.00 GiB).",
+            "Raise the engine's `kv_cache_gib`",
+        ),
+    ],
+)
+def test_what_only_gpus_say_is_explained_in_two_lines(said, advice):
+    first, second = explain(f"Traceback (most recent call last):\n  File x\n{said}").splitlines()
+    assert said in first
+    assert advice in second
+
+
+def test_engines_of_two_ranks_on_one_gpu_are_refused(monkeypatch):
+    """Also with `devices` that each rank's config names alike."""
+    from prime_lightning.engines import vllm_devices
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}"))
+    check_devices([0])  # one process: nobody to share with
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, ["GPU-7"], ["GPU-4"]]
+
+    monkeypatch.setattr(vllm_devices.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(vllm_devices.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(vllm_devices.distributed, "all_gather_object", gather)
+    check_devices([5, 6])
+    with pytest.raises(ValueError, match=r"engines of ranks \[0, 2\] on GPU GPU-4\.\nLeave the engine's `devices` out"):
+        check_devices([4, 5])
 
 
 def test_without_vllm_the_start_says_what_to_install(monkeypatch, model):

@@ -5,7 +5,6 @@
 A change that is meant to leave the numbers alone must leave that file as it is.
 """
 
-import hashlib
 import json
 import tempfile
 from concurrent.futures import Future
@@ -26,9 +25,7 @@ class Parity(Verifiers):
     """A task that even a random model gets right half of the time: an even checksum of the completion."""
 
     def submit(self, prompt: Prompt, text: str) -> Future[Verdict]:
-        done: Future[Verdict] = Future()
-        done.set_result(Verdict.of_score(float(hashlib.sha256(text.encode()).digest()[0] % 2 == 0)))
-        return done
+        return tiny.parity(prompt, text)
 
 
 def run() -> list[dict[str, float]]:

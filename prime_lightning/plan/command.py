@@ -1,0 +1,127 @@
+"""`prime-lightning plan`: what a configuration of `fit` needs, before a GPU is rented or a weight is loaded.
+
+Prints the memory of one GPU by part, whether it fits, which changes would make it fit, and an estimate of the time and
+cost of an iteration with its assumptions. Options that it does not know are those of `fit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from prime_lightning.cli import parsed
+from prime_lightning.plan.memory import GIB
+from prime_lightning.plan.report import Iteration, Memory, Rollouts, iteration_of, memory_of, switched
+from prime_lightning.plan.setup import Setup, setup_of
+from prime_lightning.plan.timing import Hardware
+
+
+def main(args: Sequence[str]) -> int:
+    """Print the plan; 0 if the run fits, 1 if it does not."""
+    options, rest = parser().parse_known_args(args)
+    config = parsed(rest)
+    setup = setup_of(config, options.gpus, dict(_role_and_file(given) for given in options.model_config))
+    gpu_bytes = options.gpu_memory * GIB
+    rollouts = Rollouts(
+        prompt=options.prompt_tokens,
+        response=options.response_tokens or setup.response_tokens / 2,
+        acceptance=options.acceptance,
+    )
+    hardware = Hardware(
+        flops=options.gpu_flops,
+        bandwidth=options.gpu_bandwidth,
+        utilisation=options.mfu,
+        sampling_efficiency=options.sampling_efficiency,
+    )
+    memory = memory_of(setup, gpu_bytes)
+    iteration = iteration_of(setup, rollouts, hardware, gpu_bytes)
+    print("\n".join(memory_lines(setup, memory, gpu_bytes)))
+    print("\n".join(time_lines(setup, iteration, rollouts, hardware, options.price, int(config.trainer.max_steps))))
+    return int(memory.peak > gpu_bytes)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    made = argparse.ArgumentParser(prog="prime-lightning plan", description=__doc__, allow_abbrev=False)
+    made.add_argument("--gpus", type=int, help="over all nodes; the configuration's by default")
+    made.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
+    made.add_argument("--gpu-flops", type=float, default=Hardware.flops, help="peak operations a second of one GPU")
+    made.add_argument("--gpu-bandwidth", type=float, default=Hardware.bandwidth, help="bytes a second of its memory")
+    made.add_argument("--mfu", type=float, default=Hardware.utilisation, help="share of the peak that training reaches")
+    made.add_argument("--sampling-efficiency", type=float, default=Hardware.sampling_efficiency, help="the same, there")
+    made.add_argument("--price", type=float, help="of one GPU for an hour")
+    made.add_argument("--prompt-tokens", type=float, default=200.0, help="mean length of a prompt")
+    made.add_argument("--response-tokens", type=float, help="mean length of a response; half of the limit by default")
+    made.add_argument("--acceptance", type=float, default=0.5, help="share of groups that the accuracy filter keeps")
+    made.add_argument(
+        "--model-config",
+        action="append",
+        default=[],
+        metavar="[ROLE=]FILE",
+        help="a config.json in place of the hub's; for one role (policy, prm, reference, critic) or for all",
+    )
+    return made
+
+
+def _role_and_file(given: str) -> tuple[str, str]:
+    role, found, file = given.partition("=")
+    return (role, file) if found else ("", given)
+
+
+def memory_lines(setup: Setup, memory: Memory, gpu_bytes: float) -> Iterator[str]:
+    """The table of memory, the verdict, and what would help."""
+    shard, roles = setup.sharding, list(setup.shapes)
+    arithmetic = "bfloat16 products of float32 weights" if setup.autocast else f"{setup.weights}".removeprefix("torch.")
+    yield f"Memory of one GPU in GiB: {shard.gpus} GPUs, {shard.name}, {arithmetic}"
+    for role, shape in setup.shapes.items():
+        yield f"  {role:<10} {setup.configs[role].model_type}, {shape.parameters:,} parameters, {shape.layers} layers"
+    yield f"\n{'':<30}" + "".join(f"{role:>11}" for role in roles)
+    for part, row in memory.models.items():
+        if any(row.values()):
+            yield f"{part:<30}" + "".join(f"{_gib(row[r]) if r in row else '-':>11}" for r in roles)
+    tokens = max(setup.micro_tokens.values())
+    words = {"activations": f"activations ({tokens:,} tokens)", "logits": f"logits ({setup.chunk_tokens:,} tokens)"}
+    phases = {"": memory.held, "training: ": memory.training, "sampling: ": memory.sampling}
+    sizes = {phase + words.get(part, part): size for phase, rows in phases.items() for part, size in rows.items()}
+    yield from (f"{part:<44}{_gib(size):>8}" for part, size in sizes.items() if size)
+    verdict = "fits" if memory.peak <= gpu_bytes else "does not fit"
+    yield f"{'at the peak':<44}{_gib(memory.peak):>8}  of {_gib(gpu_bytes)}: {verdict}"
+    if memory.host:
+        yield f"{'host memory for each GPU (offload)':<44}{_gib(memory.host):>8}"
+    if memory.peak > gpu_bytes:
+        yield from _switch_lines(setup, gpu_bytes)
+
+
+def _switch_lines(setup: Setup, gpu_bytes: float) -> Iterator[str]:
+    yield f"\n{'What would help (peak, GiB)':<60}{'alone':>8}{'with those above':>18}"
+    for switch in switched(setup, gpu_bytes):
+        marks = ["  fits" if size <= gpu_bytes else "" for size in (switch.alone, switch.together)]
+        yield f"  {switch.words:<58}{_gib(switch.alone):>8}{marks[0]:<6}{_gib(switch.together):>12}{marks[1]}"
+
+
+def time_lines(
+    setup: Setup, iteration: Iteration, rollouts: Rollouts, hardware: Hardware, price: float | None, iterations: int
+) -> Iterator[str]:
+    """The estimate and what it assumes."""
+    gpus, seconds = setup.sharding.gpus, iteration.seconds
+    yield f"\nAn iteration: about {seconds:.0f} s"
+    for name in ("sampling", "scoring", "training"):
+        yield f"  {name:<10}{getattr(iteration, name):>8.0f} s"
+    hours = gpus * seconds / 3600
+    total = f", {hours * iterations:,.0f} for {iterations} iterations" if iterations > 0 else ""
+    yield f"GPU hours: {hours:.2f} an iteration{total}"
+    if price is not None:
+        total = f", {hours * iterations * price:,.0f} for {iterations} iterations" if iterations > 0 else ""
+        yield f"Cost at {price:g} a GPU hour: {hours * price:.2f} an iteration{total}"
+    yield (
+        f"Assumed: {setup.groups * setup.samples:,} responses of {rollouts.response:.0f} tokens to prompts of "
+        f"{rollouts.prompt:.0f}; {rollouts.acceptance:.0%} of groups pass the filter; {hardware.flops / 1e12:g} "
+        f"TFLOP/s and {hardware.bandwidth / 1e12:g} TB/s a GPU, of which training reaches {hardware.utilisation:.0%} "
+        f"and sampling {hardware.sampling_efficiency:.0%}; {iteration.running:.0f} samples at a time on a GPU "
+        f"({setup.sampler.name}); no time for verifiers, communication, validation and checkpoints beyond that. --help "
+        "lists what to change."
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"

@@ -1,0 +1,195 @@
+"""What a parsed configuration of `fit` says about memory and time; nothing of it is instantiated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from prime_lightning.plan.memory import Sharding
+from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
+
+TRAINED = ("policy", "prm", "critic")
+MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1}
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+HALF = ("bf16-true", "16-true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """The engine, as far as memory and time go."""
+
+    name: str
+    width: int = 4
+    """Bytes of a weight, and of a key or value."""
+    sequences: int = 256
+    """Samples at a time."""
+    fraction: float | None = None
+    """Share of the GPU that it takes and keeps; None takes what it needs while it samples."""
+    tensor_parallel: int = 1
+    beside: bool = True
+    """Whether it is on the trainer's GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run."""
+
+    configs: Mapping[str, PretrainedConfig]
+    """Of each model by its role."""
+    shapes: Mapping[str, Shape]
+    trained: tuple[str, ...]
+    """Roles that have an optimizer."""
+    trainable: Mapping[str, int]
+    """Parameters of each trained role that have gradients: all of them, or those of its adapters."""
+    moments: Mapping[str, int]
+    """Moments of each trained role's optimizer."""
+    sharding: Sharding
+    weights: torch.dtype
+    """Type of the weights that forward and backward see."""
+    autocast: bool
+    checkpointing: bool
+    chunk_tokens: int
+    micro_tokens: Mapping[str, int]
+    """Most tokens of a micro-batch, for each trained role."""
+    epochs: Mapping[str, int]
+    sampler: Sampler
+    groups: int
+    """Prompts of an iteration."""
+    samples: int
+    prompt_tokens: int
+    """Of the longest prompt."""
+    response_tokens: int
+    """Of the longest response."""
+    shared_reference: bool
+    """The reference is the policy below its adapters."""
+    extra_score: bool
+    """The reference is the policy and the temperature is not 1: one forward more."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return self.weights.itemsize
+
+    def adapted(self, role: str) -> bool:
+        """Whether a role trains adapters."""
+        return role in self.trained and self.trainable[role] < self.shapes[role].parameters
+
+    def stored(self, role: str) -> int:
+        """Parameters that a role keeps, its adapters included."""
+        if role == "reference" and self.shared_reference:
+            return 0
+        return self.shapes[role].parameters + (self.trainable[role] if self.adapted(role) else 0)
+
+
+def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
+    """Read a parsed configuration.
+
+    Args:
+        config: jsonargparse's namespace of `fit`.
+        gpus: Instead of the configuration's own number.
+        files: config.json by role; that of "" is for all roles.
+
+    Raises:
+        ValueError: if a model's configuration cannot be read, or the number of GPUs is not known.
+    """
+    model, data, trainer = config.model, config.data, config.trainer
+    named = {role: model.get(role) for role in (*TRAINED, "reference") if model.get(role)}
+    made = {role: read_config(name, files.get(role, files.get(""))) for role, name in named.items()}
+    trained = tuple(r for r in TRAINED if r in named and not (r == "prm" and model.process_reward["update"] == "none"))
+    sharding = sharding_of(trainer, _gpus(trainer) if gpus is None else gpus)
+    half = trainer.precision in HALF or (sharding.masters and "32" not in str(trainer.precision))
+    longest = data.max_prompt_tokens + data.sampling.max_tokens
+    updates = {role: model[f"{role}_update"] for role in trained}
+    shapes = {role: shape_of(made[role]) for role in made}
+    adapters = {role: model.get(f"{role}_lora") for role in trained if model.get(f"{role}_lora")}
+    adapted = {r: adapter_parameters(made[r], lora.rank, lora.target_modules) for r, lora in adapters.items()}
+    unit = {"prm": data.sampling.samples if _whole_groups(model.prm_loss) else 1}
+    return Setup(
+        configs=made,
+        shapes=shapes,
+        trained=trained,
+        trainable={role: adapted.get(role, shapes[role].parameters) for role in trained},
+        moments={role: _moments(model[f"{role}_optimizer"]) for role in trained},
+        sharding=sharding,
+        weights=torch.bfloat16 if half else getattr(torch, model.loading.dtype),
+        autocast=str(trainer.precision).endswith("mixed") and not half,
+        checkpointing=model.loading.gradient_checkpointing,
+        chunk_tokens=model.loading.chunk_tokens,
+        micro_tokens={role: max(updates[role].micro_tokens, longest * unit.get(role, 1)) for role in trained},
+        epochs={role: updates[role].epochs for role in trained},
+        sampler=sampler_of(data.engine),
+        groups=data.prompts_per_batch,
+        samples=data.sampling.samples,
+        prompt_tokens=data.max_prompt_tokens,
+        response_tokens=data.sampling.max_tokens,
+        shared_reference="policy" in adapted and named.get("reference") == named["policy"],
+        extra_score="reference" not in named and data.sampling.temperature != 1.0,
+    )
+
+
+def sharding_of(trainer: Any, gpus: int) -> Sharding:
+    """What the strategy divides, from its name or its class and arguments."""
+    strategy = trainer.strategy
+    options = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
+    words = strategy if isinstance(strategy, str) else strategy.class_path.rsplit(".", 1)[-1]
+    low = words.lower()
+    if "deepspeed" in low:
+        digits = [int(c) for c in low if c.isdigit()]
+        stage = options.get("stage", digits[0] if digits else 2)
+        return Sharding(
+            name=f"ZeRO-{stage}",
+            gpus=gpus,
+            stage=stage,
+            masters=True,
+            replicate_frozen=options.get("frozen") == "replicate",
+            offload_optimizer=bool(options.get("offload_optimizer", "offload" in low)),
+            offload_parameters=bool(options.get("offload_parameters", "offload" in low and stage == 3)),
+        )
+    if "fsdp" in low or "modelparallel" in low:
+        return Sharding(name="FSDP2", gpus=gpus, stage=3)
+    return Sharding(name="DDP" if gpus > 1 else "one GPU", gpus=gpus)
+
+
+def sampler_of(engine: Any) -> Sampler:
+    """The engine's share of the GPU."""
+    options, name = engine.get("init_args") or {}, engine.class_path.rsplit(".", 1)[-1]
+    width = WIDTH.get(options.get("dtype", "float32"), 4)
+    if name == "VLLMEngine":
+        return Sampler(
+            name=name,
+            width=width,
+            sequences=options["max_sequences"],
+            fraction=options["gpu_memory_utilization"],
+            tensor_parallel=options["tensor_parallel"],
+            beside=options["devices"] is None,
+        )
+    return Sampler(name=name, width=width, sequences=options.get("batch_size", 256), beside=name != "ServerEngine")
+
+
+def _gpus(trainer: Any) -> int:
+    devices = trainer.devices
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
+    if count < 1:
+        raise ValueError(f"Expected `trainer.devices` to be a number, got {devices!r}. Give --gpus.")
+    return count * int(trainer.num_nodes)
+
+
+def _moments(optimizer: Any) -> int:
+    """Numbers that the optimizer keeps of each parameter; 2 for one that is not known."""
+    name = optimizer.class_path.rsplit(".", 1)[-1] if hasattr(optimizer, "class_path") else "AdamW"
+    if name == "SGD":
+        return int(bool(optimizer.init_args.momentum))
+    return MOMENTS.get(name, 2)
+
+
+def _whole_groups(path: Any) -> bool:
+    """Whether a PRM loss needs all responses of a prompt in one micro-batch."""
+    if isinstance(path, str):
+        module, name = path.rsplit(".", 1)
+        path = getattr(import_module(module), name)
+    return bool(getattr(path, "whole_groups", True))

@@ -1,0 +1,187 @@
+"""Bars on a terminal, plain lines elsewhere: iterations, and what is going on inside of one.
+
+Downloads and the loading of weights have the bars of transformers and the hub.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from prime_lightning.module import PrimeModule
+
+DOING = {
+    "sample": "sampling",
+    "verify": "verifying",
+    "score": "scoring",
+    "prm": "training the PRM",
+    "policy": "training the policy",
+    "critic": "training the critic",
+}
+"""Timed phases in words."""
+LINES = 50  # of a plain log, for steps that are shorter than an iteration of PRIME
+
+
+class Bars(Progress):
+    """Bars that ask what is going on each time they are drawn."""
+
+    def __init__(self, poll: Callable[[Bars], None]) -> None:
+        self.poll = poll
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        super().__init__(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=Console(stderr=True)
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars of now."""
+        self.poll(self)
+        yield from super().get_renderables()
+
+
+class PrimeProgress(ProgressBar):
+    """Iterations with accuracy, PRM accuracy, tokens per second and time left, and below them what is being done.
+
+    Where there is no terminal: one line an iteration, or fifty lines of a supervised run.
+    """
+
+    shown: tuple[str, ...] = ("rollout/accuracy", "val/pass1", "prm/accuracy", "loss", "rollout/tokens_per_second")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Bars | None = None
+        self._main = self._rollouts = self._phase = self._evaluation = TaskID(0)
+        self._started = 0.0
+        self._first = 0
+
+    def disable(self) -> None:
+        """Show nothing (ranks above 0)."""
+        self.shown = ()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bars."""
+        self._started, self._first = time.monotonic(), trainer.global_step
+        word = "iteration" if isinstance(pl_module, PrimeModule) else "step"
+        self._open(trainer, word, _total(trainer), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar, or print a line."""
+        if not trainer.is_global_zero or not self.shown:
+            return
+        numbers = "  ".join(self._numbers(trainer.callback_metrics))
+        done, total = trainer.global_step, _total(trainer)
+        every = 1 if isinstance(pl_module, PrimeModule) else max(1, total // LINES)
+        if self._bar is not None:
+            self._bar.update(self._main, completed=done, numbers=numbers)
+        elif done % every == 0 or done == total:
+            pace = (time.monotonic() - self._started) / max(done - self._first, 1)
+            print(
+                f"iteration {done}/{total}  {numbers}  {pace:.2f} s each, {pace * (total - done):.0f} s left",
+                flush=True,
+            )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A bar of the evaluation, below the others or alone."""
+        batches = sum(trainer.num_val_batches or trainer.num_test_batches)
+        if self._bar is None:
+            self._open(trainer, "evaluating", batches, 0)
+            self._evaluation = self._main
+        else:
+            self._evaluation = self._bar.add_task("evaluating", total=batches, numbers="")
+
+    on_test_start = on_validation_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move it."""
+        if self._bar is not None:
+            self._bar.advance(self._evaluation)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take it away; a plain log gets a line."""
+        during_fit = trainer.state.fn == "fit"
+        if self._bar is not None and during_fit:
+            self._bar.remove_task(self._evaluation)
+        elif self._bar is not None:
+            self._close()
+        elif during_fit and trainer.is_global_zero and self.shown:
+            rate = float(trainer.callback_metrics.get("val/pass1", torch.nan))
+            print(f"evaluated after iteration {trainer.global_step}  val/pass1 {rate:.4g}", flush=True)
+
+    on_test_end = on_validation_end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bars."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self._close()
+
+    def _open(self, trainer: pl.Trainer, word: str, total: float, completed: int) -> None:
+        if not trainer.is_global_zero or not self.shown or not sys.stderr.isatty():
+            return
+
+        def poll(bars: Bars) -> None:
+            loaders = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders
+            tally = next(filter(None, (getattr(loader, "tally", None) for loader in loaders)), None)
+            doing = getattr(trainer.lightning_module, "doing", "")
+            bars.update(self._rollouts, visible=tally is not None)
+            bars.update(self._phase, visible=bool(doing), description=DOING.get(doing, doing))
+            if tally is not None:
+                numbers = f"prompts  {tally.responses} responses, accuracy {tally.accuracy:.2f}"
+                doing = DOING.get(tally.doing, "sampling")
+                bars.update(
+                    self._rollouts, description=doing, completed=tally.accepted, total=tally.wanted, numbers=numbers
+                )
+
+        self._bar = Bars(lambda bars: None)
+        self._main = self._bar.add_task(word, total=total, completed=completed, numbers="")
+        self._rollouts = self._bar.add_task("", total=None, visible=False, numbers="")
+        self._phase = self._bar.add_task("", total=None, visible=False, numbers="")
+        self._bar.poll = poll
+        self._bar.start()
+
+    def _numbers(self, metrics: Mapping[str, Tensor]) -> Iterator[str]:
+        for name in self.shown:
+            if name in metrics:
+                yield f"{name} {float(metrics[name]):.4g}"
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _total(trainer: pl.Trainer) -> int:
+    """Steps of the run."""
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 1
+    limits = batches * epochs, trainer.max_steps  # -1 is no limit, of epochs and of steps
+    return int(min((limit for limit in limits if 0 < limit < float("inf")), default=0))

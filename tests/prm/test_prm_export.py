@@ -1,0 +1,149 @@
+"""Models of checkpoints as folders: the weights, what stands beside them, and what is refused."""
+
+import json
+import re
+
+import pytest
+import tiny
+import torch
+from huggingface_hub import ModelCard
+from prm_rows import CONF
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from prime_lightning.__main__ import main
+from prime_lightning.checkpoint import read_facts, role_weights
+from prime_lightning.options import Lora
+from prime_lightning.prm import ImplicitPRM
+from prime_lightning.prm.facts import PRMFacts
+from prime_lightning.prm.folder import write_model
+
+
+def export(ckpt, role, out, *more):
+    return main(["export", f"--ckpt={ckpt}", f"--role={role}", f"--out={out}", *map(str, more)])
+
+
+def weights_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("role", ["policy", "prm"])
+def test_a_checkpoints_models_are_those_of_the_end_of_the_run(prime_run, tmp_path, role):
+    assert (
+        export(prime_run / "checkpoints" / "last.ckpt", role, tmp_path / role, f"--reference={prime_run / 'policy'}")
+        == 0
+    )
+    mine, at_the_end = weights_of(tmp_path / role), weights_of(prime_run / role)
+    assert mine.keys() == at_the_end.keys()
+    assert all(torch.equal(tensor, at_the_end[name]) for name, tensor in mine.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / role).get_vocab()
+    assert GenerationConfig.from_pretrained(tmp_path / role).eos_token_id == 1
+    text = (tmp_path / role / "README.md").read_text()
+    assert ModelCard.load(tmp_path / role / "README.md").data.library_name == "transformers"
+    assert f"prime-lightning fit --config {CONF / 'quickstart.yaml'}" in text
+    assert "after 10 iterations" in text
+    accuracy = re.search(r"\| rollout/accuracy \| (\S+) \|", text)
+    assert 0 <= float(accuracy[1]) <= 1
+    assert text == (prime_run / role / "README.md").read_text().replace(str(prime_run / role), str(tmp_path / role))
+
+
+def test_the_prm_says_beta_reference_and_steps(prime_run, tmp_path):
+    facts = PRMFacts.read(prime_run / "prm")
+    assert (facts.beta, facts.reference, facts.steps.separator) == (0.5, "../policy", ";")
+    assert facts.loss == "prime_lightning.algorithms.prm_loss.ce"
+    assert (facts.granularity, facts.normalise) == ("token", "batch_max")
+    assert facts.normalise_scale > 0
+    assert ImplicitPRM.from_pretrained(prime_run / "prm").score(["^1+2="], ["3;#3"])[0].reward != 0
+    out = tmp_path / "prm"  # the checkpoint's run had no reference of its own, and nothing says where its policy is
+    assert export(prime_run / "checkpoints" / "last.ckpt", "prm", out) == 0
+    assert json.loads((out / "implicit_prm.json").read_text())["reference"] is None
+    with pytest.raises(ValueError, match=r"Expected the PRM in .* to name its reference, got none"):
+        ImplicitPRM.from_pretrained(out)
+    assert ImplicitPRM.from_pretrained(out, reference=None).score(["^1+2="], ["3;#3"])[0].reward < 0
+
+
+def test_the_reference_is_the_frozen_model(prm_run, warm_model, tmp_path):
+    ckpt = prm_run / "checkpoints" / "last.ckpt"
+    assert export(ckpt, "reference", tmp_path / "reference") == 0
+    start = weights_of(warm_model)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights_of(tmp_path / "reference").items())
+    assert export(ckpt, "prm", tmp_path / "prm", "--dtype=bfloat16") == 0
+    exported, trained = weights_of(tmp_path / "prm"), weights_of(prm_run / "prm")
+    assert all(torch.equal(tensor, trained[name].bfloat16()) for name, tensor in exported.items())
+    (tmp_path / "moved").mkdir()
+    for name in ("prm", "reference"):  # both can be moved together
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    facts = json.loads((tmp_path / "moved" / "prm" / "implicit_prm.json").read_text())
+    (tmp_path / "moved" / "prm" / "implicit_prm.json").write_text(json.dumps({**facts, "reference": "../reference"}))
+    assert PRMFacts.read(tmp_path / "moved" / "prm").reference_beside(tmp_path / "moved" / "prm")
+
+
+def test_tied_weights_and_adapters(chat_model, warm_model, tmp_path):
+    from prime_lightning.pretrained import load_causal_lm
+
+    tied = load_causal_lm(str(chat_model))
+    write_model(tmp_path / "tied", str(chat_model), tied.state_dict().items())
+    assert all(torch.equal(t, tied.state_dict()[n]) for n, t in weights_of(tmp_path / "tied").items())
+    adapted = tiny.module(warm_model, policy_lora=Lora(rank=2, alpha=4.0), prm=None)
+    checkpoint = tmp_path / "lora.ckpt"
+    trainer = tiny.trainer(tmp_path, 2)
+    trainer.fit(adapted, tiny.data(warm_model))
+    trainer.save_checkpoint(checkpoint)
+    assert export(checkpoint, "policy", tmp_path / "merged") == 0
+    merged = weights_of(tmp_path / "merged")
+    from prime_lightning.lora import merged_parameters
+
+    for name, tensor in merged_parameters(adapted.policy.model):
+        assert_close(merged[name], tensor)
+
+
+def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_refused(prime_run, tmp_path, capsys):
+    ckpt = prime_run / "checkpoints" / "last.ckpt"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "torn.ckpt").write_bytes(ckpt.read_bytes()[:5000])
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    for arguments, words in (
+        ((ckpt, "policy", tmp_path / "full"), "Expected a new or empty folder"),
+        (
+            (ckpt, "reference", tmp_path / "a"),
+            r"with \['policy', 'prm'\]. Its reference was the policy of each",
+        ),
+        ((tmp_path / "none.ckpt", "policy", tmp_path / "a"), "none.ckpt"),
+        ((tmp_path / "torn.ckpt", "policy", tmp_path / "a"), "torn.ckpt"),
+        ((tmp_path / "other.ckpt", "policy", tmp_path / "a"), "names the models of its run"),
+        ((tmp_path / "list.ckpt", "policy", tmp_path / "a"), "got .* with a list in it"),
+    ):
+        assert export(*arguments) == 2
+        said = capsys.readouterr().err
+        assert re.search(words, said), said
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_of_another_model_leave_nothing_behind(prime_run, chat_model, tmp_path):
+    weights = dict(role_weights(prime_run / "checkpoints" / "last.ckpt", "policy"))
+    with pytest.raises(ValueError, match=r"Expected the weights of '.*', got others in \d+ places"):
+        write_model(tmp_path / "out", str(chat_model), weights.items())
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"Expected a checkpoint with a critic, got .* with \['policy', 'prm'\]"):
+        dict(role_weights(prime_run / "checkpoints" / "last.ckpt", "critic"))
+    assert read_facts(prime_run / "checkpoints" / "last.ckpt")["names"]["reference"] is None
+
+
+def test_a_second_run_says_that_it_will_replace_models(prime_run, warm_model, tmp_path):
+    from prime_lightning.callbacks import HuggingFaceExport
+
+    (tmp_path / "policy").mkdir()
+    with pytest.warns(UserWarning, match="When training ends, new models will replace those in .*policy"):
+        tiny.trainer(tmp_path, 1, HuggingFaceExport(str(tmp_path))).fit(
+            tiny.module(warm_model, prm=None), tiny.data(warm_model)
+        )
+
+
+def test_the_card_of_a_warm_start(warm_model):
+    text = (warm_model / "README.md").read_text()
+    assert "after 300 iterations" in text
+    assert "(not started by a command)" in text
+    assert "| loss |" in text

@@ -1,0 +1,40 @@
+"""The failure drill, short: a verifier worker, a rank and the launcher are killed, gradients become NaN.
+
+`benchmarks/results/drill.md` has the long one.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "drill.py"
+
+
+@pytest.fixture(scope="module")
+def drill():
+    spec = importlib.util.spec_from_file_location("drill", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["drill"] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_struck_run_ends_with_the_weights_of_one_that_was_not(drill, warm_model, tmp_path, capsys):
+    out = tmp_path / "drill"
+    options = ["--out", str(out), "--iterations", "6", "--filter", "0.1", "0.9", "--model", str(warm_model)]
+    assert drill.main([*options, "--kinds", "verifier", "launcher", "nan"]) == 0
+    said = capsys.readouterr().out
+    assert "**bit-equal to** those of the undisturbed run" in said
+    assert "The gradient of the policy was not finite 5 times in a row" in said
+    assert len(list((out / "struck").glob("log*.txt"))) == 3  # the verifier's death stopped nothing
+
+
+def test_equal_sees_one_bit(drill):
+    a = {"x": [torch.tensor([1.0, 2.0]), 3]}
+    assert drill.equal(a, {"x": [torch.tensor([1.0, 2.0]), 3]})
+    assert not drill.equal(a, {"x": [torch.tensor([1.0, 2.0 + 2e-7]), 3]})
+    assert not drill.equal(a, {"x": [torch.tensor([1.0, 2.0])]})

@@ -1,0 +1,84 @@
+"""docs/metrics.md against what real runs log: each name stands in the table, and each row is logged by some run."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from prime_lightning import algorithms as alg
+from prime_lightning.alarms import MEANINGS, Alarm, Alarms
+from prime_lightning.arithmetic import ArithmeticPrompts
+from prime_lightning.loader import AccuracyFilter
+from prime_lightning.options import PolicyLoss, ProcessReward
+from prime_lightning.prompts import MixedPrompts
+from prime_lightning.rollout import Sampling
+
+TEXT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+ROWS = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| [^|]+ \|$", TEXT, re.MULTILINE)
+OTHERS = {"epoch", "step"}  # Lightning's own
+
+
+class Names(tiny.History):
+    """Keeps all names, times too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics(metrics, step)
+        self.names |= metrics.keys()
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory, warm_model):
+    """Names of two runs that together use everything: critic, reference, replay, filter, validation, alarms."""
+    history = Names()
+    folder = tmp_path_factory.mktemp("metrics")
+    short, long = (ArithmeticPrompts(seed=1, operations=n) for n in (2, 4))
+    rollouts = tiny.data(
+        warm_model,
+        train=MixedPrompts([short, long]),
+        max_prompt_tokens=8,
+        accuracy_filter=AccuracyFilter(),
+        validation=short,
+        validation_prompts=4,
+        validation_sampling=Sampling(samples=1, max_tokens=8),
+    )
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    alarms = Alarms(truncation=Alarm(threshold=-1.0, iterations=1))
+    first = tiny.module(
+        warm_model,
+        reference=str(warm_model),
+        critic=str(warm_model),
+        advantage=alg.gae,
+        process_reward=ProcessReward(beta=0.5, replay=1),
+        policy_loss=PolicyLoss(kl="loss"),
+        critic_optimizer=tiny.adam(1e-3),
+    )
+    tiny.trainer(folder, 2, alarms, history=history, **settings).fit(first, rollouts)
+    second = tiny.module(warm_model, process_reward=ProcessReward(beta=0.5, update="before"))
+    tiny.trainer(folder, 1, history=history).fit(second, tiny.data(warm_model))
+    return history.names - OTHERS
+
+
+def pattern(name):
+    return re.compile(re.sub(r"\b[A-Z]+\b", "[^/]+", name) + r"\Z")
+
+
+def test_every_logged_name_stands_in_the_table(logged):
+    table = [pattern(name) for name, _ in ROWS]
+    assert [name for name in sorted(logged) if sum(bool(p.match(name)) for p in table) != 1] == []
+
+
+def test_every_name_of_the_table_is_logged(logged):
+    assert len(ROWS) > 60
+    assert [name for name, _ in ROWS if not any(pattern(name).match(n) for n in logged)] == []
+    assert all(unit.strip() for _, unit in ROWS)
+
+
+def test_alarms_look_at_metrics_of_the_table():
+    assert {m for meaning in MEANINGS.values() for m in meaning.metrics} <= {name for name, _ in ROWS}

@@ -1,0 +1,106 @@
+"""Bars on a terminal and lines elsewhere, of real runs; and the steps that a bar counts to."""
+
+import io
+import re
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import tiny
+
+from prime_lightning.arithmetic import ArithmeticPrompts
+from prime_lightning.progress import PrimeProgress, _total
+from prime_lightning.rollout import Sampling
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run(tmp_path, model, steps, validate=False):
+    rollouts = tiny.data(
+        model,
+        validation=ArithmeticPrompts(seed=7, operations=2),
+        validation_sampling=Sampling(samples=1, max_tokens=8),
+        validation_prompts=8,
+        max_staleness=int(validate),
+    )
+    options = {"enable_progress_bar": True, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = tiny.trainer(tmp_path, steps, PrimeProgress(), **options)
+    trainer.fit(tiny.module(model), rollouts)
+    if validate:
+        trainer.validate(trainer.lightning_module, rollouts, verbose=False)
+
+
+def test_a_terminal_sees_bars_of_all_phases(model_folder, tmp_path, monkeypatch, capsys):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "160"}.items():
+        monkeypatch.setenv(name, value)
+    draw = PrimeProgress._open
+
+    def eagerly(self, *args):
+        """Draws at each change of phase, as a slow run would be seen at ten frames a second."""
+        draw(self, *args)
+        self._bar.live.auto_refresh = False
+
+    monkeypatch.setattr(PrimeProgress, "_open", eagerly)
+    from prime_lightning.stepping import SteppingModule
+    from prime_lightning.tally import Tally
+
+    bars = []
+    opened = PrimeProgress._open
+    monkeypatch.setattr(PrimeProgress, "_open", lambda self, *a: (opened(self, *a), bars.append(self._bar))[0])
+    for kind in (Tally, SteppingModule):
+        original = kind.timed
+
+        def timed(self, phase, original=original):
+            context = original(self, phase)
+
+            class Drawn:
+                def __enter__(self):
+                    context.__enter__()
+                    bars[-1].refresh()
+
+                def __exit__(self, *error):
+                    return context.__exit__(*error)
+
+            return Drawn()
+
+        monkeypatch.setattr(kind, "timed", timed)
+    run(tmp_path, model_folder, 2, validate=False)
+    shown = screen.getvalue()
+    for words in ("iteration", "sampling", "verifying", "scoring", "training the PRM", "training the policy", "2/2"):
+        assert words in shown, words
+    assert re.search(r"evaluating[^\n]*2/2", shown)
+    assert "\x1b[?25h" in shown.split("training the policy")[-1]  # the cursor is given back
+    assert "iteration 1/" not in capsys.readouterr().out
+
+
+def test_a_log_file_gets_one_line_an_iteration(model_folder, tmp_path, capsys):
+    run(tmp_path, model_folder, 4, validate=True)
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("iteration")] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [line.split()[3] for line in lines if line.startswith("evaluated")] == ["2", "4"]
+    assert all("rollout/accuracy" in line and "s left" in line for line in lines if line.startswith("iteration"))
+    assert "\x1b" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_epochs", "batches", "expected"),
+    [
+        (100, 1, 100, 100),
+        (30, 1, 100, 30),
+        (-1, 3, 100, 300),
+        (50, -1, 100, 50),
+        (50, -1, float("inf"), 50),
+        (-1, -1, 9, 0),
+    ],
+)
+def test_the_progress_bar_knows_where_it_ends(tmp_path, max_steps, max_epochs, batches, expected):
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = pl.Trainer(max_steps=max_steps, max_epochs=max_epochs, **options)
+    trainer.fit_loop.max_batches = batches
+    assert _total(trainer) == expected
