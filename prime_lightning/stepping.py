@@ -127,9 +127,9 @@ class SteppingModule(pl.LightningModule):
         """Start the clock of `time/evaluation`."""
         self._evaluating = time.perf_counter()
 
-    def on_validation_end(self) -> None:
-        """Stop it."""
-        self.between.total("time/evaluation", time.perf_counter() - self._evaluating)
+    def on_validation_epoch_end(self) -> None:
+        """Log it beside what the evaluation found."""
+        self.log("time/evaluation", time.perf_counter() - self._evaluating, reduce_fx="max", sync_dist=True)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""

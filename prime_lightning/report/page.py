@@ -1,6 +1,6 @@
 """Runs to one HTML file, and the credit view on its own for notebooks.
 
-The page is `page/*`: a Jinja template, styles and scripts, put together without a build step. All data is one block of
+The page is `assets/*`: a Jinja template, styles and scripts, put together without a build step. All data is a block of
 JSON, escaped so that no text in it can end the block; the scripts write text by `textContent` only, and the page's
 Content-Security-Policy lets nothing run but these very scripts, by their hashes, and nothing reach the network.
 """
@@ -152,7 +152,7 @@ def embedded(data: Any) -> str:
 
 @cache
 def _text(name: str) -> str:
-    return resources.files("prime_lightning.report").joinpath("page", name).read_text(encoding="utf-8")
+    return resources.files("prime_lightning.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 @cache

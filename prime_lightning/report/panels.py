@@ -26,11 +26,12 @@ SECTIONS = (
         "Is it getting better? Training rollouts, before the accuracy filter, and problems that are never trained on.",
         ("val/", "test/", "rollout/accuracy", "train/outcome"),
     ),
+    Section("alarms", "Alarms", "1 where an alarm rang; docs/health.md says what to try.", ("alarm/",)),
     Section(
         "prm",
         "Process reward model",
         "Does the PRM know right from wrong? Cross entropy above ln 2 is worse than knowing nothing.",
-        ("prm/", "process/"),
+        ("prm/", "process/", "gate/"),
     ),
     Section(
         "policy",

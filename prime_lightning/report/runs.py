@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 METRICS = ("metrics.csv", "version_*/metrics.csv", "csv/version_*/metrics.csv", "lightning_logs/version_*/metrics.csv")
-OUTSIDE = ("val/", "test/")
+OUTSIDE = ("val/", "test/", "time/evaluation")
 """Metrics of evaluations, which no start of the training does again."""
 NAMES_OF_SEEDS = {"seed", "seed_everything", "ckpt_path", "max_time"}
 
