@@ -24,6 +24,7 @@ COMMANDS = {
     "score": ("prime_lightning.prm.score", "rewards of tokens, steps and responses by a PRM"),
     "rerank": ("prime_lightning.prm.rerank", "best of n by a PRM, against majority and pass@n"),
     "processbench": ("prime_lightning.prm.processbench", "how well a PRM finds the first wrong step"),
+    "report": ("prime_lightning.report.command", "runs as one HTML file: curves, health, credit token by token"),
     "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
 }
 """Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""

@@ -21,6 +21,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from prime_lightning.prompts import Prompts, Template
+from prime_lightning.rollout import Rollout
 
 DIGITS = "0123456789abcdefghijklmnopqrstuv"
 OPERATIONS = "+-*"
@@ -135,7 +136,12 @@ class ArithmeticPrompts(Prompts):
         """The problem, its answer and its true running results."""
         problem = self.chains.problem(np.random.default_rng([self.seed, draw]))
         results = self.chains.results(problem)
-        return {"problem": problem, "answer": DIGITS[results[-1]], "results": results}
+        return {
+            "problem": problem,
+            "answer": DIGITS[results[-1]],
+            "results": results,
+            "modulus": self.chains.modulus,
+        }
 
 
 class ArithmeticLessons:
@@ -182,6 +188,17 @@ def step_truth(problem: str, answer: str, chains: Chains | None = None) -> list[
         truth.append(known and value == chains.apply(operation, left, DIGITS.index(right)))
         left = value
     return truth
+
+
+def written_steps(rollout: Rollout, tokens: list[str]) -> list[tuple[int, int, bool]]:
+    """First token, token after the last, and truth of each step, for `RolloutLog.steps`; a token is a character."""
+    text = "".join(token if len(token) == 1 else "?" for token in tokens)  # end and padding tokens have names
+    spans, start = [], 0
+    for right in step_truth(rollout.prompt.text, text, Chains(modulus=rollout.prompt.row.get("modulus", 10))):
+        stop = text.index(";", start) + 1
+        spans.append((start, stop, right))
+        start = stop
+    return spans
 
 
 def build_tokenizer() -> Qwen2Tokenizer:

@@ -20,6 +20,7 @@ from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
 from prime_lightning.prm.folder import describe
+from prime_lightning.rollout import Rollout
 from prime_lightning.stepping import devices
 
 
@@ -49,7 +50,8 @@ class WeightSync(Callback):
         if engine.version != trainer.global_step:
             weights = policy_weights(pl_module)
             try:
-                engine.load_weights(weights, version=trainer.global_step)
+                with pl_module.timed_between("sync"):
+                    engine.load_weights(weights, version=trainer.global_step)
             finally:
                 deque(weights, maxlen=0)  # an engine that gave up must not leave other ranks waiting for this one
 
@@ -62,17 +64,23 @@ def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
     return merged_parameters(module.policy.model, module.devices.whole)
 
 
+Steps = Callable[[Rollout, list[str]], list[tuple[int, int, bool]]]
+"""`(rollout, its tokens as text) -> (first token, token after the last, whether it is right)` of each step."""
+
+
 class RolloutLog(Callback):
-    """Writes trained-on rollouts with their token rewards as jsonl, one line a response.
+    """Writes trained-on rollouts with their token rewards as jsonl, one line a response; docs/report.md lists the keys.
 
     Args:
         folder: Where `rollouts.jsonl` goes.
         groups: Prompts of an iteration that are kept.
         every: Iterations between two writes.
+        steps: Says which steps are truly right, on tasks where that is known, such as
+            `prime_lightning.arithmetic.written_steps`. Only the report reads it.
     """
 
-    def __init__(self, folder: str, groups: int = 4, every: int = 1) -> None:
-        self.path, self.groups, self.every = Path(folder) / "rollouts.jsonl", groups, every
+    def __init__(self, folder: str, groups: int = 4, every: int = 1, steps: Steps | None = None) -> None:
+        self.path, self.groups, self.every, self.steps = Path(folder) / "rollouts.jsonl", groups, every, steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget lines of iterations that a resumed run will do again, and a line that a crash cut off."""
@@ -89,21 +97,25 @@ class RolloutLog(Callback):
         if not trainer.is_global_zero or iteration % self.every:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        scale = trainer.callback_metrics.get("process/scale")
+        unit = {} if scale is None else {"beta": pl_module.reward.beta, "scale": _short(float(scale))}  # type: ignore[union-attr]
         with self.path.open("a") as file:
-            for row in rollout_rows(outputs, iteration, self.groups, pl_module.tokenizer):  # type: ignore[arg-type]
-                file.write(json.dumps(row) + "\n")
+            for row in rollout_rows(outputs, iteration, self.groups, pl_module.tokenizer, self.steps):  # type: ignore[arg-type]
+                file.write(json.dumps(row | unit) + "\n")
 
 
-def rollout_rows(outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def rollout_rows(
+    outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any, steps: Steps | None = None
+) -> Iterator[dict[str, Any]]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
-    logged = batch.group_B.unique()[:groups]
     for i, rollout in enumerate(batch.rollouts):
-        if batch.group_B[i] not in logged:
-            continue
-        tokens = rollout.completion.token_ids
+        if int(batch.group_B[i]) >= groups:
+            return
+        ids = rollout.completion.token_ids
+        tokens = [tokenizer.decode([token]) for token in ids]
         per_token = {
-            name: [round(x, 6) for x in outputs[key][i, : len(tokens)].tolist()]
+            name: [_short(x) for x in outputs[key][i, : len(ids)].tolist()]
             for name, key in (("process_reward", "process_BT"), ("advantage", "advantage_BT"))
             if outputs.get(key) is not None
         }
@@ -114,12 +126,18 @@ def rollout_rows(outputs: Mapping[str, Any], iteration: int, groups: int, tokeni
             "prompt": rollout.prompt.text,
             "answer": rollout.prompt.answer,
             "completion": rollout.completion.text,
-            "tokens": [tokenizer.decode([token]) for token in tokens],
+            "tokens": tokens,
             "finish": str(rollout.completion.finish),
             "verdict": str(rollout.verdict.label),
             "score": rollout.verdict.score if rollout.verdict.known else None,
+            **({"steps": steps(rollout, tokens)} if steps else {}),
             **per_token,
         }
+
+
+def _short(x: float) -> float:
+    """Five digits: half the file."""
+    return float(f"{x:.5g}")
 
 
 def _iteration(line: str) -> float:

@@ -8,7 +8,6 @@ way out of the toy is another `--config`.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import shlex
@@ -25,6 +24,7 @@ import transformers
 from prime_lightning.arithmetic import write_model
 from prime_lightning.cli import PrimeCLI, lightning
 from prime_lightning.prm import credit
+from prime_lightning.report import write_report
 from prime_lightning.shipped import shipped
 
 
@@ -39,12 +39,12 @@ def main(args: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     summary = run(out, options)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    drawn = draw_curves(out)
+    report = write_report([out], out / "report.html")
     print(
         f"\nPRIME took the tiny model from {summary['pass1_before']:.1%} to {summary['pass1_after']:.1%} of "
         f"{summary['problems']} fresh problems (pass@1 at temperature 1) in {summary['seconds']:.0f} s, seed "
-        f"{options.seed}.\nCurves: {drawn}   Trained models: {out / 'policy'}, {out / 'prm'}   "
-        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\n{credit.told(summary['step_auc'])}"
+        f"{options.seed}.\nTrained models: {out / 'policy'}, {out / 'prm'}   "
+        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\n{credit.told(summary['step_auc'])}\nReport: {report}"
     )
     return 0
 
@@ -102,32 +102,6 @@ def told(args: list[str]) -> PrimeCLI:
 def config(name: str) -> Path:
     """A shipped configuration."""
     return shipped("conf", name)
-
-
-def draw_curves(out: Path) -> str:
-    """Plot accuracy, PRM accuracy and CE over the iterations; returns the file's name, or why there is none."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return 'none (pip install "prime-lightning[report]" draws them)'
-    with next((out / "csv").glob("version_*/metrics.csv")).open() as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = (
-        ("rollout/accuracy", "right answers (training rollouts)", None),
-        ("prm/accuracy", "PRM ranks right above wrong", 0.5),
-        ("prm/ce", "PRM cross entropy (nats)", 0.6931),
-    )
-    for axes, (name, title, chance) in zip(figure.subplots(1, 3), panels, strict=True):
-        points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
-        axes.plot(*zip(*points, strict=True), color="#0072b2")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("iteration", fontsize=8)
-        axes.tick_params(labelsize=8)
-        if chance is not None:
-            axes.axhline(chance, color="#888888", linewidth=0.8, linestyle="--")
-    figure.savefig(out / "curves.png", dpi=150)
-    return str(out / "curves.png")
 
 
 def quiet() -> None:

@@ -80,7 +80,7 @@ class SteppingModule(pl.LightningModule):
         self.strict_loading = False  # checkpoints leave the frozen reference out; see `load_state_dict`
         self.seed = seed
         self.skipped_in_a_row: Counter[str] = Counter()
-        self.measures = Measures()
+        self.measures, self.between = Measures(), Measures()
         self.doing = ""  # the phase that is timed now, for the progress bar
 
     @property
@@ -94,7 +94,7 @@ class SteppingModule(pl.LightningModule):
 
         `max_steps`, checkpoints and loggers then count iterations.
         """
-        self.measures = Measures()
+        self.measures, self.between = self.between, Measures()
         optimizers = self.optimizers()
         listed = optimizers if isinstance(optimizers, list) else [optimizers]
         self.optimizer_of: dict[str, LightningOptimizer] = dict(zip(self.trained, listed, strict=True))
@@ -115,6 +115,21 @@ class SteppingModule(pl.LightningModule):
         yield
         self.doing = ""
         self.measures.total(f"time/{phase}", time.perf_counter() - start)
+
+    @contextmanager
+    def timed_between(self, phase: str) -> Iterator[None]:
+        """The same for work between two iterations; it counts to the next one."""
+        start = time.perf_counter()
+        yield
+        self.between.total(f"time/{phase}", time.perf_counter() - start)
+
+    def on_validation_start(self) -> None:
+        """Start the clock of `time/evaluation`."""
+        self._evaluating = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Stop it."""
+        self.between.total("time/evaluation", time.perf_counter() - self._evaluating)
 
     def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs (or values) and entropy of each response token, `[b, t]`."""

@@ -33,11 +33,14 @@ FLOORS = [
         "prm.first_error",
         "evaluation.metrics",
         "evaluation.records",
+        "report.runs",
+        "report.rollouts",
+        "report.panels",
     },
     {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
-    | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder"},
+    | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
     {"stepping", "ahead", "lora", "plan.shape"}
-    | {"prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner"},
+    | {"prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
     {"panel"},
     {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"} | {"prm.train"},
@@ -51,7 +54,8 @@ DOORS = {
     "deepspeed": {"strategy"},
     "evaluate": {"evaluation.metrics"},
     "peft": {"lora"},
-    "matplotlib": {"quickstart"},
+    "plotly": {"report.page"},
+    "jinja2": {"report.page"},
     "rich": {"progress", "verifiers.*", "evaluation.command"},
     "datasets": {"prompts", "evaluation.metrics", "evaluation.command", "evaluation.contamination"},
     "sympy": {"verifiers.*"},
@@ -75,7 +79,7 @@ DOORS = {
         "cli",
         "__main__",
     },
-    "torch": {"*", "!verifiers.*", "!rollout", "!tally", "!prompts"},
+    "torch": {"*", "!verifiers.*", "!report.*", "!rollout", "!tally", "!prompts"},
     "transformers": {"*", "!verifiers.*", "!algorithms.*", "!rollout", "!batch"},
 }
 

@@ -39,8 +39,9 @@ def test_the_quickstart_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("$ prime-lightning") == 4
     assert "PRIME took the tiny model from" in said
+    assert said.splitlines()[-1] == f"Report: {out / 'report.html'}"
     for name in (
-        "curves.png",
+        "report.html",
         "summary.json",
         "rollouts.jsonl",
         "benchmarks.jsonl",

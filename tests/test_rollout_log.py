@@ -12,7 +12,7 @@ from prime_lightning.batch import Batch
 from prime_lightning.callbacks import RolloutLog
 from prime_lightning.rollout import Finish
 
-MODULE = SimpleNamespace(tokenizer=build_tokenizer())
+MODULE = SimpleNamespace(tokenizer=build_tokenizer(), reward=SimpleNamespace(beta=0.5))
 HOSTILE = [
     "\ud800 lone",
     "nul \x00 bell \x07",
@@ -36,7 +36,8 @@ def outputs(texts=("7;#7",) * 4, *, process=True):
 
 def at(step, rank_zero=True):
     """What the callback asks of a trainer."""
-    return SimpleNamespace(global_step=step, is_global_zero=rank_zero)
+    metrics = {"process/scale": torch.tensor(0.25)}
+    return SimpleNamespace(global_step=step, is_global_zero=rank_zero, callback_metrics=metrics)
 
 
 def written(log):
@@ -62,8 +63,9 @@ def test_a_line_says_all_of_a_response(tmp_path):
         assert line["tokens"] == [MODULE.tokenizer.decode([token]) for token in source.completion.token_ids]
         assert (line["finish"], line["verdict"]) == ("stop", "unknown" if i % 2 else "correct")
         assert line["score"] == (None if i % 2 else 1.0)
-        assert line["process_reward"] == pytest.approx(expected["process_BT"][i, :n].tolist(), abs=1e-6)
-        assert line["advantage"] == pytest.approx(expected["advantage_BT"][i, :n].tolist(), abs=1e-6)
+        assert (line["beta"], line["scale"]) == (0.5, 0.25)
+        assert line["process_reward"] == pytest.approx(expected["process_BT"][i, :n].tolist(), rel=1e-4)
+        assert line["advantage"] == pytest.approx(expected["advantage_BT"][i, :n].tolist(), rel=1e-4)
 
 
 def test_groups_and_iterations_are_thinned(tmp_path):
