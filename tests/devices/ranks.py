@@ -150,7 +150,7 @@ def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> li
     ]  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 570) -> list[str]:
+def finish(processes: list[subprocess.Popen[str]], seconds: float = 1500) -> list[str]:
     """What each rank printed; all ranks have to end well."""
     try:
         printed = [process.communicate(timeout=seconds)[0] for process in processes]

@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 
+pytestmark = pytest.mark.timeout(1800)  # one launch for all of it
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 SAME = [f"resume:{name}:{name}" for name in STRATEGIES]
 OTHER = ["resume:one:zero3", "resume:zero3:fsdp2", "resume:fsdp2:zero2"]
