@@ -18,6 +18,8 @@ TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 COMMANDS = {
     "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
+    "evaluate": ("prime_lightning.evaluation.command", "benchmarks of a model, or of given completions"),
+    "data": ("prime_lightning.evaluation.contamination", "`check`: training prompts that stand in a benchmark"),
     "export": ("prime_lightning.prm.export", "a model of a checkpoint as a Hugging Face folder"),
     "score": ("prime_lightning.prm.score", "rewards of tokens, steps and responses by a PRM"),
     "rerank": ("prime_lightning.prm.rerank", "best of n by a PRM, against majority and pass@n"),

@@ -250,6 +250,7 @@ class TrainingLoader:
 
     def _filtered(self, group: Group, tally: Tally) -> list[Group]:
         reason = self.options.accuracy_filter.reject(group)
+        self.source.prompts.learn(group[0].prompt.draw, [r.verdict.score for r in group if r.verdict.known])
         tally.add(group, reason)
         return [group] if reason is None else []
 
@@ -265,8 +266,12 @@ class TrainingLoader:
         taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
         skipped = 0
         while len(taken) < count:
-            prompt = self._prompt(self.start + self.position * self.world + self.rank)
+            draw = self.start + self.position * self.world + self.rank
             self.position += 1
+            if not self.source.prompts.wanted(draw):
+                tally.metrics["rollout/passed_over"] += 1
+                continue
+            prompt = self._prompt(draw)
             if len(prompt.token_ids) <= self.options.max_prompt_tokens:
                 taken.append(prompt)
                 continue
@@ -305,12 +310,14 @@ class TrainingLoader:
             "returned": list(self.returned),
             "surplus": surplus,
             "acceptance": asdict(self.acceptance),
+            "order": self.source.prompts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this rank's share of the saved positions of all ranks (`{"ranks": [state, ...]}`), or one state."""
         state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
         self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
+        self.source.prompts.load_state_dict(state.get("order", {}))
         self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
         self.acceptance, self.kept = Acceptance(**state.get("acceptance", {})), {}
 

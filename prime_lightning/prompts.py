@@ -93,6 +93,24 @@ class Prompts(ABC):
     def keep(self, rows: Sequence[int]) -> None:  # noqa: B027 - an endless source has no rows to leave out
         """Leave all other rows of a finite source out."""
 
+    def place(self, draw: int) -> int:
+        """Which problem this draw is, in a source that comes back to its problems."""
+        return draw
+
+    def wanted(self, draw: int) -> bool:
+        """Whether this draw is sampled, as far as is known by now; the others are passed over."""
+        return True
+
+    def learn(self, draw: int, outcomes: Sequence[float]) -> None:  # noqa: B027 - most orders do not depend on it
+        """Take note of the known outcomes of a group."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order depends on besides the position."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most orders have no state
+        """Take up that state."""
+
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """The reference answer of this row."""
         return str(row.get("answer") or "")
@@ -208,11 +226,14 @@ class DatasetPrompts(Prompts):
         """Rows in one pass."""
         return len(self.rows)
 
-    def row(self, draw: int) -> Mapping[str, Any]:
-        """The row at this position: pass `draw // n`, place `draw % n` of that pass's permutation."""
+    def place(self, draw: int) -> int:
+        """The row of this draw: in pass `draw // n`, place `draw % n` of that pass's permutation."""
         lap, place = divmod(draw, len(self.rows))
-        index = int(permutation(len(self.rows), self.seed, lap)[place]) if self.shuffle else place
-        return self.flat(self.rows[index])  # type: ignore[no-any-return]
+        return int(permutation(len(self.rows), self.seed, lap)[place]) if self.shuffle else place
+
+    def row(self, draw: int) -> Mapping[str, Any]:
+        """The row at this position."""
+        return self.flat(self.rows[self.place(draw)])  # type: ignore[no-any-return]
 
 
 class MixedPrompts(Prompts):
@@ -248,6 +269,25 @@ class MixedPrompts(Prompts):
         """The row at this position."""
         part, inner = self.locate(draw)
         return self._parts[part].row(inner)
+
+    def wanted(self, draw: int) -> bool:
+        """As the source says."""
+        part, inner = self.locate(draw)
+        return self._parts[part].wanted(inner)
+
+    def learn(self, draw: int, outcomes: Sequence[float]) -> None:
+        """Tell the source."""
+        part, inner = self.locate(draw)
+        self._parts[part].learn(inner, outcomes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all sources."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """To all sources."""
+        for part, saved in zip(self._parts, state.get("parts", ()), strict=False):
+            part.load_state_dict(saved)
 
     def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The prompt at this position, by its source's template; its `draw` is this run's."""

@@ -25,6 +25,7 @@ from prime_lightning.arithmetic import write_model
 from prime_lightning.cli import PrimeCLI, lightning
 from prime_lightning.prm import credit
 from prime_lightning.report import write_report
+from prime_lightning.shipped import shipped
 
 
 def main(args: Sequence[str]) -> int:
@@ -99,10 +100,8 @@ def told(args: list[str]) -> PrimeCLI:
 
 
 def config(name: str) -> Path:
-    """A shipped configuration: inside an installed package, or beside it in a clone."""
-    package = Path(__file__).parent
-    inside = package / "conf" / name
-    return inside if inside.is_file() else package.parent / "conf" / name
+    """A shipped configuration."""
+    return shipped("conf", name)
 
 
 def quiet() -> None:

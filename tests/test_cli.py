@@ -77,19 +77,6 @@ def test_the_papers_numbers(warm_model, rows, tmp_path):
     assert cli.trainer.max_steps == 592
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "evals" / "benchmarks").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_benchmark_builds(path, warm_model, rows, tmp_path):
-    layer = yaml.safe_load(path.read_text())["data"]
-    prompts = layer["validation"]
-    if "path" in prompts["init_args"]:
-        prompts["init_args"] |= {"path": rows, "name": None}
-    more = ("--config", path, *local(tmp_path, warm_model, rows), "--data.validation", json.dumps(prompts))
-    cli = build("--config", CONF / "prime.yaml", *more)
-    assert cli.datamodule.validation_prompts == layer["validation_prompts"]
-    prompt = cli.datamodule.validation.row(0)
-    assert cli.datamodule.validation.answer_of(prompt)
-
-
 @pytest.mark.parametrize("name", ["quickstart_sft.yaml", "sft.yaml"])
 def test_supervised_configs_build(name, warm_model, tmp_path):
     lessons = '{"class_path": "prime_lightning.arithmetic.ArithmeticLessons"}'

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "prime_lightning"
 FLOORS = [
-    {"rollout", "algorithms.masked"},
+    {"rollout", "algorithms.masked", "shipped", "evaluation", "evaluation.statistics", "evaluation.overlap"},
     {
         "algorithms.reward",
         "algorithms.prm_loss",
@@ -30,29 +30,33 @@ FLOORS = [
         "prm.steps",
         "prm.selection",
         "prm.first_error",
+        "evaluation.metrics",
+        "evaluation.records",
         "report.runs",
         "report.rollouts",
         "report.panels",
     },
     {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
-    | {"prm.facts", "prm.responses", "report.page"},
-    {"stepping", "ahead", "lora", "plan.shape"} | {"prm.implicit", "prm.folder", "report", "report.command"},
+    | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
+    {"stepping", "ahead", "lora", "plan.shape"}
+    | {"prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
     {"panel"},
     {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"} | {"prm.train"},
-    {"cli", "plan"} | {"prm.score"},
-    {"quickstart", "plan.command"} | {"prm.export", "prm.rerank", "prm.processbench"},
+    {"cli", "plan"} | {"prm.score", "evaluation.callback"},
+    {"quickstart", "plan.command"}
+    | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
     {"__main__"},
 ]
 DOORS = {
     "vllm": {"engines.*"},
     "deepspeed": {"strategy"},
-    "evaluate": {"benchmark"},
+    "evaluate": {"evaluation.metrics"},
     "peft": {"lora"},
     "plotly": {"report.page"},
     "jinja2": {"report.page"},
-    "rich": {"progress", "verifiers.*"},
-    "datasets": {"prompts"},
+    "rich": {"progress", "verifiers.*", "evaluation.command"},
+    "datasets": {"prompts", "evaluation.metrics", "evaluation.command", "evaluation.contamination"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
     "lightning": {
@@ -69,6 +73,7 @@ DOORS = {
         "alarms",
         "progress",
         "sample_table",
+        "evaluation.callback",
         "watch",
         "cli",
         "__main__",

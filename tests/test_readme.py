@@ -40,7 +40,14 @@ def test_the_quickstart_command(tmp_path, capsys):
     assert said.count("$ prime-lightning") == 4
     assert "PRIME took the tiny model from" in said
     assert said.splitlines()[-1] == f"Report: {out / 'report.html'}"
-    for name in ("report.html", "summary.json", "rollouts.jsonl", "policy/config.json", "prm/config.json"):
+    for name in (
+        "report.html",
+        "summary.json",
+        "rollouts.jsonl",
+        "benchmarks.jsonl",
+        "policy/config.json",
+        "prm/config.json",
+    ):
         assert (out / name).is_file(), name
     assert main([*args]) == 2  # nothing is overwritten
     assert "Expected a new or empty folder" in capsys.readouterr().err

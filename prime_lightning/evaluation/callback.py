@@ -1,0 +1,170 @@
+"""`Benchmarks`: benchmarks while training runs, with the policy's present weights, without disturbing it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import distributed
+
+from prime_lightning.callbacks import WeightSync
+from prime_lightning.data import RolloutDataModule
+from prime_lightning.evaluation import records
+from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
+from prime_lightning.evaluation.records import Record
+from prime_lightning.evaluation.runner import Scores, all_empty, sampled
+from prime_lightning.prompts import Prompts
+
+
+class Benchmarks(Callback):
+    """Runs benchmarks before, during and after training, through the data module's engine, spread over ranks.
+
+    Each result is logged as `<benchmark>/<metric>`, stands in `trainer.callback_metrics` (so that `ModelCheckpoint` can
+    monitor `aime2024/avg16`), and is a line of `<folder>/benchmarks.jsonl`; the samples are in
+    `<folder>/benchmarks/<benchmark>/<iteration>.jsonl`. Iteration n is the policy after n iterations.
+
+    Args:
+        folder: Of the run.
+        benchmarks: Names, or YAML files, of benchmarks.
+        every: Iterations between two evaluations.
+        before: Evaluate before the first iteration.
+        after: Evaluate after the last.
+        limit: Only the first problems of each; None asks all.
+        template: Prompt template, `prime` or `chat`.
+        chat: Use the tokenizer's chat template; False for base models.
+        data: Local files by benchmark, instead of the hub.
+        max_tokens: Longest completion; None takes the benchmark's.
+
+    Raises:
+        ValueError: if a benchmark cannot be read, or the data module has no engine.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        benchmarks: list[str],
+        every: int = 16,
+        before: bool = True,
+        after: bool = True,
+        limit: int | None = None,
+        template: str = "prime",
+        chat: bool = True,
+        data: dict[str, str] | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        if every < 1 or (limit is not None and limit < 1):
+            raise ValueError(f"Expected `every` and `limit` of at least 1, got {every} and {limit}.")
+        self.folder, self.benchmarks, self.every = Path(folder), benchmarks, every
+        self.before, self.after, self.limit = before, after, limit
+        self.template, self.chat, self.data, self.max_tokens = template, chat, data or {}, max_tokens
+        self.loaded: list[tuple[Benchmark, Prompts]] = []
+        self._done = -1
+
+    @property
+    def path(self) -> Path:
+        """One line for each benchmark and iteration."""
+        return self.folder / "benchmarks.jsonl"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Read the benchmarks, so that a missing file ends the run before it begins."""
+        if stage != "fit" or self.loaded:
+            return
+        if not isinstance(getattr(trainer, "datamodule", None), RolloutDataModule):
+            raise ValueError("Expected a data module with an engine (RolloutDataModule) to run benchmarks, got none.")
+        for name in self.benchmarks:
+            benchmark = load_benchmark(name)
+            local = self.data.get(benchmark.name)
+            self.loaded.append((benchmark, benchmark.load(data=local, template=self.template, chat=self.chat)))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget results that a resumed run will get again, take up the last one, and evaluate before training."""
+        self._done = self._resume(trainer)
+        if self.before and trainer.global_step == 0:
+            self._run(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every `every` iterations."""
+        if trainer.global_step % self.every == 0:
+            self._run(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last iteration."""
+        if self.after:
+            self._run(trainer, pl_module)
+
+    def _resume(self, trainer: pl.Trainer) -> int:
+        """Iteration of the last result that holds; a run from the start begins a new file."""
+        step = trainer.global_step
+        kept = [row for row in records.rows_of(self.path) if step and row.get("iteration", step + 1) <= step]
+        trainer.strategy.barrier("benchmarks")
+        if trainer.is_global_zero and self.path.is_file():
+            records.replace(self.path, "".join(records.dumps(row) + "\n" for row in kept))
+        for row in kept:
+            self._publish(trainer, row)
+        return max((row["iteration"] for row in kept), default=-1)
+
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._done == trainer.global_step:
+            return
+        self._done = trainer.global_step
+        WeightSync().on_validation_start(trainer, pl_module)  # wherever WeightSync stands in the list of callbacks
+        with isolate_rng(), torch.no_grad():
+            for benchmark, prompts in self.loaded:
+                self._evaluate(trainer, pl_module, benchmark, prompts)
+
+    def _evaluate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, benchmark: Benchmark, prompts: Prompts
+    ) -> None:
+        begun, data = time.perf_counter(), trainer.datamodule  # type: ignore[attr-defined]
+        sampling = benchmark.sampled(max_tokens=self.max_tokens)
+        scores = Scores(benchmark.metrics, sampling.samples, pl_module.device)
+        draws = range(trainer.global_rank, benchmark.size(prompts, self.limit), trainer.world_size)
+        mine = list(sampled(prompts, data.source(prompts), sampling, draws))
+        for group in mine:
+            scores.add(group)
+        row = {
+            "iteration": trainer.global_step,
+            "benchmark": benchmark.name,
+            "samples": sampling.samples,
+            **scores.result(),
+            "seconds": time.perf_counter() - begun,
+            "version": data.engine.version,
+        }
+        everyone = _gather(trainer, mine)
+        self._publish(trainer, row)
+        if trainer.is_global_zero:
+            self._write(trainer, row, everyone)
+
+    def _publish(self, trainer: pl.Trainer, row: Record) -> None:
+        """Where `ModelCheckpoint` and `EarlyStopping` look."""
+        named = {f"{row['benchmark']}/{name}": value for name, value in row["metrics"].items() if value is not None}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+
+    def _write(self, trainer: pl.Trainer, row: Record, groups: list[list[Record]]) -> None:
+        name, iteration = row["benchmark"], row["iteration"]
+        if all_empty(groups):
+            warnings.warn(f"All completions of {name} are empty after {iteration} iterations.", stacklevel=2)
+        numbers = {f"{name}/{metric}": value for metric, value in row["metrics"].items()}
+        numbers |= {f"{name}/{metric}_stderr": value for metric, value in row["stderr"].items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=iteration)
+        lines = [records.dumps(sample) + "\n" for group in groups for sample in group]
+        records.replace(self.folder / "benchmarks" / name / f"{iteration}.jsonl", "".join(lines))
+        records.append(self.path, [row])
+
+
+def _gather(trainer: pl.Trainer, mine: list[list[Record]]) -> list[list[Record]]:
+    """The records of all ranks, in the order of the problems."""
+    if trainer.world_size == 1:
+        return mine
+    parts: list[Any] = [None] * trainer.world_size
+    distributed.all_gather_object(parts, mine)
+    return sorted((group for part in parts for group in part), key=lambda group: group[0]["problem"])

@@ -1,0 +1,177 @@
+"""`prime-lightning evaluate`: benchmarks of a model, or of completions that were made elsewhere.
+
+Writes `results.json`, `results.md` and the samples of each benchmark into a folder of the model's own, and goes on
+where it stopped when it is started again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+import transformers
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prime_lightning.engines import Engine
+from prime_lightning.evaluation import records
+from prime_lightning.evaluation.benchmark import Benchmark, benchmark_names, load_benchmark
+from prime_lightning.evaluation.folder import ResultsFolder, file_digest, fingerprint, table
+from prime_lightning.evaluation.records import Record
+from prime_lightning.evaluation.runner import Scores, all_empty, graded, read_completions, sampled
+from prime_lightning.loader import RolloutSource
+from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.prompts import Prompts
+from prime_lightning.rollout import Sampling
+from prime_lightning.verifiers import Verifiers
+
+HF_ENGINE = "prime_lightning.engines.hf.HFEngine"
+
+
+def parser() -> ArgumentParser:
+    """Options of the command."""
+    made = ArgumentParser(prog="prime-lightning evaluate", description=__doc__)
+    made.add_argument("--model", type=str, required=True, help="Hugging Face folder or id")
+    made.add_argument("--benchmark", nargs="+", type=str, required=True, help=f"YAML files, or {benchmark_names()}")
+    made.add_argument(
+        "--engine", type=Engine | None, default={"class_path": HF_ENGINE}, help="What samples: an import path."
+    )
+    made.add_argument("--data", type=str, help="Local file with the rows of the (one) benchmark.")
+    made.add_argument("--completions", type=str, help="Grade this jsonl file (`id`, `completion`); nothing is sampled.")
+    made.add_argument("--out", type=str, help="Folder of the results; by default runs/evaluate/<model>.")
+    made.add_argument("--limit", type=int, help="Only the first problems.")
+    made.add_argument("--template", type=str, default="prime", help="Prompt template: prime or chat.")
+    made.add_argument("--chat", type=bool, default=True, help="Use the chat template; false for base models.")
+    for name in ("samples", "max_tokens", "top_k", "seed"):
+        made.add_argument(f"--{name}", type=int, help="Instead of the benchmark's own.")
+    for name in ("temperature", "top_p"):
+        made.add_argument(f"--{name}", type=float, help="Instead of the benchmark's own.")
+    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes that grade.")
+    made.add_argument("--allow-unsafe-sandbox", action="store_true", help="Run programs without a sandbox that holds.")
+    return made
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; 0, whatever the results."""
+    made = parser()
+    parsed = made.parse_args(args)
+    options = made.instantiate(parsed)
+    if options.data is not None and len(options.benchmark) > 1:
+        raise ValueError(f"Expected one benchmark with --data, got {options.benchmark}.")
+    if options.completions is not None and len(options.benchmark) > 1:
+        raise ValueError(f"Expected one benchmark with --completions, got {options.benchmark}.")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"Expected a --limit of at least 1, got {options.limit}.")
+    if options.engine is None and options.completions is None:
+        raise ValueError("Expected an --engine to sample with, or --completions to grade, got neither.")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    out = options.out or f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', options.model.strip('/'))}"
+    folder = ResultsFolder(out, options.model, fingerprint(options.model))
+    todo = [Evaluation(name, options, folder) for name in options.benchmark]
+    workers = Verifiers(workers=options.workers, allow_unsafe_sandbox=options.allow_unsafe_sandbox)
+    with workers as verifiers, engine_of(options, todo, verifiers) as source:
+        for evaluation in todo:
+            evaluation.run(source, verifiers)
+    sys.stdout.write(table({"model": options.model, "benchmarks": {e.benchmark.name: e.result for e in todo}}))
+    return 0
+
+
+class Evaluation:
+    """One benchmark of one call; everything that can be wrong with its settings is found when it is made."""
+
+    def __init__(self, name: str, options: Namespace, folder: ResultsFolder) -> None:
+        self.options, self.folder = options, folder
+        self.benchmark: Benchmark = load_benchmark(name)
+        self.prompts: Prompts = self.benchmark.load(data=options.data, template=options.template, chat=options.chat)
+        self.problems = self.benchmark.size(self.prompts, options.limit)
+        changed = ("samples", "max_tokens", "top_k", "seed", "temperature", "top_p")
+        self.sampling: Sampling = self.benchmark.sampled(**{key: options[key] for key in changed})
+        self.given: dict[int, Any] = {}
+        if options.completions is not None:
+            self.given = read_completions(options.completions, self.prompts, self.problems)
+            self.sampling = self.benchmark.sampled(samples=len(self.given[0]))
+        self.done = folder.begin(self.benchmark.name, self.settings(), self.sampling.samples)
+        self.result: dict[str, Any] = {}
+
+    @property
+    def missing(self) -> list[int]:
+        """Problems that are not done."""
+        return [draw for draw in range(self.problems) if draw not in self.done]
+
+    def settings(self) -> dict[str, Any]:
+        """What must be equal for results to belong together."""
+        own = {"limit": self.options.limit, "data": file_digest(self.options.data)}
+        if self.given:
+            return {**own, "completions": file_digest(self.options.completions)}
+        how = {"template": self.options.template, "chat": self.options.chat, "sampling": asdict(self.sampling)}
+        engine = type(self.options.engine)
+        return {**own, **how, "engine": f"{engine.__module__}.{engine.__qualname__}"}
+
+    def run(self, source: RolloutSource | None, verifiers: Verifiers) -> None:
+        """Sample and grade what is missing, then write the numbers of all of it.
+
+        Raises:
+            ValueError: if the model gave nothing but its end token, for every problem.
+        """
+        begun = time.perf_counter()
+        path = self.folder.samples(self.benchmark.name)
+        for group in shown(self.benchmark.title, self.problems, len(self.done), self._groups(source, verifiers)):
+            records.append(path, group)
+            self.done[group[0]["problem"]] = group
+        if all_empty(self.done.values()):
+            raise ValueError(
+                f"Expected answers to {self.benchmark.title}, got {self.problems * self.sampling.samples} empty "
+                f"completions: the model gives nothing but its end token. Check --template, --chat and the model; the "
+                f"samples are in {str(path)!r}."
+            )
+        scores = Scores(self.benchmark.metrics, self.sampling.samples)
+        for draw in range(self.problems):
+            scores.add(self.done[draw])
+        self.result = {
+            "title": self.benchmark.title,
+            "samples": self.sampling.samples,
+            **scores.result(),
+            "seconds": time.perf_counter() - begun,
+            **self.settings(),
+        }
+        self.folder.finish(self.benchmark.name, self.result)
+
+    def _groups(self, source: RolloutSource | None, verifiers: Verifiers) -> Iterator[list[Record]]:
+        if source is None:
+            return graded(self.prompts, verifiers, {draw: self.given[draw] for draw in self.missing if self.given})
+        return sampled(self.prompts, source, self.sampling, self.missing)
+
+
+@contextmanager
+def engine_of(options: Namespace, todo: Sequence[Evaluation], verifiers: Verifiers) -> Iterator[RolloutSource | None]:
+    """The model, loaded, while it is needed; None where nothing has to be sampled."""
+    if options.completions is not None or not any(evaluation.missing for evaluation in todo):
+        yield None
+        return
+    tokenizer = load_tokenizer(options.model)
+    try:
+        options.engine.start(options.model)
+        yield RolloutSource(prompts=todo[0].prompts, tokenizer=tokenizer, engine=options.engine, verifiers=verifiers)
+    finally:
+        options.engine.close()
+
+
+def shown(title: str, total: int, done: int, groups: Iterator[list[Record]]) -> Iterator[list[Record]]:
+    """The same groups, with a bar where there is a terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(title, total=total, completed=done)
+        for group in groups:
+            yield group
+            progress.advance(bar)

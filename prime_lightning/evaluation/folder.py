@@ -1,0 +1,149 @@
+"""A results folder: what it belongs to, which problems are done, and what was found.
+
+`settings.json` says which model and which settings; `<benchmark>.jsonl` are the samples; `results.json` and
+`results.md` are derived from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prime_lightning.evaluation import records
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja")
+ENDS = 1 << 20
+"""Bytes at each end of a file that its fingerprint reads."""
+
+
+class ResultsFolder:
+    """Results of one model; refuses what was made by another, or by other settings.
+
+    Args:
+        path: Of the folder; it need not exist.
+        model: What generated the completions.
+        fingerprint: Of its files.
+
+    Raises:
+        ValueError: if the folder belongs to another model, or is no results folder.
+    """
+
+    def __init__(self, path: str, model: str, fingerprint: str) -> None:
+        self.path = Path(path)
+        self.settings: dict[str, Any] = {"model": model, "fingerprint": fingerprint, "benchmarks": {}}
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"Expected a folder for the results, got the file {path!r}. Choose another --out.")
+        known = self._read("settings.json")
+        if known is None:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(
+                    f"Expected a new, an empty or a results folder, got {path!r} with other files. Choose another."
+                )
+            return
+        if known["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"Expected a results folder of {model!r}, got {path!r}, which holds results of {known['model']!r}"
+                f"{' with other weights' if known['model'] == model else ''}. Choose another --out."
+            )
+        self.settings = known
+
+    def begin(self, benchmark: str, settings: dict[str, Any], samples: int) -> dict[int, list[records.Record]]:
+        """Take up a benchmark: returns the problems that are done already.
+
+        Raises:
+            ValueError: if it was begun with other settings.
+        """
+        settings = json.loads(json.dumps(settings))
+        known = self.settings["benchmarks"].get(benchmark)
+        if known is not None and known != settings:
+            differing = [
+                f"{name} {known.get(name)!r} there and {settings.get(name)!r} here"
+                for name in sorted(known.keys() | settings.keys())
+                if known.get(name) != settings.get(name)
+            ]
+            raise ValueError(
+                f"Expected the settings that {benchmark} was begun with in {str(self.path)!r}, got others: "
+                f"{'; '.join(differing)}. Choose another --out."
+            )
+        self.settings["benchmarks"][benchmark] = settings
+        records.replace(self.path / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+        done = records.whole_problems(self.samples(benchmark), samples)
+        lines = [records.dumps(row) + "\n" for rows in done.values() for row in rows]
+        records.replace(self.samples(benchmark), "".join(lines))  # without a problem that was cut off
+        return done
+
+    def samples(self, benchmark: str) -> Path:
+        """The records of a benchmark."""
+        return self.path / f"{benchmark}.jsonl"
+
+    def finish(self, benchmark: str, result: dict[str, Any]) -> None:
+        """Write the numbers of a benchmark, beside those that are there."""
+        results = self._read("results.json") or {"model": self.settings["model"], "benchmarks": {}}
+        packages = ("torch", "transformers", "math-verify", "prime-lightning")
+        results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+        results["benchmarks"][benchmark] = result
+        records.replace(self.path / "results.json", records.dumps(results, indent=2) + "\n")
+        clean = json.loads(records.dumps(results))
+        records.replace(self.path / "results.md", table(clean))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"Expected JSON in {str(self.path / name)!r}: {error}. Choose another --out.") from None
+        return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table.
+
+    Example:
+        >>> numbers = {"metrics": {"accuracy": 0.5, "truncated": 0.0, "length": 9.5, "unknown": 0}}
+        >>> numbers |= {"problems": 4, "samples": 1, "title": "Sums", "interval": {"accuracy": [0.15, 0.85]}}
+        >>> print(table({"model": "m", "benchmarks": {"sums": numbers}}).splitlines()[-1])
+        | Sums | 4 x 1 | accuracy | 50.0 | 15.0 to 85.0 | 0.0 | 10 | 0 |
+    """
+    lines = [
+        f"Results of `{results['model']}`, in per cent; intervals of 95 % over problems (Wilson).\n",
+        "| benchmark | problems x samples | metric | value | interval | truncated | mean tokens | unknown |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["benchmarks"].values():
+        metrics = row["metrics"]
+        cut, length = _percent(metrics["truncated"]), "" if metrics["length"] is None else f"{metrics['length']:.0f}"
+        for name in [name for name in metrics if name not in ("truncated", "length", "unknown")]:
+            interval = " to ".join(map(_percent, row["interval"][name]))
+            cells = [row["title"], f"{row['problems']} x {row['samples']}", name, _percent(metrics[name]), interval]
+            lines.append(f"| {' | '.join(cells)} | {cut} | {length} | {metrics['unknown']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def fingerprint(model: str) -> str:
+    """Tells models apart: a hub id is its own name, a folder the digest of its files' names, sizes and ends."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()
+
+
+def file_digest(path: str | None) -> str | None:
+    """SHA-256 of a file; None for none."""
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,173 @@
+"""Metrics of a benchmark: local Hugging Face `evaluate` modules, and their values over all ranks.
+
+A metric gives numbers for one problem from its graded samples. The modules stand in `evals/metrics/`; a user's own is
+the path of such a folder. `ProblemTable` is the torchmetrics state that carries the numbers of all problems.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import evaluate
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from prime_lightning.evaluation.statistics import mean_and_error, wilson
+from prime_lightning.rollout import Prompt
+from prime_lightning.shipped import shipped
+from prime_lightning.verifiers import Verifiers
+
+UNBOUNDED = ("length",)
+"""Values that are no share, and so have a standard error and no interval."""
+
+
+class ProblemMetric(evaluate.Metric):  # type: ignore[misc]
+    """An `evaluate` metric over problems with several samples each, graded by `prime_lightning.verifiers`.
+
+    A subclass says what it is (`about`) and what it gives for one problem (`problem`).
+    """
+
+    about: str
+    """Description, for `evaluate`."""
+    kind: str = "math"
+    """Verifier of the predictions where no scores are given."""
+
+    @abstractmethod
+    def problem(self, texts: Sequence[str], scores: Sequence[float | None]) -> dict[str, float]:
+        """Values of one problem.
+
+        Args:
+            texts: `[K]` completions.
+            scores: `[K]` verdicts in [0, 1]; None where unknown.
+        """
+
+    def _info(self) -> evaluate.MetricInfo:
+        predictions = datasets.Sequence(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description=self.about,
+            citation="",
+            inputs_description="predictions: the completions of each problem; references: its answer, or its tests.",
+            features=datasets.Features({"predictions": predictions, "references": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self,
+        predictions: Sequence[Sequence[str]],
+        references: Sequence[str],
+        kind: str | None = None,
+        scores: Sequence[Sequence[float | None]] | None = None,
+    ) -> dict[str, float]:
+        """Means over the problems; `scores` are verdicts that are there already."""
+        graded = scores or grade(predictions, references, kind or self.kind)
+        values = [self.problem(texts, known) for texts, known in zip(predictions, graded, strict=True)]
+        return {name: mean_and_error([row[name] for row in values])[0] for name in values[0]}
+
+
+def grade(predictions: Sequence[Sequence[str]], references: Sequence[str], kind: str) -> list[list[float | None]]:
+    """Scores of completions by the training reward's own verifiers; None where unknown.
+
+    Example:
+        >>> grade([["#7", "#8"]], ["7"], "exact")
+        [[1.0, 0.0]]
+    """
+    prompts = [Prompt(draw=i, token_ids=(), text="", kind=kind, answer=a) for i, a in enumerate(references)]
+    pairs = [(prompt, text) for prompt, texts in zip(prompts, predictions, strict=True) for text in texts]
+    with Verifiers() as verifiers:
+        verdicts = verifiers.map(pairs)
+        return [[v.score if v.known else None for _, v in zip(texts, verdicts, strict=False)] for texts in predictions]
+
+
+def load_metric(name: str) -> ProblemMetric:
+    r"""A shipped metric by its name, or a user's own by the path of its folder.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> load_metric("math_accuracy").problem([r"\boxed{1}", "two"], [1.0, 0.0])
+        {'avg2': 0.5}
+    """
+    folder = Path(name) if "/" in name else shipped("evals", "metrics", name)
+    script = folder / f"{folder.name}.py"
+    if not script.is_file():
+        known = sorted(p.name for p in shipped("evals", "metrics").iterdir())
+        raise ValueError(f"Expected a metric of {known} or a folder with {script.name}, got {name!r}.")
+    loaded = evaluate.load(str(folder), keep_in_memory=True)
+    if not isinstance(loaded, ProblemMetric):
+        raise ValueError(
+            f"Expected the metric {name!r} to be a subclass of prime_lightning.evaluation.metrics.ProblemMetric, "
+            f"got {type(loaded).__name__}."
+        )
+    return loaded
+
+
+def known_scores(scores: Sequence[float | None]) -> list[float]:
+    """Scores without the unknown ones."""
+    return [score for score in scores if score is not None]
+
+
+def problem_values(metrics: Sequence[ProblemMetric], records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """All values of one problem: those of the metrics, and truncation, length and unknown verdicts of its samples."""
+    texts, scores = [r["completion"] for r in records], [r["score"] for r in records]
+    values: dict[str, float] = {}
+    for metric in metrics:
+        values |= metric.problem(texts, scores)
+    lengths = [r["tokens"] for r in records if r["tokens"] is not None]
+    cut = [r["finish"] == "length" for r in records if r["finish"] is not None]
+    return values | {
+        "truncated": sum(cut) / len(cut) if cut else math.nan,
+        "length": sum(lengths) / len(lengths) if lengths else math.nan,
+        "unknown": float(sum(score is None for score in scores)),
+    }
+
+
+class ProblemTable(Metric):
+    """Rows of values, one a problem, over all ranks.
+
+    Args:
+        names: Of the columns.
+        samples: K of each problem.
+
+    Example:
+        >>> table = ProblemTable(["accuracy", "unknown"], samples=1)
+        >>> table.update({"accuracy": 1.0, "unknown": 0.0})
+        >>> table.update({"accuracy": 0.0, "unknown": 1.0})
+        >>> table.compute()["metrics"]
+        {'accuracy': 0.5, 'unknown': 1.0}
+    """
+
+    rows: list[Tensor]
+    full_state_update = False
+
+    def __init__(self, names: Sequence[str], samples: int) -> None:
+        super().__init__()
+        self.names, self.samples = list(names), samples
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.rows.append(torch.empty(0, len(self.names), dtype=torch.double))  # a rank may have no problem
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """Add a problem."""
+        self.rows.append(torch.tensor([[values[name] for name in self.names]], dtype=torch.double, device=self.device))
+
+    def compute(self) -> dict[str, Any]:
+        """`problems`, and by name `metrics`, `stderr` and `interval` (95 %); `unknown` is a count of samples."""
+        state = cast("list[Tensor] | Tensor", self.rows)
+        rows = torch.cat(list(state)) if isinstance(state, list) else state
+        columns = dict(zip(self.names, rows.T.tolist(), strict=True)) if len(rows) else {n: [] for n in self.names}
+        result: dict[str, Any] = {"problems": len(rows), "metrics": {}, "stderr": {}, "interval": {}}
+        for name, values in columns.items():
+            if name == "unknown":
+                result["metrics"][name] = math.fsum(values)
+                continue
+            mean, error = mean_and_error(values)
+            known = sum(not math.isnan(value) for value in values)
+            result["metrics"][name], result["stderr"][name] = mean, error
+            if name not in UNBOUNDED:
+                result["interval"][name] = list(wilson(mean, error, known, self.samples))
+        return result

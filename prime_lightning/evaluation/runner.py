@@ -1,0 +1,146 @@
+"""Runs a benchmark: problems -> engine -> verifiers -> records -> numbers; or grades completions made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prime_lightning.evaluation import records
+from prime_lightning.evaluation.metrics import ProblemMetric, ProblemTable, load_metric, problem_values
+from prime_lightning.evaluation.records import Record
+from prime_lightning.loader import RolloutSource, Round
+from prime_lightning.prompts import Prompts
+from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.tally import Tally
+from prime_lightning.verifiers import Verifiers
+
+NOTHING: Record = {"completion": "", "score": None, "tokens": None, "finish": None}
+
+
+class Scores:
+    """The numbers of one benchmark, added up problem by problem, over all ranks.
+
+    Args:
+        metrics: Names of `evaluate` modules.
+        samples: K of each problem.
+        device: Where the ranks exchange them.
+    """
+
+    def __init__(self, metrics: Sequence[str], samples: int, device: torch.device | str = "cpu") -> None:
+        self.metrics: list[ProblemMetric] = [load_metric(name) for name in metrics]
+        self.names = list(problem_values(self.metrics, [NOTHING] * samples))
+        self.table = ProblemTable(self.names, samples).to(device)
+
+    def add(self, group: Sequence[Record]) -> None:
+        """Add the samples of one problem."""
+        self.table.update(problem_values(self.metrics, group))
+
+    def result(self) -> dict[str, Any]:
+        """`problems`, `metrics`, `stderr`, `interval`: see `ProblemTable`."""
+        found: dict[str, Any] = self.table.compute()
+        return found
+
+
+def sampled(
+    prompts: Prompts, source: RolloutSource, sampling: Sampling, draws: Iterable[int]
+) -> Iterator[list[Record]]:
+    """Sample and grade these problems; yields the records of each as soon as those before it are done.
+
+    Raises:
+        ValueError: if a prompt does not fit the model, or the tokenizer has no chat template.
+    """
+    asked = [prompts.prompt(draw, source.tokenizer) for draw in draws]
+    if not asked:
+        return
+    with source.lock:
+        groups = Round(source, asked, sampling, Tally())
+        try:
+            for group in groups:
+                yield records.of_group(group)
+        finally:
+            groups.close(keep_finished=False)
+
+
+def graded(
+    prompts: Prompts, verifiers: Verifiers, completions: Mapping[int, Sequence[Mapping[str, Any]]]
+) -> Iterator[list[Record]]:
+    """Grade completions that are there already: rows with `completion`, and `tokens` and `finish` where known."""
+    asked = {draw: question(prompts, draw) for draw in completions}
+    pairs = ((asked[draw], row["completion"]) for draw, rows in completions.items() for row in rows)
+    verdicts = verifiers.map(pairs)
+    for draw, rows in completions.items():
+        prompt = asked[draw]
+        yield [
+            records.record(
+                draw,
+                sample,
+                prompt.row,
+                prompt="",
+                answer=prompt.answer,
+                completion=row["completion"],
+                verdict=verdict,
+                tokens=row.get("tokens"),
+                finish=row.get("finish"),
+            )
+            for sample, (row, verdict) in enumerate(zip(rows, verdicts, strict=False))
+        ]
+
+
+def question(prompts: Prompts, draw: int) -> Prompt:
+    """A problem as its verifier needs it, untokenized."""
+    row = prompts.row(draw)
+    return Prompt(
+        draw=draw,
+        token_ids=(),
+        text="",
+        kind=prompts.kind_of(row),
+        answer=prompts.answer_of(row),
+        source=prompts.source,
+        row=row,
+    )
+
+
+def read_completions(path: str, prompts: Prompts, problems: int) -> dict[int, list[dict[str, Any]]]:
+    """Completions made elsewhere, by problem, in the order of the problems.
+
+    A line has `completion`, and `id` (of the row) or `problem` (its position, from 0). Several lines of one problem
+    are its samples.
+
+    Raises:
+        ValueError: if a line is none of this benchmark, or problems have none or unequal numbers of completions.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"Expected a jsonl file of completions, got {path!r}, which does not exist.")
+    positions = {str(prompts.row(i).get("id", i)): i for i in range(problems)}
+    found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(problems)}
+    for number, row in enumerate(records.rows_of(Path(path)), 1):
+        place = row.get("problem", positions.get(str(row.get("id"))))
+        if not isinstance(row.get("completion"), str):
+            raise ValueError(
+                f"Expected a string `completion` in row {number} of {path!r}, got the fields {sorted(row)}."
+            )
+        if place not in found:
+            name = {key: row[key] for key in ("id", "problem") if key in row} or f"the fields {sorted(row)}"
+            raise ValueError(
+                f"Expected `id` or `problem` (0 to {problems - 1}) of {prompts.source} in row {number} of {path!r}, "
+                f"got {name}."
+            )
+        found[place].append(row)
+    counts = {len(rows) for rows in found.values()}
+    if len(counts) != 1 or counts == {0}:
+        few = [i for i, rows in found.items() if len(rows) != max(counts)]
+        raise ValueError(
+            f"Expected equally many completions of each of the {problems} problems of {prompts.source} in {path!r}, "
+            f"got {min(counts)} to {max(counts)}"
+            + (f"; problems {few[:5]} ... have fewer." if few else ", an empty file.")
+            + " `limit` grades the first problems only."
+        )
+    return found
+
+
+def all_empty(groups: Iterable[Sequence[Record]]) -> bool:
+    """Whether no completion has any text: the model produced nothing but its end token."""
+    return not any(row["completion"].strip() for group in groups for row in group)
