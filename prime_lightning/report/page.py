@@ -205,8 +205,10 @@ def _curves(run: Run, names: list[str], stride: int) -> dict[str, Any]:
         spent["seconds"] += sum(value for name, value in row.items() if name.startswith("time/"))
     steps = list(run.rows)
     keep = [i for i in range(len(steps)) if i % stride == 0 or i == len(steps) - 1 or "val/pass1" in run.rows[steps[i]]]
+    trained = [step for step, row in run.rows.items() if SPENT["rollouts"] in row]
     columns = {name: [_digits(run.rows[steps[i]].get(name)) for i in keep] for name in names}
     return {
+        "iterations": max(trained or steps, default=-1) + 1,
         "steps": [steps[i] for i in keep],
         "axes": {name: [values[i] for i in keep] for name, values in axes.items()},
         "metrics": {name: values for name, values in columns.items() if any(v is not None for v in values)},

@@ -82,6 +82,9 @@ def read_run(folder: str | Path) -> Run:
     run.rows = join([read_metrics(path) for path in starts])
     run.config = _config([*(path.with_name("config.yaml") for path in starts), run.path / "config.yaml"])
     run.benchmarks = list(_benchmarks(run))
+    for row in run.benchmarks:
+        spent = run.rows.get(row["iteration"], {})
+        spent["time/evaluation"] = spent.get("time/evaluation", 0.0) + (row["seconds"] or 0.0)
     run.summary = _json(run.path / "summary.json")
     if not run.rows:
         run.notes.append("no metrics.csv, so no curves: add lightning.pytorch.loggers.CSVLogger to trainer.logger.")

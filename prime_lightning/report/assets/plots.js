@@ -193,7 +193,7 @@ function runsTable() {
     byId("runs-table"),
     ["run", "seed", "iterations", "rollouts", "tokens", "seconds", "pass@1", "training accuracy", ...differing],
     DATA.runs.map((run, i) => [
-      runName(i), run.seed ?? "–", run.summary.iterations ?? (run.steps.length ? last(run.steps) + 1 : "–"),
+      runName(i), run.seed ?? "–", run.iterations,
       ...["rollouts", "tokens", "seconds"].map((name) => number(last(run.axes[name]), 4)), pass(run), span(run, "rollout/accuracy"),
       ...differing.map((name) => String(run.differs[name] ?? "–").slice(0, 80)),
     ]),
