@@ -349,7 +349,12 @@ def report(events: list[Event], same: bool, starts: int, options: argparse.Names
 
 def warm(out: Path) -> Path:
     """The quickstart's model after a short warm start."""
-    folder = ["--trainer.default_root_dir", str(out / "model"), "--data.lessons.init_args.size=12800"]
+    folder = [
+        "--trainer.default_root_dir",
+        str(out / "model"),
+        "--data.lessons.init_args.size=12800",
+        "--data.lessons.init_args.operations=2",
+    ]
     write_model(out / "model" / "init")
     lightning(["sft", "--config", str(config("quickstart_sft.yaml")), *folder, "--trainer.logger=false"])
     return out / "model" / "warm" / "policy"
