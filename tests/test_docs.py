@@ -1,4 +1,4 @@
-"""Every block of docs/**/*.md is run, or at least read: commands with all their layers, YAML, Python.
+"""Every block of README.md and docs/**/*.md is run, or at least read: commands with all their layers, YAML, Python.
 
 Python runs page by page in one namespace. A block with a title is a file of that name, which later blocks of its page
 may import or name. A comment in front of a block says what it lacks here, such as `<!-- needs: gpu -->` or `hub`; such
@@ -21,7 +21,7 @@ from prime_lightning.__main__ import COMMANDS, main
 from prime_lightning.cli import TRAINED
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n+)?^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n"
     r"(?P<text>.*?)^```$",
@@ -48,7 +48,11 @@ def commands(page):
 
 
 def yamls(page):
-    return [b for b in blocks(page) if b["language"] == "yaml" and re.match(r"(?:\w+:)", b["text"].lstrip("# \n"))]
+    return [
+        b
+        for b in blocks(page)
+        if b["language"] == "yaml" and not b["needs"] and re.match(r"(?:\w+:)", b["text"].lstrip("# \n"))
+    ]
 
 
 def name(page):
