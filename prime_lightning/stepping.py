@@ -88,6 +88,18 @@ class SteppingModule(pl.LightningModule):
         """How the models are spread over devices."""
         return devices(self._trainer)
 
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that take all models for one.
+
+        Raises:
+            ValueError: on several devices under a strategy of Lightning's own.
+        """
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, RoleStrategy):
+            raise ValueError(
+                "Expected a strategy that keeps several models apart on several devices, got "
+                f"{type(self.trainer.strategy).__name__}. Add one of conf/strategy/*.yaml, such as ddp.yaml."
+            )
+
     @contextmanager
     def one_step(self) -> Iterator[None]:
         """Make all optimizer steps inside count as one step of the trainer, and step the schedules once at its end.

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import tiny
 
 from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
@@ -60,3 +62,12 @@ def test_an_optimizer_over_two_models_is_refused():
     for wrong in ([torch.optim.SGD(module.parameters(), lr=1.0)], [each[0], each[0]]):
         with pytest.raises(ValueError, match="Expected each optimizer to have the parameters of one model"):
             owners_of(module, wrong)
+
+
+def test_strategies_that_take_all_models_for_one_are_refused(warm_model):
+    module = tiny.module(warm_model)
+    module.trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    with pytest.raises(ValueError, match="got DDPStrategy. Add one of conf/strategy"):
+        module.setup("fit")
+    module.trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=PrimeDDPStrategy(), logger=False)
+    module.setup("fit")
