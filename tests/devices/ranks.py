@@ -134,7 +134,7 @@ def run(folder: Path, scene: str) -> None:
 
 
 def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
-    """Start the processes of all ranks."""
+    """Start the processes of all ranks; each prints into a file, since a pipe that nobody reads would stop it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -144,21 +144,27 @@ def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> li
             [sys.executable, __file__, str(folder), *scenes],
             env=os.environ | {k: str(v) for k, v in shared.items()}
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=printed(folder, rank).open("w"), stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(world)
     ]  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 1500) -> list[str]:
+def printed(folder: Path, rank: int) -> Path:
+    """Where a rank prints."""
+    return folder / f"rank{rank}.log"
+
+
+def finish(folder: Path, processes: list[subprocess.Popen[str]], seconds: float = 600) -> list[str]:
     """What each rank printed; all ranks have to end well."""
     try:
-        printed = [process.communicate(timeout=seconds)[0] for process in processes]
+        codes = [process.wait(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(printed)[-8000:]
-    return printed
+    said = [printed(folder, rank).read_text() for rank in range(len(processes))]
+    assert codes == [0] * len(processes), "\n".join(said)[-8000:]
+    return said
 
 
 if __name__ == "__main__":
