@@ -118,9 +118,9 @@ class LessonLoader:
         """Batches taken so far."""
         return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up a saved position."""
-        self.position = state["position"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved position, which is the same on all ranks (`{"ranks": [state, ...]}`, or one state)."""
+        self.position = state.get("ranks", [state])[0]["position"]
 
 
 class LessonDataModule(pl.LightningDataModule):

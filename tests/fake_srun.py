@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 
-words = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
-per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
-tasks = int(os.environ["SLURM_NNODES"]) * per_node
-numbers = [(task, task // per_node, task % per_node) for task in range(tasks)]
-running = []
-for task, node, local in numbers:
-    told = {"SLURM_NTASKS": tasks, "SLURM_PROCID": task, "SLURM_NODEID": node, "SLURM_LOCALID": local}
-    running.append(subprocess.Popen(words, env=os.environ | {name: str(value) for name, value in told.items()}))
-sys.exit(max(abs(process.wait()) for process in running))
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
+    per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
+    tasks = int(os.environ["SLURM_NNODES"]) * per_node
+    numbers = [(task, task // per_node, task % per_node) for task in range(tasks)]
+    running = []
+    for task, node, local in numbers:
+        told = {"SLURM_NTASKS": tasks, "SLURM_PROCID": task, "SLURM_NODEID": node, "SLURM_LOCALID": local}
+        running.append(subprocess.Popen(words, env=os.environ | {name: str(value) for name, value in told.items()}))
+    sys.exit(max(abs(process.wait()) for process in running))

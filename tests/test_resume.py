@@ -185,7 +185,7 @@ def command(folder, model, *more):
 
 def weights(folder):
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    saved["prime"]["facts"].pop("command")  # names its own folder
+    del saved["prime"]["facts"]  # names its own folder, and how long things took
     return {key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "prime")}
 
 

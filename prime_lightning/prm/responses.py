@@ -24,7 +24,10 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 RESPONSES = ("response", "completion", "responses")
 LABELS = ("label", "labels", "score")
-LOGGED = ("iteration", "draw", "source", "answer", "tokens", "finish", "verdict", "process_reward", "advantage")
+LOGGED = (
+    *("iteration", "draw", "source", "answer", "tokens", "finish", "verdict"),
+    *("process_reward", "advantage", "beta", "scale", "steps"),
+)
 """Further columns of a run's `rollouts.jsonl`."""
 
 
