@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from prime_lightning.batch import Batch
+from prime_lightning.facts import run_facts
 from prime_lightning.logprobs import causal_lm
 from prime_lightning.lora import merged_parameters
-from prime_lightning.measures import run_facts
 from prime_lightning.module import PrimeModule
 from prime_lightning.pretrained import save
 from prime_lightning.prm.folder import describe

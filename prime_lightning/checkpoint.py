@@ -260,7 +260,7 @@ def not_written(target: Path, error: object) -> str:
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """What the run of a checkpoint says of itself; see `prime_lightning.measures.run_facts`.
+    """What the run of a checkpoint says of itself; see `prime_lightning.facts.run_facts`.
 
     Raises:
         ValueError: if this is no checkpoint of this package, or one from before it said so.

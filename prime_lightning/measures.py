@@ -1,13 +1,8 @@
-"""Sums and counts that travel through micro-batches and ranks and become means once, at the logging edge.
-
-Also what a run says of itself in its checkpoints and in the cards of its models.
-"""
+"""Sums and counts that travel through micro-batches and ranks and become means once, at the logging edge."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,29 +76,3 @@ class Measures:
 
 def _number(value: Tensor | float) -> Tensor:
     return torch.as_tensor(value).detach().double().cpu()
-
-
-def run_facts(module: Any) -> dict[str, Any]:
-    """What a run knows of itself: the module's own facts, the command, iterations, and the last numbers; plain values.
-
-    Args:
-        module: A Lightning module inside its trainer, with `facts()` and `command`.
-    """
-    metrics = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
-    return {
-        **module.facts(),
-        "command": module.command,
-        "iterations": module.trainer.global_step,
-        "numbers": {name: value for name, value in metrics.items() if math.isfinite(value)},
-    }
-
-
-def import_path(function: Callable[..., Any]) -> str:
-    """Where a function is imported from, for readers.
-
-    Example:
-        >>> import_path(run_facts)
-        'prime_lightning.measures.run_facts'
-    """
-    function = getattr(function, "func", function)  # of a partial
-    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"

@@ -19,9 +19,9 @@ from torchmetrics import MeanMetric
 
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
+from prime_lightning.facts import import_path
 from prime_lightning.logprobs import ScoringLM, ValueLM
 from prime_lightning.lora import WithoutAdapters, with_adapters
-from prime_lightning.measures import import_path
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.panel import PanelModule
 from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer

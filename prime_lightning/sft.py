@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from prime_lightning.batch import pad
+from prime_lightning.facts import run_facts
 from prime_lightning.logprobs import ScoringLM
-from prime_lightning.measures import run_facts
 from prime_lightning.options import Loading
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.prompts import Template, check_filled, load_rows, permutation

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
-from prime_lightning.measures import Measures, run_facts
+from prime_lightning.facts import run_facts
+from prime_lightning.measures import Measures
 from prime_lightning.options import Update
 
 Terms = Callable[[Batch, Tensor], Tensor]

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "prime_lightning"
 FLOORS = [
-    {"rollout", "algorithms.masked", "shipped", "evaluation", "evaluation.statistics", "evaluation.overlap"},
+    {"rollout", "algorithms.masked", "facts", "shipped", "evaluation", "evaluation.statistics", "evaluation.overlap"},
     {
         "algorithms.reward",
         "algorithms.prm_loss",

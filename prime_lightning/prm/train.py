@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
+from prime_lightning.facts import import_path
 from prime_lightning.logprobs import ScoringLM
-from prime_lightning.measures import import_path
 from prime_lightning.options import Loading, Update
 from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
 from prime_lightning.prm.responses import (
