@@ -105,6 +105,7 @@ def payload(runs: list[Run]) -> dict[str, Any]:
     if not runs:
         raise ValueError("Expected at least one run folder, got none.")
     names = sorted({name for run in runs for row in run.rows.values() for name in row})
+    measured = {row["benchmark"] for run in runs for row in run.benchmarks}  # these have a section of their own
     titles = _titles(runs)
     notes = [f"{title}: {note}" for title, run in zip(titles, runs, strict=True) for note in run.notes]
     cells = sum(len(run.rows) for run in runs) * len(names)
@@ -118,7 +119,7 @@ def payload(runs: list[Run]) -> dict[str, Any]:
             for run, title, differs in zip(runs, titles, differences(runs), strict=True)
         ],
         "groups": _seeds(runs, titles),
-        "sections": panels.sections(names),
+        "sections": panels.sections([name for name in names if name.split("/")[0] not in measured]),
         "phases": panels.phases(names),
         "benchmarks": [row | {"run": i} for i, run in enumerate(runs) for row in run.benchmarks],
         "credit": [found for found in credit if found],

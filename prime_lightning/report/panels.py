@@ -45,7 +45,7 @@ SECTIONS = (
         "What is sampled: lengths, truncation, verdicts, what the filter keeps, how old the weights are.",
         ("rollout/", "train/", "filter/", "verdict/", "verifier/"),
     ),
-    Section("other", "Everything else", "Metrics of your own, and benchmarks as they were logged.", ("",)),
+    Section("other", "Everything else", "Metrics of your own.", ("",)),
 )
 FIRST = (
     *("val/pass1", "rollout/accuracy", "train/outcome", "prm/ce", "prm/accuracy", "prm/auc", "prm/calibration_error"),

@@ -186,7 +186,7 @@ def _benchmarks(run: Run) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-            intervals = row.get("intervals") or {}
+            intervals = row.get("interval") or {}
             yield {
                 "iteration": int(row["iteration"]),
                 "benchmark": str(row["benchmark"]),
@@ -194,7 +194,7 @@ def _benchmarks(run: Run) -> Iterator[dict[str, Any]]:
                 "samples": row.get("samples"),
                 "seconds": _number(row.get("seconds")),
                 "metrics": {str(k): _number(v) for k, v in row["metrics"].items()},
-                "intervals": {str(k): [_number(low), _number(high)] for k, (low, high) in intervals.items()},
+                "interval": {str(k): [_number(low), _number(high)] for k, (low, high) in intervals.items()},
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             broken += 1

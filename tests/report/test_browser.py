@@ -226,7 +226,7 @@ def test_several_runs_benchmarks_and_outcome_only(opened, tmp_path):
         (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{beta: {beta}}}\n")
         benchmark = {"benchmark": "gsm8k", "problems": 8, "samples": 1, "seconds": 1.0}
         results = [
-            {"iteration": i, "metrics": {"pass1": i / 8}, "intervals": {"pass1": [i / 16, i / 4]}} for i in (0, 3)
+            {"iteration": i, "metrics": {"pass1": i / 8}, "interval": {"pass1": [i / 16, i / 4]}} for i in (0, 3)
         ]
         (folder / "benchmarks.jsonl").write_text("".join(json.dumps(benchmark | r) + "\n" for r in results))
         folders.append(folder)

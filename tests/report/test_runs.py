@@ -57,7 +57,7 @@ def test_seeds_are_runs_that_differ_in_nothing_else(tmp_path):
 
 def test_benchmarks_with_broken_lines(tmp_path):
     good = {"iteration": 3, "benchmark": "gsm8k", "problems": 5, "samples": 1, "seconds": 1.5}
-    good |= {"metrics": {"pass1": 0.5, "odd": None}, "intervals": {"pass1": [0.25, 0.75]}}
+    good |= {"metrics": {"pass1": 0.5, "odd": None}, "interval": {"pass1": [0.25, 0.75]}}
     lines = [json.dumps(good), "null", '{"iteration": 1}', json.dumps(good)[:40]]
     (tmp_path / "benchmarks.jsonl").write_text("\n".join(lines))
     run = read_run(tmp_path)

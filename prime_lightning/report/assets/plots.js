@@ -201,18 +201,18 @@ function runsTable() {
 }
 
 function interval(row, name) {
-  const [low, high] = row.intervals[name] ?? [];
+  const [low, high] = row.interval[name] ?? [];
   return number(row.metrics[name]) + (Number.isFinite(low) && Number.isFinite(high) ? ` [${number(low)}, ${number(high)}]` : "");
 }
 
 function benchmarkFigures(keys) {
-  return keys.map(([benchmark, name]) => figure(`${benchmark}: ${name}`, "95 % intervals", () => ({
+  return keys.map(([benchmark, name]) => figure(`${benchmark}: ${name}`, DATA.benchmarks.some((b) => b.benchmark === benchmark && b.interval[name]) ? "95 % intervals" : "", () => ({
     traces: DATA.runs.flatMap((run, r) => {
       const rows = DATA.benchmarks.filter((b) => b.run === r && b.benchmark === benchmark && Number.isFinite(b.metrics[name]));
       if (!rows.length) return [];
       const g = DATA.groups.findIndex((group) => group.runs.includes(r));
       const place = (b) => { const i = run.steps.findIndex((s) => s >= b.iteration); return i < 0 ? xOf(run, run.steps.length - 1) : xOf(run, i); };
-      const off = (b, k, sign) => (Number.isFinite(b.intervals[name]?.[k]) ? sign * (b.intervals[name][k] - b.metrics[name]) : 0);
+      const off = (b, k, sign) => (Number.isFinite(b.interval[name]?.[k]) ? sign * (b.interval[name][k] - b.metrics[name]) : 0);
       return [{
         x: rows.map((b) => (axis === "iterations" || !run.steps.length ? b.iteration : place(b))), y: rows.map((b) => b.metrics[name]), name: plain(run.name),
         mode: "lines+markers", line: { color: colour(g), width: 2 },
@@ -243,7 +243,8 @@ function startBenchmarks() {
     });
   }
   table(byId("benchmarks-table"), ["run", "benchmark", "metric", "problems", "samples", "first", "last"], rows);
-  const several = [...keys.values()].filter(([benchmark]) => new Set(DATA.benchmarks.filter((b) => b.benchmark === benchmark).map((b) => b.iteration)).size > 1);
+  const several = [...keys.values()].filter(([benchmark, name]) =>
+    new Set(DATA.benchmarks.filter((b) => b.benchmark === benchmark).map((b) => b.metrics[name]).filter(Number.isFinite)).size > 1);
   byId("benchmarks-plots").append(...benchmarkFigures(several));
 }
 
