@@ -51,7 +51,12 @@ def pieces(folder: Path, **options: Any) -> tuple[tiny.PrimeModule, tiny.Rollout
     }
     prime = tiny.module(folder / "policy", **(settings | options))
     rollouts = tiny.data(
-        folder / "policy", prompts_per_batch=6, train=ArithmeticPrompts(seed=SEED, operations=2)
+        folder / "policy",
+        prompts_per_batch=6,
+        train=ArithmeticPrompts(seed=SEED, operations=2),
+        validation=ArithmeticPrompts(seed=99, operations=2),
+        validation_prompts=12,
+        validation_sampling=tiny.Sampling(samples=1, max_tokens=8, temperature=0.0),
     )  # no filter: which groups come next would depend on the rank
     return prime, rollouts
 
@@ -87,8 +92,9 @@ def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> 
     trainer.fit(prime, rollouts, ckpt_path=after)
     draws = prime.gather([[row.prompt.draw for row in out["batch"].rollouts] for out in history.outputs])
     whole, gap = weights(prime), engine_gap(prime, rollouts)
+    found = {"rows": list(history.rows), "weights": whole, "draws": draws, "gap": gap}
+    [found["validated"]] = trainer.validate(prime, rollouts, verbose=False)  # by the models that were trained
     if prime.global_rank == 0:
-        found = {"rows": history.rows, "weights": whole, "draws": draws, "gap": gap}
         torch.save(found, folder / f"{out or name}.pt")
 
 

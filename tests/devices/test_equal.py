@@ -27,6 +27,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
 def apart(folder, name, other):
     """Greatest differences of weights and of measures between two runs, of which the second may be the first's end."""
     one, two = torch.load(folder / f"{name}.pt"), torch.load(folder / f"{other}.pt")
+    assert two["validated"]["val/pass1"] == torch.load(folder / "one.pt")["validated"]["val/pass1"] > 0
     assert two["gap"] == 0  # the engine samples from the policy's weights, whatever they are sharded by
     assert one["weights"].keys() == two["weights"].keys()
     weights = max(float((w - two["weights"][n]).abs().max()) for n, w in one["weights"].items())
