@@ -173,8 +173,8 @@ class ProcessGate:
 
     Example:
         >>> gate = ProcessGate(ramp=2, momentum=0.0)
-        >>> [gate.update(ce=0.6, accuracy=0.7), gate.update(0.6, None), gate.update(0.8, 0.7)]
-        [0.5, 1.0, 0.5]
+        >>> print(gate.update(ce=0.6, accuracy=0.7), gate.update(0.6, None), gate.update(0.8, 0.7))
+        0.5 1.0 0.5
     """
 
     def __init__(

@@ -6,6 +6,10 @@ import pytest
 import ranks
 import torch
 
+from prime_lightning.__main__ import main
+from prime_lightning.checkpoint import role_weights
+from prime_lightning.pretrained import load_causal_lm
+
 pytestmark = pytest.mark.timeout(700)  # one launch for all of it
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 SAME = [f"resume:{name}:{name}" for name in STRATEGIES]
@@ -60,3 +64,14 @@ def test_ranks_take_disjoint_prompts_in_the_order_of_one_process(folder):
     for batch, parts in zip(one[0], zip(*two, strict=True), strict=True):
         assert not set(parts[0]) & set(parts[1])
         assert sorted(batch) == sorted([*parts[0], *parts[1]])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_export_reads_the_checkpoint_of_any_strategy(folder, tmp_path, name):
+    saved = folder / name / f"atstep={ranks.SAVED}.ckpt"
+    assert main(["export", "--ckpt", str(saved), "--role", "policy", "--out", str(tmp_path / "policy")]) == 0
+    written = load_causal_lm(str(tmp_path / "policy")).state_dict()
+    weights = dict(role_weights(saved, "policy"))
+    assert all(torch.equal(written[name], weight) for name, weight in weights.items())
+    start = load_causal_lm(str(folder / "policy")).state_dict()
+    assert any(not torch.equal(start[name], weight) for name, weight in weights.items())
