@@ -22,7 +22,7 @@ import torch
 from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.callbacks import policy_weights
-from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 
 STEPS = 20
 SAVED = 14
@@ -132,8 +132,30 @@ def endless(folder: Path, scene: str) -> None:
         saving.save_checkpoint({"step": step, "state_dict": spread}, folder / f"{scene}.ckpt")
 
 
+def variant(folder: Path, scene: str) -> None:
+    """`variant:lora:zero3`: two iterations with an option; what was logged."""
+    _, option, name = scene.split(":")
+    loading = Loading(gradient_checkpointing=True)
+    lora = Lora(rank=2, alpha=4.0) if option == "lora" else None
+    prime, rollouts = pieces(folder, loading=loading, policy_lora=lora, prm_lora=lora)
+    spread: Any = strategy(name)
+    if option == "offload" and name != "one":
+        offload = {"device": "cpu"}
+        spread.config["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
+    history = tiny.History()
+    trainer = tiny.trainer(
+        folder, 2, history=history, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=spread,
+        precision="bf16-mixed" if option == "bf16" else "32-true",
+    )  # fmt: skip
+    trainer.fit(prime, rollouts)
+    if prime.global_rank == 0:
+        torch.save(history.rows, folder / f"{scene}.pt")
+
+
 def run(folder: Path, scene: str) -> None:
     """Any scene by its name."""
+    if scene.startswith("variant:"):
+        return variant(folder, scene)
     if scene == "endless":
         return endless(folder, scene)
     return (resume if scene.startswith("resume:") else train)(folder, scene)
