@@ -66,6 +66,9 @@ def _run(command: str, rest: list[str]) -> int:
     if command in COMMANDS:
         main_of: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
         return main_of(rest)
+    known = ["fit", "validate", "test", "predict", *TRAINED, *COMMANDS]
+    if command not in known and not command.startswith("-"):
+        raise ValueError(f"Expected a command of {', '.join(known)}, got {command!r}.")
     lightning([command, *rest])
     return 0
 

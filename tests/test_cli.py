@@ -203,3 +203,10 @@ def test_a_config_for_gpus_without_a_gpu(warm_model, tmp_path, capsys):
 def test_a_checkpoint_that_is_not_there(warm_model, tmp_path, capsys):
     assert fit(tmp_path, warm_model, f"--ckpt_path={tmp_path}/none.ckpt") == 2
     assert "none.ckpt" in capsys.readouterr().err
+
+
+def test_a_misspelt_command_gets_all_of_them(capsys):
+    assert main(["fitt"]) == 2
+    said = capsys.readouterr().err
+    assert "got 'fitt'" in said
+    assert all(name in said for name in ("fit,", "sft", "evaluate", "report", "export", "plan"))
