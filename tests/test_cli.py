@@ -185,11 +185,9 @@ def test_a_folder_without_tokenizer_is_named(warm_model, tmp_path, capsys):
     assert f"Expected a tokenizer in the folder '{bare}'" in capsys.readouterr().err
 
 
-def test_help_and_unknown_commands(capsys):
+def test_help(capsys):
     assert main([]) == 0
     assert "quickstart" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["fitt"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -57,15 +57,17 @@ class Brood:
             WorkerDied: Neither this zygote nor a new one gives one.
         """
         with self._lock:
+            if self._zygote is not None:
+                with contextlib.suppress(OSError, EOFError, ValueError):
+                    return self._spawn(self._zygote)
+                self._zygote.close()  # dead, as all its workers are, of which one may just have been missed
+            self._zygote = None
             if self._closed:
                 raise WorkerDied("the workers are closed")
-            if self._zygote is None:
-                self._zygote = self._start()
+            self._zygote = self._start()
             try:
                 return self._spawn(self._zygote)
             except (OSError, EOFError, ValueError) as error:
-                self._zygote.close()
-                self._zygote = None
                 raise WorkerDied(f"the jail gives no worker: {error!r}") from None
 
     def _start(self) -> Zygote:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from prime_lightning.rollout import Label, Verdict
+from prime_lightning.rollout import Label, Prompt, Verdict
 from prime_lightning.verifiers import CodeOptions, HttpVerifier, UserOptions, VerdictCounts, Verifiers, verify
 
 from .conftest import TIERS, prompt
@@ -250,6 +250,27 @@ def test_after_close_nothing_is_left_and_nothing_runs(leaves_nothing: None) -> N
     assert {future.result(timeout=20).label for future in futures} <= {Label.CORRECT, Label.UNKNOWN}
     with pytest.raises(RuntimeError, match="closed"):
         verifiers.submit(prompt("math", "1"), r"\boxed{x}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (prompt("math", "x^2"), r"\boxed{x\cdot x}"),
+        (prompt(f"{HERE}.share_of_a"), "a"),
+        pytest.param(
+            prompt("code", row={"tests": ["assert f() == 1"]}),
+            "def f(): return 1",
+            marks=pytest.mark.skipif(not TIERS, reason="no walls on this machine"),
+        ),
+    ],
+)
+def test_whichever_process_is_killed_the_verdict_comes(asked: Prompt, text: str) -> None:
+    with Verifiers(workers=1) as verifiers:
+        assert verifiers.verify(asked, text).score == 1.0
+        for number in range(4):  # the jail, its zygote, a worker: whatever there is now
+            processes = sorted(_below(os.getpid()))
+            os.kill(processes[number % len(processes)], signal.SIGKILL)
+            assert verifiers.verify(asked, text).score == 1.0
 
 
 def test_a_forked_process_starts_its_own_workers() -> None:
