@@ -73,7 +73,7 @@ class RolloutLog(Callback):
 
     Args:
         folder: Where `rollouts.jsonl` goes.
-        groups: Prompts of an iteration that are kept.
+        groups: Prompts of an iteration that are kept, of the first rank's.
         every: Iterations between two writes.
         steps: Says which steps are truly right, on tasks where that is known, such as
             `prime_lightning.arithmetic.written_steps`. Only the report reads it.
@@ -87,7 +87,9 @@ class RolloutLog(Callback):
         if not trainer.is_global_zero or not self.path.is_file():
             return
         kept = [line for line in self.path.read_text().splitlines() if _iteration(line) < trainer.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self.path)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,8 +111,9 @@ def rollout_rows(
 ) -> Iterator[dict[str, Any]]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
+    first = batch.group_B.unique()[:groups]  # numbered among those of all ranks
     for i, rollout in enumerate(batch.rollouts):
-        if int(batch.group_B[i]) >= groups:
+        if batch.group_B[i] not in first:
             return
         ids = rollout.completion.token_ids
         tokens = [tokenizer.decode([token]) for token in ids]

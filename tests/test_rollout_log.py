@@ -74,6 +74,14 @@ def test_groups_and_iterations_are_thinned(tmp_path):
     assert [(line["iteration"], line["draw"]) for line in written(log)] == [(i, 0) for i in (0, 0, 3, 3, 6, 6)]
 
 
+def test_groups_are_counted_on_a_rank_that_has_none_of_the_first(tmp_path):
+    log = RolloutLog(str(tmp_path), groups=2)
+    made = outputs(texts=("7;#7",) * 6)
+    made["batch"].group_B = torch.tensor([3, 3, 17, 17, 40, 40])  # as groups are dealt to several ranks
+    log.on_train_batch_end(at(1), MODULE, made, None, 0)
+    assert [line["draw"] for line in written(log)] == [0, 0, 1, 1]
+
+
 def test_without_a_prm_there_are_no_process_rewards(tmp_path):
     log = RolloutLog(str(tmp_path))
     iterate(log, [1], process=False)
