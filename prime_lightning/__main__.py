@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from prime_lightning.cli import TRAINED, lightning
+from prime_lightning.guests import calm
 from prime_lightning.verifiers import SandboxLeaks
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
@@ -37,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(usage())
         return 0
+    calm()
     try:
         return _run(command, arguments[1:])
     except (ValueError, OSError, FloatingPointError, MisconfigurationException, SandboxLeaks) as error:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from prime_lightning.batch import Batch
+from prime_lightning.evaluation import records
 from prime_lightning.facts import run_facts
 from prime_lightning.logprobs import causal_lm
 from prime_lightning.lora import merged_parameters
@@ -87,9 +88,7 @@ class RolloutLog(Callback):
         if not trainer.is_global_zero or not self.path.is_file():
             return
         kept = [line for line in self.path.read_text().splitlines() if _iteration(line) < trainer.global_step]
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self.path)
+        records.replace(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, set_parsing_settings
@@ -80,6 +81,12 @@ class PrimeCLI(LightningCLI):
         """Tell the module what started the run; model cards say it."""
         super().instantiate_classes()
         self.model.command = shlex.join(["prime-lightning", *self.command])
+
+    def instantiate_trainer(self, **options: Any) -> pl.Trainer:
+        """Put the progress bars first, which are to be there before another callback begins long work."""
+        trainer = super().instantiate_trainer(**options)
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PrimeProgress))  # type: ignore[attr-defined]
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user wrote: Lightning would overwrite it with the checkpoint's hyper-parameters, silently."""

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prime_lightning.guests import GuestBar
+
 
 def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:
     """A causal LM in training mode, which gradient checkpointing needs, without dropout.
@@ -23,7 +25,9 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
         ValueError: if there is no such folder or hub id, or it holds no causal LM.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=attention, tqdm_class=GuestBar
+        )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(_missing("causal language model", name, error)) from error
     for module in model.modules():

@@ -1,13 +1,15 @@
 """Bars on a terminal, plain lines elsewhere: iterations, and what is going on inside of one.
 
-Downloads and the loading of weights have the bars of transformers and the hub.
+Downloads and the loading of weights come before; `guests.py` has their bars.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,13 +20,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 from torch import Tensor
 
+from prime_lightning.guests import GuestBar
 from prime_lightning.module import PrimeModule
 
 DOING = {
@@ -34,25 +40,46 @@ DOING = {
     "prm": "training the PRM",
     "policy": "training the policy",
     "critic": "training the critic",
+    "sync": "sending weights",
 }
 """Timed phases in words."""
 LINES = 50  # of a plain log, for steps that are shorter than an iteration of PRIME
 
 
+class Count(MofNCompleteColumn):
+    """`3/40`, and nothing where there is no end to count to."""
+
+    def render(self, task: Task) -> Text:
+        """The text."""
+        return Text() if task.total is None else super().render(task)
+
+
 class Bars(Progress):
-    """Bars that ask what is going on each time they are drawn."""
+    """Bars that ask what is going on each time they are drawn, with the last iteration's numbers below."""
 
     def __init__(self, poll: Callable[[Bars], None]) -> None:
-        self.poll = poll
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.poll, self.numbers = poll, ""
         super().__init__(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=Console(stderr=True)
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(None, table_column=Column(max_width=40)),  # the only column that gives way on a narrow screen
+            *(kind(table_column=Column(no_wrap=True)) for kind in (Count, TimeElapsedColumn)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            console=Console(stderr=True),
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bars of now."""
         self.poll(self)
         yield from super().get_renderables()
+        if self.numbers:
+            yield Text(self.numbers)
+
+    def show(self, task: TaskID, what: object, **state: Any) -> None:
+        """Move a bar; one that turns to another thing starts its clock anew."""
+        [bar] = [bar for bar in self.tasks if bar.id == task]
+        if bar.fields.get("what") is not what:
+            bar.start_time = self.get_time()
+        self.update(task, what=what, **state)
 
 
 class PrimeProgress(ProgressBar):
@@ -90,7 +117,8 @@ class PrimeProgress(ProgressBar):
         done, total = trainer.global_step, _total(trainer)
         every = 1 if isinstance(pl_module, PrimeModule) else max(1, total // LINES)
         if self._bar is not None:
-            self._bar.update(self._main, completed=done, numbers=numbers)
+            self._bar.numbers = numbers
+            self._bar.update(self._main, completed=done)
         elif done % every == 0 or done == total:
             pace = (time.monotonic() - self._started) / max(done - self._first, 1)
             print(
@@ -105,7 +133,7 @@ class PrimeProgress(ProgressBar):
             self._open(trainer, "evaluating", batches, 0)
             self._evaluation = self._main
         else:
-            self._evaluation = self._bar.add_task("evaluating", total=batches, numbers="")
+            self._evaluation = self._bar.add_task("evaluating", total=batches)
 
     on_test_start = on_validation_start
 
@@ -137,8 +165,8 @@ class PrimeProgress(ProgressBar):
 
     on_test_end = on_validation_end
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bars."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bars, after whatever other callbacks do when training ends."""
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -150,34 +178,49 @@ class PrimeProgress(ProgressBar):
             return
 
         def poll(bars: Bars) -> None:
-            loaders = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders
-            tally = next(filter(None, (getattr(loader, "tally", None) for loader in loaders)), None)
+            places = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, *trainer.callbacks  # type: ignore[attr-defined]
+            tally = next(filter(None, (getattr(place, "tally", None) for place in places)), None)
             doing = getattr(trainer.lightning_module, "doing", "")
-            bars.update(self._rollouts, visible=tally is not None)
-            bars.update(self._phase, visible=bool(doing), description=DOING.get(doing, doing))
+            bars.show(self._phase, doing, description=DOING.get(doing, doing), visible=bool(doing))
+            bars.show(self._rollouts, tally, visible=tally is not None)
             if tally is not None:
-                numbers = f"prompts  {tally.responses} responses, accuracy {tally.accuracy:.2f}"
-                doing = DOING.get(tally.doing, "sampling")
-                bars.update(
-                    self._rollouts, description=doing, completed=tally.accepted, total=tally.wanted, numbers=numbers
-                )
+                what = DOING.get(tally.doing, tally.doing) + (f", accuracy {tally.accuracy:.2f}" if tally.known else "")
+                bars.update(self._rollouts, description=what, completed=tally.accepted, total=tally.wanted)
 
+        GuestBar.silent = True
         self._bar = Bars(lambda bars: None)
-        self._main = self._bar.add_task(word, total=total, completed=completed, numbers="")
-        self._rollouts = self._bar.add_task("", total=None, visible=False, numbers="")
-        self._phase = self._bar.add_task("", total=None, visible=False, numbers="")
+        self._main = self._bar.add_task(word, total=total, completed=completed)
+        self._rollouts, self._phase = (self._bar.add_task("", total=None, visible=False) for _ in range(2))
         self._bar.poll = poll
-        self._bar.start()
+        with _handlers_follow():
+            self._bar.start()
 
     def _numbers(self, metrics: Mapping[str, Tensor]) -> Iterator[str]:
         for name in self.shown:
             if name in metrics:
-                yield f"{name} {float(metrics[name]):.4g}"
+                yield f"{name} {_number(float(metrics[name]))}"
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            with _handlers_follow():
+                self._bar.stop()
+            self._bar, GuestBar.silent = None, False
+
+
+@contextmanager
+def _handlers_follow() -> Iterator[None]:
+    """Take log handlers along when `sys.stderr` changes: what they write then goes above the bars, not through them."""
+    before = sys.stderr
+    yield
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(sys.stderr)
+
+
+def _number(value: float) -> str:
+    """Four digits, and no exponent for what is merely large."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _total(trainer: pl.Trainer) -> int:

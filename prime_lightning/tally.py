@@ -16,6 +16,7 @@ class Tally:
 
     Args:
         wanted: Accepted groups that are needed, for the progress bar.
+        doing: What is going on, for the progress bar.
 
     Example:
         >>> tally = Tally()
@@ -24,8 +25,8 @@ class Tally:
         1.0
     """
 
-    def __init__(self, wanted: int = 0) -> None:
-        self.wanted, self.doing = wanted, ""
+    def __init__(self, wanted: int = 0, doing: str = "sample") -> None:
+        self.wanted, self.doing = wanted, doing
         self.metrics: Counter[str] = Counter()
         self.groups = self.accepted = self.responses = self.known = self.tokens = self.truncated = 0
         self.score = 0.0

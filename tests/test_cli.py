@@ -11,6 +11,7 @@ from prime_lightning.__main__ import main
 from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
+from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
 
 REPOSITORY = Path(__file__).parent.parent
@@ -208,3 +209,9 @@ def test_a_misspelt_command_gets_all_of_them(capsys):
     said = capsys.readouterr().err
     assert "got 'fitt'" in said
     assert all(name in said for name in ("fit,", "sft", "evaluate", "report", "export", "plan"))
+
+
+def test_bars_are_there_before_other_callbacks_work(warm_model, rows, tmp_path):
+    cli = build("--config", CONF / "prime.yaml", *local(tmp_path, warm_model, rows))
+    assert isinstance(cli.trainer.callbacks[0], PrimeProgress)
+    assert len(cli.trainer.callbacks) > 5

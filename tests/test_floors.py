@@ -17,6 +17,7 @@ FLOORS = [
         "algorithms.loss",
         "measures",
         "acceptance",
+        "guests",
     },
     {
         "algorithms",
@@ -56,8 +57,9 @@ DOORS = {
     "peft": {"lora"},
     "plotly": {"report.page"},
     "jinja2": {"report.page"},
-    "rich": {"progress", "verifiers.*", "evaluation.command"},
-    "datasets": {"prompts", "evaluation.metrics", "evaluation.command", "evaluation.contamination"},
+    "rich": {"guests", "progress", "verifiers.*", "evaluation.command"},
+    "tqdm": {"guests"},
+    "datasets": {"guests", "prompts", "evaluation.metrics"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
     "lightning": {

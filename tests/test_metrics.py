@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 import tiny
+from toys import write_jsonl
 
 from prime_lightning import algorithms as alg
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.alarms import MEANINGS, Alarm, Alarms
 from prime_lightning.arithmetic import ArithmeticPrompts
+from prime_lightning.difficulty import ByDifficulty
+from prime_lightning.evaluation.callback import Benchmarks
 from prime_lightning.options import PolicyLoss, ProcessReward
+from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.prompts import MixedPrompts
 from prime_lightning.rollout import Sampling
+from prime_lightning.sft import LessonDataModule, SFTModule
 
 TEXT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
 ROWS = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| [^|]+ \|$", TEXT, re.MULTILINE)
@@ -35,7 +40,7 @@ class Names(tiny.History):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory, warm_model):
-    """Names of two runs that together use everything: critic, reference, replay, filter, validation, alarms."""
+    """Names of runs that together use everything: critic, reference, replay, filter, validation, alarms, benchmarks."""
     history = Names()
     folder = tmp_path_factory.mktemp("metrics")
     short, long = (ArithmeticPrompts(seed=1, operations=n) for n in (2, 4))
@@ -62,11 +67,27 @@ def logged(tmp_path_factory, warm_model):
     tiny.trainer(folder, 2, alarms, history=history, **settings).fit(first, rollouts)
     second = tiny.module(warm_model, process_reward=ProcessReward(beta=0.5, update="before"))
     tiny.trainer(folder, 1, history=history).fit(second, tiny.data(warm_model))
+    known = ByDifficulty(short, keep=1e-9)
+    known.learn(0, [1.0])
+    third = tiny.data(warm_model, train=known, max_staleness=1)
+    benchmarks = Benchmarks(str(folder), ["arithmetic"], limit=2, before=False)
+    tiny.trainer(folder, 1, benchmarks, history=history).fit(tiny.module(warm_model), third)
+    row = {"prompt": "^1+1+1=", "responses": ["2;3;#3", "2;4;#4"], "labels": [1, 0]}
+    rows = write_jsonl(folder / "labelled.jsonl", [row | {"prompt": f"^1+{i}+1="} for i in range(8)])
+    for learner, lessons in (
+        (SFTModule(str(warm_model)), LessonDataModule(str(warm_model), tiny.ArithmeticLessons(size=8), batch_size=8)),
+        (
+            PRMModule(str(warm_model)),
+            LabelledDataModule(str(warm_model), rows, prompts_per_batch=4, validation_share=0.2),
+        ),
+    ):
+        tiny.trainer(folder, 1, history=history, callbacks=[], val_check_interval=1).fit(learner, lessons)
     return history.names - OTHERS
 
 
 def pattern(name):
-    return re.compile(re.sub(r"\b[A-Z]+\b", "[^/]+", name) + r"\Z")
+    """Of the benchmarks it takes the one that runs here, as any name with a slash would fit them all."""
+    return re.compile(re.sub(r"\b[A-Z]+\b", "[^/]+", name.replace("BENCHMARK", "arithmetic")) + r"\Z")
 
 
 def test_every_logged_name_stands_in_the_table(logged):

@@ -1,6 +1,7 @@
 """Bars on a terminal and lines elsewhere, of real runs; and the steps that a bar counts to."""
 
 import io
+import logging
 import re
 import sys
 
@@ -9,7 +10,8 @@ import pytest
 import tiny
 
 from prime_lightning.arithmetic import ArithmeticPrompts
-from prime_lightning.progress import PrimeProgress, _total
+from prime_lightning.evaluation.callback import Benchmarks
+from prime_lightning.progress import PrimeProgress, _number, _total
 from prime_lightning.rollout import Sampling
 
 
@@ -18,7 +20,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def run(tmp_path, model, steps, validate=False):
+def run(tmp_path, model, steps, *callbacks, validate=False):
     rollouts = tiny.data(
         model,
         validation=ArithmeticPrompts(seed=7, operations=2),
@@ -27,7 +29,7 @@ def run(tmp_path, model, steps, validate=False):
         max_staleness=int(validate),
     )
     options = {"enable_progress_bar": True, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    trainer = tiny.trainer(tmp_path, steps, PrimeProgress(), **options)
+    trainer = tiny.trainer(tmp_path, steps, PrimeProgress(), *callbacks, **options)
     trainer.fit(tiny.module(model), rollouts)
     if validate:
         trainer.validate(trainer.lightning_module, rollouts, verbose=False)
@@ -36,7 +38,7 @@ def run(tmp_path, model, steps, validate=False):
 def test_a_terminal_sees_bars_of_all_phases(model_folder, tmp_path, monkeypatch, capsys):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    for name, value in {"TERM": "xterm-256color", "COLUMNS": "160"}.items():
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
     draw = PrimeProgress._open
 
@@ -69,11 +71,18 @@ def test_a_terminal_sees_bars_of_all_phases(model_folder, tmp_path, monkeypatch,
             return Drawn()
 
         monkeypatch.setattr(kind, "timed", timed)
-    run(tmp_path, model_folder, 2, validate=False)
+    handler = logging.StreamHandler(screen)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
+    run(tmp_path, model_folder, 2, Benchmarks(str(tmp_path), ["arithmetic"], limit=4, after=False))
     shown = screen.getvalue()
-    for words in ("iteration", "sampling", "verifying", "scoring", "training the PRM", "training the policy", "2/2"):
+    for words in ("sampling", "verifying", "scoring", "training the PRM", "training the policy", "2/2"):
         assert words in shown, words
-    assert re.search(r"evaluating[^\n]*2/2", shown)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"iteration [^\n]*━[^\n]* 1/2", plain)  # on a narrow terminal, too
+    assert re.search(r"evaluating [^\n]*1/2", plain)
+    assert re.search(r"evaluating arithmetic [^\n]*/4", plain)
+    assert shown.index("`Trainer.fit` stopped") < shown.rindex("iteration")  # above the bars, not through them
+    assert handler.stream is screen
     assert "\x1b[?25h" in shown.split("training the policy")[-1]  # the cursor is given back
     assert "iteration 1/" not in capsys.readouterr().out
 
@@ -86,6 +95,10 @@ def test_a_log_file_gets_one_line_an_iteration(model_folder, tmp_path, capsys):
     assert [line.split()[3] for line in lines if line.startswith("evaluated")] == ["2", "4"]
     assert all("rollout/accuracy" in line and "s left" in line for line in lines if line.startswith("iteration"))
     assert "\x1b" not in said.out
+
+
+def test_numbers_are_short_and_without_needless_exponents():
+    assert [_number(x) for x in (0.93014, 18979.6, 1e-7, 2.0)] == ["0.9301", "18,980", "1e-07", "2"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
 from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, sampled
 from prime_lightning.prompts import Prompts
+from prime_lightning.tally import Tally
 
 
 class Benchmarks(Callback):
@@ -64,6 +65,7 @@ class Benchmarks(Callback):
         self.before, self.after, self.limit = before, after, limit
         self.template, self.chat, self.data, self.max_tokens = template, chat, data or {}, max_tokens
         self.loaded: list[tuple[Benchmark, Prompts]] = []
+        self.tally: Tally | None = None  # of the benchmark that is running, for the progress bar
         self._done = -1
 
     @property
@@ -127,9 +129,12 @@ class Benchmarks(Callback):
         sampling = benchmark.sampled(max_tokens=self.max_tokens)
         scores = Scores(benchmark.metrics, sampling.samples, pl_module.device)
         draws = range(trainer.global_rank, benchmark.size(prompts, self.limit), trainer.world_size)
-        mine = list(sampled(prompts, data.source(prompts), sampling, draws))
-        for group in mine:
+        self.tally, mine = Tally(len(draws), f"evaluating {benchmark.name}"), []
+        for group in sampled(prompts, data.source(prompts), sampling, draws):
             scores.add(group)
+            mine.append(group)
+            self.tally.accepted += 1
+        self.tally = None
         row = {
             "iteration": trainer.global_step,
             "benchmark": benchmark.name,

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import datasets
-import transformers
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -72,9 +70,6 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError(f"Expected a --limit of at least 1, got {options.limit}.")
     if options.engine is None and options.completions is None:
         raise ValueError("Expected an --engine to sample with, or --completions to grade, got neither.")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     out = options.out or f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', options.model.strip('/'))}"
     folder = ResultsFolder(out, options.model, fingerprint(options.model))
     todo = [Evaluation(name, options, folder) for name in options.benchmark]

@@ -211,6 +211,7 @@ def _curves(run: Run, names: list[str], stride: int) -> dict[str, Any]:
     return {
         "iterations": max(trained or steps, default=-1) + 1,
         "steps": [steps[i] for i in keep],
+        "spent": {axis: round(total, 1) for axis, total in spent.items()},
         "axes": {name: [values[i] for i in keep] for name, values in axes.items()},
         "metrics": {name: values for name, values in columns.items() if any(v is not None for v in values)},
         "seed": run.seed if isinstance(run.seed, int) else None,

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from prime_lightning.report import credit_view, write_report
+from prime_lightning.report.runs import read_run
 from report.lines import HOSTILE, row, write_rollouts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
@@ -149,6 +150,80 @@ def test_a_phone_scrolls_in_one_direction(opened, report):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     boxes = [side.bounding_box() for side in page.locator(".sides").first.locator("> div").all()]
     assert boxes[0]["y"] < boxes[1]["y"]
+
+
+OVERHANG = """() => Math.max(...[...document.querySelectorAll("figure .main-svg")].map((svg) =>
+    svg.getBoundingClientRect().right - svg.closest("figure").getBoundingClientRect().right))"""
+
+
+def test_plots_fit_a_narrower_window_and_paper(opened, report):
+    page = opened(report)
+    assert page.evaluate(OVERHANG) < 0
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.wait_for_timeout(600)
+    assert page.evaluate(OVERHANG) < 0
+    page.set_viewport_size({"width": 1280, "height": 900})
+    folded = page.locator("details[open]").count()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    assert page.evaluate(OVERHANG) < 0
+    assert (
+        page.evaluate("Math.max(...[...document.querySelectorAll('main section *')].map((e) => e.offsetWidth ?? 0))")
+        <= 700
+    )
+    assert page.locator("details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == folded
+
+
+def test_curves_are_read_by_keyboard(opened, report, run_folder):
+    page = opened(report)
+    values = [row["rollout/accuracy"] for row in read_run(run_folder).rows.values()]
+    figure = page.locator("figure", has=page.get_by_text("rollout/accuracy", exact=True)).first
+    plot = figure.locator(".plot")
+    plot.focus()
+    for key, i in (("ArrowRight", 0), ("ArrowRight", 1), ("End", 3), ("ArrowLeft", 2), ("Home", 0)):
+        plot.press(key)
+        said = page.locator("#spoken").text_content()
+        assert said.startswith(f"iteration {i}: ")
+        assert float(said.split()[-1]) == pytest.approx(values[i], rel=0.01)
+    assert figure.locator(".hovertext").count() == 1
+    plot.press("Escape")
+    assert figure.locator(".hovertext").count() == 0
+    label = plot.get_attribute("aria-label")
+    assert label.startswith("Right answers, training rollouts. tiny-seed0: ")
+
+
+def test_a_reload_keeps_what_the_reader_chose(opened, report):
+    """`--watch` loads the page again and again."""
+    page = opened(report)
+    page.locator("#iteration").focus()
+    page.locator("#iteration").press("Home")
+    page.locator("#outcome").select_option("wrong")
+    page.locator("#longest").fill("99")
+    page.get_by_label("advantage", exact=True).check(force=True)
+    page.get_by_label("wall time", exact=True).check(force=True)
+    page.get_by_role("button", name="Dark").click()
+    page.locator("#rollouts summary").click()
+    page.locator("#rollouts").scroll_into_view_if_needed()
+    before = page.evaluate("scrollY")
+    assert before > 500
+    page.reload()
+    assert page.locator("#iteration-value").text_content() == "0 of 3"
+    assert [page.locator(f"#{name}").input_value() for name in ("outcome", "longest", "search")] == ["wrong", "99", ""]
+    assert page.locator("#scale-name").text_content().startswith("advantage")
+    assert page.locator(".xtitle").first.text_content() == "seconds"
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    assert page.locator("#rollouts details").get_attribute("open") is not None
+    assert page.evaluate("scrollY") == pytest.approx(before, abs=30)
+
+
+def test_a_page_that_loads_itself_again_stays_where_it_is(opened, run_folder, tmp_path):
+    page = opened(write_report([run_folder], tmp_path / "live.html", reload=2))
+    with page.expect_event("load"):
+        page.evaluate("scrollTo(0, 800)")
+    assert page.evaluate("scrollY") == 800
+    assert page.locator("#iteration-value").text_content() == "3 of 3"
 
 
 def test_hostile_text_is_text(opened, hostile_folder, tmp_path):

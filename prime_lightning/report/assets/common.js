@@ -29,10 +29,11 @@ function number(x, digits = 3) {
 }
 const signed = (x, digits = 3) => (x > 0 ? "+" : "") + number(x, digits).replaceAll("-", "−");
 
-// State that a reload keeps; a browser may forbid it to files.
+// State of this page that a reload keeps; a browser may forbid it to files.
 const memory = {
-  get(key) { try { return sessionStorage.getItem("prime " + key); } catch { return null; } },
-  set(key, value) { try { sessionStorage.setItem("prime " + key, value); } catch { /* forgotten, then */ } },
+  key: (key) => `prime ${location.pathname} ${key}`,
+  get(key) { try { return sessionStorage.getItem(memory.key(key)); } catch { return null; } },
+  set(key, value) { try { sessionStorage.setItem(memory.key(key), value); } catch { /* forgotten, then */ } },
 };
 
 function choices(fieldset, name, options, chosen, changed) {
@@ -58,8 +59,9 @@ byId("theme")?.addEventListener("click", () => {
   memory.set("theme", root.dataset.theme === "dark" ? "light" : "dark");
   setTheme(themeNow());
 });
-addEventListener("beforeprint", () => setTheme("light"));
-addEventListener("afterprint", () => setTheme(themeNow()));
+// A page is laid out for paper before it is printed, since plots take the width that they find.
+addEventListener("beforeprint", () => { root.classList.add("paper"); setTheme("light"); });
+addEventListener("afterprint", () => { root.classList.remove("paper"); setTheme(themeNow()); });
 
 byId("notes").append(...DATA.notes.map((note) => element("li", { textContent: visible(note) })));
 byId("notes").hidden = DATA.notes.length === 0;

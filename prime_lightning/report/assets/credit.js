@@ -199,8 +199,8 @@ function chooseRun(run) {
   credit.run = run;
   const last = iterations().length - 1;
   byId("iteration").max = last;
-  const kept = memory.get("iteration");
-  credit.iteration = kept === null || Number(kept) > last ? last : Number(kept);
+  const kept = iterations().indexOf(Number(memory.get("iteration") || NaN));
+  credit.iteration = kept < 0 ? last : kept; // the last one follows a live run
   byId("iteration").value = credit.iteration;
   credit.pages = 1;
 }
@@ -216,15 +216,23 @@ function startCredit() {
     credit.measure = m;
     drawCredit();
   });
-  chooseRun(0);
-  byId("run").addEventListener("change", () => { chooseRun(Number(byId("run").value)); drawCredit(); });
+  byId("run").value = Number(memory.get("run")) < DATA.credit.length ? Number(memory.get("run")) : 0;
+  chooseRun(Number(byId("run").value));
+  byId("run").addEventListener("change", () => {
+    memory.set("run", byId("run").value);
+    chooseRun(Number(byId("run").value));
+    drawCredit();
+  });
   byId("iteration").addEventListener("input", () => {
     credit.iteration = Number(byId("iteration").value);
     credit.pages = 1;
-    memory.set("iteration", credit.iteration);
+    memory.set("iteration", credit.iteration === iterations().length - 1 ? "" : iterations()[credit.iteration]);
     drawCredit();
   });
-  for (const id of ["outcome", "shortest", "longest", "search"]) byId(id).addEventListener("input", drawCredit);
+  for (const id of ["outcome", "shortest", "longest", "search"]) {
+    byId(id).value = memory.get(id) ?? byId(id).value;
+    byId(id).addEventListener("input", () => { memory.set(id, byId(id).value); drawCredit(); });
+  }
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   byId("more").addEventListener("click", () => { credit.pages += 1; drawCredit(); });
   const groups = byId("groups");

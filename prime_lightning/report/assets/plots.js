@@ -80,17 +80,39 @@ function guideOf(guide) {
 
 function draw([plot, make]) {
   const { traces, extra } = make();
-  Plotly.react(plot, traces, layout(extra), { displayModeBar: false, responsive: true });
+  const size = { width: plot.clientWidth, height: plot.clientHeight };
+  Plotly.react(plot, traces, layout({ ...size, ...extra }), { displayModeBar: false });
 }
 
 function figure(title, caption, make, tall = false) {
   const plot = element("div", { className: "plot" });
   const made = element("figure", { className: tall ? "tall" : "" }, element("h3", { textContent: visible(title) }), plot);
   if (caption) made.append(element("figcaption", { textContent: visible(caption) }));
+  plot.tabIndex = 0;
+  plot.addEventListener("keydown", walk);
+  plot.addEventListener("blur", () => Plotly.Fx.unhover(plot));
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", visible(`${title}. ${caption}`));
   drawn.push([plot, make]);
   return made;
+}
+
+// Values by keyboard: the arrow keys go from point to point.
+function walk(event) {
+  const plot = event.currentTarget;
+  const curves = plot.data.map((trace, curveNumber) => ({ trace, curveNumber })).filter(({ trace }) => trace.hoverinfo !== "skip");
+  const end = Math.max(...curves.map(({ trace }) => trace.x.length)) - 1;
+  const at = Number(plot.dataset.at ?? (event.key === "ArrowLeft" ? end + 1 : -1));
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: end }[event.key];
+  if (event.key === "Escape") Plotly.Fx.unhover(plot);
+  if (to === undefined) return;
+  event.preventDefault();
+  const pointNumber = Math.min(Math.max(to, 0), end);
+  plot.dataset.at = pointNumber;
+  const here = curves.filter(({ trace }) => pointNumber < trace.x.length);
+  Plotly.Fx.hover(plot, here.map(({ curveNumber }) => ({ curveNumber, pointNumber })));
+  byId("spoken").textContent = `${AXES[axis]} ${number(here[0].trace.x[pointNumber], 4)}: ` +
+    here.map(({ trace }) => `${trace.name} ${number(trace.y[pointNumber])}`).join(", ");
 }
 
 // First and last value, for those who do not see the curve.
@@ -123,9 +145,9 @@ function panelsElement(panels) {
   return made;
 }
 
-function folded(title, panels) {
-  const made = element("details", {}, element("summary", {}, title), panelsElement(panels));
-  made.addEventListener("toggle", drawAll);
+function folded(title, panels, key) {
+  const made = element("details", { open: memory.get(key) === "open" }, element("summary", {}, title), panelsElement(panels));
+  made.addEventListener("toggle", () => { if (!root.classList.contains("paper")) memory.set(key, made.open ? "open" : ""); drawAll(); });
   return made;
 }
 
@@ -136,7 +158,7 @@ function sectionElement(section) {
   made.setAttribute("aria-label", section.title);
   const [minor, major] = [section.panels.filter((p) => p.minor), section.panels.filter((p) => !p.minor)];
   made.append(heading, help, panelsElement(major));
-  if (minor.length) made.append(folded(`${minor.length} more`, minor));
+  if (minor.length) made.append(folded(`${minor.length} more`, minor, `${section.id} more`));
   return made;
 }
 
@@ -150,7 +172,7 @@ function phaseFigure(run) {
       const p = DATA.phases.findIndex((phase) => phase[0] === name);
       return {
         x: run.steps.map((_, i) => xOf(run, i)), y: run.metrics[name].map((y) => y ?? 0), name: plain(title), stackgroup: "all",
-        line: { width: 0.5, color: colour(p) }, fillcolor: colour(p), hovertemplate: `${plain(title)} %{y:.3g} s<extra></extra>`,
+        line: { width: 0.5, color: colour(p), shape: "hvh" }, fillcolor: colour(p), hovertemplate: `${plain(title)} %{y:.3g} s<extra></extra>`,
       };
     }),
     extra: { showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hovermode: "x unified", margin: { l: 40, r: 8, t: 8, b: 34 } },
@@ -182,7 +204,6 @@ function runName(i) {
 
 function runsTable() {
   const differing = Object.keys(DATA.runs[0].differs);
-  const last = (values) => (values?.length ? values.at(-1) : null);
   const span = (run, name) => {
     const found = (run.metrics[name] ?? []).filter((y) => y !== null);
     return found.length ? `${number(found[0])} → ${number(found.at(-1))}` : "–";
@@ -194,7 +215,7 @@ function runsTable() {
     ["run", "seed", "iterations", "rollouts", "tokens", "seconds", "pass@1", "training accuracy", ...differing],
     DATA.runs.map((run, i) => [
       runName(i), run.seed ?? "–", run.iterations,
-      ...["rollouts", "tokens", "seconds"].map((name) => number(last(run.axes[name]), 4)), pass(run), span(run, "rollout/accuracy"),
+      ...["rollouts", "tokens", "seconds"].map((name) => number(run.spent[name], 4)), pass(run), span(run, "rollout/accuracy"),
       ...differing.map((name) => String(run.differs[name] ?? "–").slice(0, 80)),
     ]),
   );
@@ -215,7 +236,7 @@ function benchmarkFigures(keys) {
       const off = (b, k, sign) => (Number.isFinite(b.interval[name]?.[k]) ? sign * (b.interval[name][k] - b.metrics[name]) : 0);
       return [{
         x: rows.map((b) => (axis === "iterations" || !run.steps.length ? b.iteration : place(b))), y: rows.map((b) => b.metrics[name]), name: plain(run.name),
-        mode: "lines+markers", line: { color: colour(g), width: 2 },
+        mode: "lines+markers", cliponaxis: false, line: { color: colour(g), width: 2 },
         error_y: { type: "data", symmetric: false, array: rows.map((b) => off(b, 1, 1)), arrayminus: rows.map((b) => off(b, 0, -1)), thickness: 1 },
         hovertemplate: `${plain(run.name)}<br>%{y:.4g}<extra></extra>`,
       }];
@@ -261,6 +282,7 @@ function startPlots() {
   const timed = DATA.runs.filter((run) => DATA.phases.some(([name]) => run.metrics[name]));
   byId("time").hidden = !timed.length;
   byId("time-plots").append(...timed.slice(0, 12).map(phaseFigure));
+  if (timed.length > 12) byId("time-help").textContent += ` The first 12 of ${timed.length} runs.`;
   startBenchmarks();
   choices(byId("axis"), "axis", [["iterations", "iterations"], ["rollouts", "rollouts"], ["tokens", "tokens"], ["seconds", "wall time"]], axis, (chosen) => {
     axis = chosen;
@@ -271,9 +293,14 @@ function startPlots() {
   byId("nav").append(...sections.map((s) => element("a", { href: `#${s.id}`, textContent: s.querySelector("h2").textContent })));
   drawAll();
   document.addEventListener("theme", drawAll);
+  let resized;
+  addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(drawAll, 100); });
+  let opened = [];
   addEventListener("beforeprint", () => {
-    for (const details of document.querySelectorAll("details")) details.open = true;
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const details of opened) details.open = true;
     drawAll();
   });
+  addEventListener("afterprint", () => { for (const details of opened) details.open = false; });
 }
 startPlots();
