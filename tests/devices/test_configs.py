@@ -5,12 +5,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import tiny
+import torch
 
 from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
-from prime_lightning.strategy import PrimeDeepSpeedStrategy, merged, owners_of
+from prime_lightning.placement import owners_of, settle
+from prime_lightning.strategy import PrimeDeepSpeedStrategy, merged
 
 CONF = Path(__file__).parents[2] / "conf"
 KINDS = {
@@ -54,14 +56,22 @@ def test_one_model_may_have_a_config_of_its_own():
 
 
 def test_an_optimizer_over_two_models_is_refused():
-    import torch
-
     module = torch.nn.ModuleDict({"policy": torch.nn.Linear(1, 1), "prm": torch.nn.Linear(1, 1)})
     each = [torch.optim.SGD(model.parameters(), lr=1.0) for model in module.values()]
     assert owners_of(module, each) == ["policy", "prm"]
     for wrong in ([torch.optim.SGD(module.parameters(), lr=1.0)], [each[0], each[0]]):
         with pytest.raises(ValueError, match="Expected each optimizer to have the parameters of one model"):
             owners_of(module, wrong)
+
+
+def test_a_module_with_engines_knows_where_they_are(warm_model):
+    """Without CUDA, the device without data stands for it."""
+    module = tiny.module(warm_model)
+    module.configure_model()
+    settle(module, torch.device("meta"))
+    assert module.device.type == module.pass_rate.device.type == "meta"
+    assert module.pass_rate.mean_value.device.type == "meta"
+    assert module.policy.model.device.type == "cpu"  # it moves when its engine is made
 
 
 def test_strategies_that_take_all_models_for_one_are_refused(warm_model):
