@@ -231,6 +231,7 @@ def remove(path: str | Path) -> None:
 def replace(content: Any, target: Path) -> None:
     """Write a file beside, sync, rename; the old one stays if that fails."""
     partial = target.with_name(f".{target.name}.partial")
+    remove(partial)  # of a save that was killed
     try:
         with partial.open("wb") as file:
             torch.save(content, file)
@@ -238,11 +239,13 @@ def replace(content: Any, target: Path) -> None:
             os.fsync(file.fileno())
         if target.is_dir():  # of a sharded run
             exchange(partial, target)
+            shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.replace(target)
         sync(target.parent)
     finally:
-        remove(partial)  # the folder, or what is left if something went wrong
+        if not partial.is_dir():
+            partial.unlink(missing_ok=True)  # it is there only if something went wrong
 
 
 def exchange(new: Path, old: Path) -> None:

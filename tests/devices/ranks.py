@@ -144,19 +144,19 @@ def variant(folder: Path, scene: str) -> None:
     """`variant:lora:zero3`: two iterations with an option, and the second again after a checkpoint."""
     _, option, name = scene.split(":")
     history, again = tiny.History(), tiny.History()
-    first = pl.callbacks.ModelCheckpoint(folder / scene, "first", every_n_train_steps=1, save_top_k=-1)
-    prime, rollouts, trainer = varied(folder, option, name, history, first)
+    saving = pl.callbacks.ModelCheckpoint(folder / scene, "at{step}", every_n_train_steps=1, save_top_k=-1)
+    prime, rollouts, trainer = varied(folder, option, name, history, saving)
     if option == "nan":
         spoil(prime)
     trainer.fit(prime, rollouts)
     facts = facts_of(prime, option)
     if option != "nan":  # what is spoilt depends on the iteration
         prime, rollouts, trainer = varied(folder, option, name, again)
-        trainer.fit(prime, rollouts, ckpt_path=folder / scene / "first.ckpt")
+        trainer.fit(prime, rollouts, ckpt_path=folder / scene / "atstep=1.ckpt")
     if option == "still":  # without a `fit` before
         prime, rollouts, trainer = varied(folder, option, name, tiny.History())
         [facts["validated"]] = trainer.validate(
-            prime, rollouts, ckpt_path=folder / scene / "first.ckpt", verbose=False, weights_only=True
+            prime, rollouts, ckpt_path=folder / scene / "atstep=1.ckpt", verbose=False, weights_only=True
         )
     if prime.global_rank == 0:
         torch.save({"rows": history.rows, "again": again.rows, "facts": facts}, folder / f"{scene}.pt")
@@ -172,7 +172,7 @@ def varied(
     if option == "still":
         options["process_reward"] = ProcessReward(beta=0.5, update="none")
     if option == "nan":  # one step, in which every rank has rows
-        options["policy_update"] = Update(micro_tokens=60, grad_clip=0.5)
+        options["policy_update"] = Update(minibatches=1, micro_tokens=60, grad_clip=0.5)
     prime, rollouts = pieces(folder, **options)
     spread: Any = strategy(name)
     if name != "one":

@@ -14,7 +14,7 @@ SCENES = [
     "lora:zero3", "lora:fsdp2", "offload:zero3", "bf16:zero3", "still:zero3", "roles:zero3",
     "nan:zero2", "nan:zero3", "nan:fsdp2",
 ]  # fmt: skip
-TOLERANCE = {"bf16": 0.1}  # relative to 1 + |x|; others 1e-5. docs/scaling.md has what was measured
+TOLERANCE = {"bf16": 0.05}  # relative to 1 + |x|; others 1e-5. docs/scaling.md has what was measured
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +37,22 @@ def test_options_train_alike_on_one_process_and_on_two(folder, scene):
     option = scene.split(":")[0]
     one, two = ran(folder, f"{option}:one")["rows"], ran(folder, scene)["rows"]
     assert len(one) == len(two) == 2
-    greatest = 0.0
+    apart = [0.0]
     for row, other in zip(one, two, strict=True):
         assert row.keys() == other.keys()
         names = [name for name in row if option != "bf16" or name.endswith(EXACT)]
         same = [name for name in names if not (math.isnan(row[name]) and math.isnan(other[name]))]
-        greatest = max([greatest, *(abs(row[name] - other[name]) / (1 + abs(row[name])) for name in same)])
-    print(f"{scene}: {greatest:.1e}")
-    assert greatest < TOLERANCE.get(option, 1e-5)  # false for NaN
+        apart += [abs(row[name] - other[name]) / (1 + abs(row[name])) for name in same]
+    print(f"{scene}: {max(apart):.1e}")
+    assert all(x < TOLERANCE.get(option, 1e-5) for x in apart)  # NaN is not
 
 
 @pytest.mark.parametrize("scene", [scene for scene in SCENES if "nan" not in scene])
 def test_options_resume_bit_equal(folder, scene):
     found = ran(folder, scene)
-    assert found["again"] == found["rows"][1:]
+    [again], [_, row] = found["again"], found["rows"]
+    assert again.keys() == row.keys()
+    assert all(again[name] == row[name] or math.isnan(row[name]) for name in row)
 
 
 @pytest.mark.parametrize("scene", [scene for scene in SCENES if "nan" in scene])
