@@ -24,6 +24,7 @@ def drill():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_struck_run_ends_with_the_weights_of_one_that_was_not(drill, warm_model, tmp_path, capsys):
     out = tmp_path / "drill"
     options = ["--out", str(out), "--iterations", "6", "--filter", "0.1", "0.9", "--model", str(warm_model)]

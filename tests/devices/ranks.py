@@ -248,7 +248,7 @@ def printed(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.log"
 
 
-def finish(folder: Path, processes: list[subprocess.Popen[str]], seconds: float = 600) -> list[str]:
+def finish(folder: Path, processes: list[subprocess.Popen[str]], seconds: float = 1000) -> list[str]:
     """What each rank printed; all ranks have to end well."""
     try:
         codes = [process.wait(timeout=seconds) for process in processes]

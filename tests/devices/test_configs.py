@@ -108,8 +108,8 @@ def test_stages_without_overlap_have_none():
 def test_a_config_for_a_model_that_is_not_there_is_refused(warm_model):
     module = tiny.module(warm_model)
     module.configure_model()
-    strategy = PrimeDeepSpeedStrategy(roles={"polcy": {}})
-    with pytest.raises(ValueError, match=r"to name some of \['policy', 'prm'\], got \['polcy'\]"):
+    strategy = PrimeDeepSpeedStrategy(roles={"actor": {}})
+    with pytest.raises(ValueError, match=r"to name some of \['policy', 'prm'\], got \['actor'\]"):
         strategy._prepare(module)
 
 

@@ -10,7 +10,7 @@ from prime_lightning.__main__ import main
 from prime_lightning.checkpoint import role_weights
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
 
-pytestmark = pytest.mark.timeout(700)  # one launch for all of it
+pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
 STRATEGIES = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 SAME = [f"resume:{name}:{name}" for name in STRATEGIES]
 OTHER = ["resume:one:zero3", "resume:zero3:fsdp2", "resume:fsdp2:zero2"]
