@@ -8,6 +8,7 @@ the sub-folder with the tensors; it is replaced last, in one step.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import shutil
@@ -142,11 +143,12 @@ class Folder:
             sync(self.base / self.version)
             replace(checkpoint | {"tensors": self.version}, self.base / INDEX)
             if self.base != self.target:  # there was a file, of a run that was not sharded
-                self.target.unlink()
-                self.base.rename(self.target)
+                exchange(self.base, self.target)
+                self.base.unlink()
+        if self.error is None:  # what cannot be deleted now is deleted after the next save
             for other in self.target.iterdir():
                 if other.is_dir() and other.name != self.version:
-                    shutil.rmtree(other)
+                    shutil.rmtree(other, ignore_errors=True)
 
     def abandon(self) -> None:
         """Delete what was written; on rank 0."""
@@ -229,17 +231,34 @@ def remove(path: str | Path) -> None:
 def replace(content: Any, target: Path) -> None:
     """Write a file beside, sync, rename; the old one stays if that fails."""
     partial = target.with_name(f".{target.name}.partial")
+    remove(partial)  # of a save that was killed
     try:
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if target.is_dir():  # of a sharded run; a file cannot take a folder's place in one step
-            shutil.rmtree(target)
-        partial.replace(target)
+        if target.is_dir():  # of a sharded run
+            exchange(partial, target)
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.replace(target)
         sync(target.parent)
     finally:
-        partial.unlink(missing_ok=True)  # it is there only if something went wrong
+        if not partial.is_dir():
+            partial.unlink(missing_ok=True)  # it is there only if something went wrong
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Let a file and a folder swap their names, in one step where the file system can (on Linux; not over NFS)."""
+    here, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is not None and call(here, os.fsencode(new), here, os.fsencode(old), exchanging) == 0:
+        return
+    aside = old.with_name(f".{old.name}.old")
+    remove(aside)
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
 
 
 def sync(path: Path) -> None:

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from prime_lightning.checkpoint import Stored, stored
 from prime_lightning.parallel import Sharded, average_gradients, optimizer_state, own
+from prime_lightning.placement import models_of, owners_of, replace_parameters, restore_buffers, settle
 from prime_lightning.stepping import parameters
 
 if not torch.cuda.is_available():
@@ -60,11 +61,12 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         roles: Overrides of the DeepSpeed config by the name of a model, such as
             `{prm: {zero_optimization: {offload_optimizer: {device: cpu}}}}`.
         frozen: Under stage 3, spread models without an optimizer over the devices, too, or replicate them.
-        overlap_comm: Overlap the reduction of gradients with the backward pass; for stages 2 and 3.
+        overlap_comm: Overlap communication with computation; for stages 2 and 3.
         kwargs: As for Lightning's `DeepSpeedStrategy`; its `config` replaces all other options.
 
     Raises:
-        ValueError: if parameters of an optimizer belong to several models or to none, or the combination is impossible.
+        ValueError: if parameters of an optimizer belong to several models or to none, `roles` names none of the models,
+            or the combination is impossible.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         overlap_comm: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(stage=stage, overlap_comm=overlap_comm and stage == 2, **kwargs)
+        super().__init__(stage=stage, overlap_comm=overlap_comm, **kwargs)
         self.roles, self.frozen = roles or {}, frozen
         self.engines: dict[str, Any] = {}
         self._trained: dict[int, str] = {}  # role of each optimizer, by its id
@@ -128,7 +130,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         finally:
             unset_hf_deepspeed_config()  # an engine's own copy of the model is an ordinary one
             del kept
-        _restore_buffers(self.lightning_module)
+        restore_buffers(self.lightning_module)
 
     def setup(self, trainer: Any) -> None:
         """Make the engines; after `fit`, `validate` and `test` use those that are there."""
@@ -141,19 +143,37 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
             for role, engine in self.engines.items():
                 setattr(module, role, engine)
             return
+        self._prepare(module)
         fitting = trainer.state.fn == TrainerFn.FITTING
         optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(module) if fitting else ([], [])
         owners = owners_of(module, optimizers)
         self.optimizers = [self._train(role, optimizer) for role, optimizer in zip(owners, optimizers, strict=True)]
-        for role, model in list(module.named_children()):
-            if role not in owners and any(True for _ in model.parameters()):
+        for role, model in models_of(module).items():
+            if role not in owners:
                 self._freeze(role, model)
         self._set_deepspeed_activation_checkpointing()
         self.barrier()
 
+    def _prepare(self, module: Any) -> None:
+        """What Lightning's strategy does to the module as a whole; here each model is moved when its engine is made."""
+        models = models_of(module)
+        if unknown := sorted(self.roles.keys() - models.keys()):
+            raise ValueError(f"Expected `roles` of the strategy to name some of {sorted(models)}, got {unknown}.")
+        settle(module, self.root_device)
+        for role, model in models.items():
+            if stage_of(self.config_of(role)) < 3:
+                self._unshard(model)
+
     def config_of(self, role: str) -> Config:
         """The DeepSpeed config of a model."""
-        return merged(self.config or {}, self.roles.get(role, {}))
+        config = merged(self.config or {}, self.roles.get(role, {}))
+        if stage_of(config) in (0, 1) and "zero_optimization" in config:
+            config["zero_optimization"]["overlap_comm"] = False  # DeepSpeed has it from stage 2 on
+        return config
+
+    def _unshard(self, model: nn.Module) -> None:
+        """Ordinary parameters for a model that is not to be sharded, while others are."""
+        replace_parameters(model, lambda parameter: hasattr(parameter, "ds_id"), self.whole)
 
     def _train(self, role: str, optimizer: Optimizer) -> Any:
         """An engine for a trained model; returns the optimizer that it makes of the given one."""
@@ -167,16 +187,19 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
     def _freeze(self, role: str, model: nn.Module) -> None:
         """A model that is not trained: a sharded inference engine, or a replica."""
         config = self.config_of(role)
-        if self.zero_stage_3 and (self.frozen == "shard" or hasattr(next(model.parameters()), "ds_id")):
+        if stage_of(config) == 3 and self.frozen == "shard":
             kept = {"train_micro_batch_size_per_gpu", "fp16", "bf16", "zero_optimization"}
             config = {name: value for name, value in config.items() if name in kept}
             zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
             engine, _ = self._initialize(role, config | {"zero_optimization": zero}, None)
             engine.eval()
             return
-        low = [kind for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if _enabled(config, name)]
-        for parameter in model.to(self.root_device).parameters():
-            parameter.data = parameter.data.to(low[0]) if low else parameter.data
+        self._unshard(model)
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        low = next((kind for name, kind in kinds.items() if config.get(name, {}).get("enabled")), None)
+        for parameter in model.parameters():  # buffers keep their type
+            parameter.data = parameter.data.to(device=self.root_device, dtype=low)
+        model.to(self.root_device)
 
     def _initialize(self, role: str, config: Config, optimizer: Optimizer | None) -> tuple[Any, Any]:
         import deepspeed
@@ -188,7 +211,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
             args=rank, config=config, model=model, optimizer=optimizer, model_parameters=updated,
             dist_init_required=False,
         )  # fmt: skip
-        _restore_buffers(engine)
+        restore_buffers(engine)
         engine.enable_backward_allreduce = engine.zero_optimization()  # stage 0: see `clipped_step`
         self.engines[role] = engine
         setattr(self.lightning_module, role, engine)
@@ -199,8 +222,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         defaults = {"train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False}
         ours = {"gradient_accumulation_steps": 1, "managed_gradient_accumulation": False, "gradient_clipping": 0.0}
         self.config = defaults | (self.config or {}) | ours
-        stage = self.config.get("zero_optimization", {}).get("stage", 0)
-        if stage == 0 and self.precision_plugin.precision != "32-true":
+        if stage_of(self.config) == 0 and self.precision_plugin.precision != "32-true":
             raise ValueError("Expected `trainer.precision` 32-true with ZeRO stage 0, or stage 1 to 3 with bfloat16.")
 
     @property
@@ -253,7 +275,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         """The whole weight as the optimizer has it, in float32."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        full = safe_get_full_fp32_param(parameter) if _has_master(parameter) else None
         return self.whole(parameter) if full is None else full
 
     def put(self, parameter: Tensor, whole: Tensor) -> None:
@@ -264,7 +286,7 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         whole = whole.to(self.root_device)
         with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], 0, enabled=hasattr(parameter, "ds_id")):
             parameter.copy_(whole)
-        if not parameter.requires_grad:
+        if not _has_master(parameter):
             return
         if hasattr(parameter, "ds_id"):
             safe_set_local_fp32_param(parameter, self._shard(parameter, whole))
@@ -330,8 +352,10 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
                 whole = stored(state["state"][i][name]).to(self.root_device)
                 if hasattr(parameter, "ds_id"):
                     safe_set_local_optimizer_state(parameter, self._shard(parameter, whole), name)
-                else:
+                elif hasattr(parameter, "_hp_mapping"):
                     safe_set_full_optimizer_state(parameter, whole, name)
+                else:  # stage 0
+                    optimizer.state[parameter][name].copy_(whole)
 
     def teardown(self) -> None:
         """Give the module its models back; Lightning's would move parameters away from under the engines."""
@@ -342,23 +366,6 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-
-
-def owners_of(module: nn.Module, optimizers: list[Optimizer]) -> list[str]:
-    """The direct child of a module that owns all parameters of each optimizer.
-
-    Raises:
-        ValueError: if there is none, or one is owned twice.
-    """
-    of_parameter = {id(p): role for role, model in module.named_children() for p in model.parameters()}
-    owners = [{of_parameter.get(id(p)) for p in parameters(optimizer)} for optimizer in optimizers]
-    named = [role for found in owners for role in found if len(found) == 1 and role is not None]
-    if len(set(named)) != len(optimizers):
-        raise ValueError(
-            f"Expected each optimizer to have the parameters of one model, got {owners}. DeepSpeed makes an engine of "
-            "each pair of a model and an optimizer."
-        )
-    return named
 
 
 def merged(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -374,8 +381,14 @@ def merged(config: Config, overrides: Mapping[str, Any]) -> Config:
     return result
 
 
-def _enabled(config: Config, precision: str) -> bool:
-    return bool(config.get(precision, {}).get("enabled"))
+def stage_of(config: Config) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0 where it names none."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _has_master(parameter: Tensor) -> bool:
+    """Whether a sharding optimizer updates a parameter."""
+    return parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
 
 
 def _flats(optimizer: Any) -> list[Tensor]:
@@ -385,13 +398,3 @@ def _flats(optimizer: Any) -> list[Tensor]:
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return list(parameters(optimizer))
-
-
-def _restore_buffers(model: nn.Module | None) -> None:
-    """Undo what casting a model to bfloat16 does to the frequencies of its rotary embeddings (DeepSpeed issue 4932)."""
-    for module in model.modules() if model is not None else ():
-        if "inv_freq" in module._buffers and hasattr(module, "config"):
-            for name, buffer in type(module)(config=module.config).named_buffers(recurse=False):
-                old = module._buffers[name]
-                assert old is not None
-                module._buffers[name] = buffer.to(old.device)

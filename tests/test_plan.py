@@ -39,6 +39,7 @@ QWEN_7B = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+SMALL_HEADS = {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
 CONFIGS = {
     "tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "untied": Qwen2Config(**SMALL, tie_word_embeddings=False),
@@ -232,6 +233,48 @@ def test_the_documented_fits_parse(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*words, "--print_config"])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--gpus 0", "expected a number of GPUs, at least 1, got 0"),
+        ("--gpus=-3", "expected a number of GPUs, at least 1, got -3"),
+        ("--gpu-memory 0", "expected a number above 0, got 0"),
+        ("--price=-1", "expected a number above 0, got -1"),
+        ("--mfu 1.5", "expected a share of at most 1, got 1.5"),
+        ("--acceptance nan", "expected a number above 0, got nan"),
+        ("--model-config critik=x.json", "expected a role of policy, prm, critic, reference before the `=`"),
+    ],
+)
+@pytest.mark.usefixtures("_here")
+def test_numbers_that_make_no_sense_are_refused(words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        plan(*words.split())
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_here")
+def test_prompts_that_cannot_be_shared_are_refused_as_in_fit(seven_billion, capsys):
+    assert plan("--gpus", 7, "--model-config", seven_billion) == 2
+    assert "divisible by the number of GPUs, got 256 prompts on 7 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_small_model_on_one_small_gpu(tmp_path, capsys):
+    """Qwen2.5-0.5B has 494,032,768 parameters, tied embeddings once."""
+    path = tmp_path / "config.json"
+    small = {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    path.write_text(json.dumps({"model_type": "qwen2", **QWEN_7B, **small} | SMALL_HEADS))
+    layers = ["strategy/one_gpu", "model/qwen2.5-0.5b-instruct", "data/gsm8k"]
+    words = [word for layer in layers for word in ("--config", f"conf/{layer}.yaml")]
+    assert plan(*words, "--gpu-memory", 24, "--model-config", path) == 0
+    said = capsys.readouterr().out
+    assert "494,032,768 parameters" in said
+    assert "of 24.00: fits" in said
+    assert plan(*words, "--gpu-memory", 16, "--model-config", path) == 1
+    assert "What would help" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_here")

@@ -7,7 +7,7 @@ set -euo pipefail
 : "${NODES:?number of machines}" "${NODE_RANK:?number of this machine, from 0}" "${HEAD:?address of machine 0}"
 gpus=${GPUS:-8}
 resume=()
-if [ -e "${LAST:-}" ]; then resume=(--ckpt_path "$LAST"); fi
+if [ -f "${LAST:-}" ] || [ -f "${LAST:-}/lightning.pt" ]; then resume=(--ckpt_path "$LAST"); fi
 exec torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$gpus" \
   --master-addr "$HEAD" --master-port "${PORT:-29500}" --max-restarts 0 \
   -m prime_lightning fit "$@" --trainer.num_nodes "$NODES" --trainer.devices "$gpus" "${resume[@]}"

@@ -7,12 +7,13 @@ cost of an iteration with its assumptions. Options that it does not know are tho
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 
 from prime_lightning.cli import parsed
 from prime_lightning.plan.memory import GIB
 from prime_lightning.plan.report import Iteration, Memory, Rollouts, iteration_of, memory_of, switched
-from prime_lightning.plan.setup import Setup, setup_of
+from prime_lightning.plan.setup import ROLES, Setup, setup_of
 from prime_lightning.plan.timing import Hardware
 
 
@@ -20,7 +21,7 @@ def main(args: Sequence[str]) -> int:
     """Print the plan; 0 if the run fits, 1 if it does not."""
     options, rest = parser().parse_known_args(args)
     config = parsed(rest)
-    setup = setup_of(config, options.gpus, dict(_role_and_file(given) for given in options.model_config))
+    setup = setup_of(config, options.gpus, dict(options.model_config))
     gpu_bytes = options.gpu_memory * GIB
     rollouts = Rollouts(
         prompt=options.prompt_tokens,
@@ -43,18 +44,20 @@ def main(args: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
     made = argparse.ArgumentParser(prog="prime-lightning plan", description=__doc__, allow_abbrev=False)
-    made.add_argument("--gpus", type=int, help="over all nodes; the configuration's by default")
-    made.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
-    made.add_argument("--gpu-flops", type=float, default=Hardware.flops, help="peak operations a second of one GPU")
-    made.add_argument("--gpu-bandwidth", type=float, default=Hardware.bandwidth, help="bytes a second of its memory")
-    made.add_argument("--mfu", type=float, default=Hardware.utilisation, help="share of the peak that training reaches")
-    made.add_argument("--sampling-efficiency", type=float, default=Hardware.sampling_efficiency, help="the same, there")
-    made.add_argument("--price", type=float, help="of one GPU for an hour")
-    made.add_argument("--prompt-tokens", type=float, default=200.0, help="mean length of a prompt")
-    made.add_argument("--response-tokens", type=float, help="mean length of a response; half of the limit by default")
-    made.add_argument("--acceptance", type=float, default=0.5, help="share of groups that the accuracy filter keeps")
-    made.add_argument(
+    add = made.add_argument
+    add("--gpus", type=_count, help="over all nodes; the configuration's by default")
+    add("--gpu-memory", type=_positive, default=80.0, help="GiB of one GPU")
+    add("--gpu-flops", type=_positive, default=Hardware.flops, help="peak operations a second of one GPU")
+    add("--gpu-bandwidth", type=_positive, default=Hardware.bandwidth, help="bytes a second of its memory")
+    add("--mfu", type=_share, default=Hardware.utilisation, help="share of the peak that training reaches")
+    add("--sampling-efficiency", type=_share, default=Hardware.sampling_efficiency, help="the same, there")
+    add("--price", type=_positive, help="of one GPU for an hour")
+    add("--prompt-tokens", type=_positive, default=200.0, help="mean length of a prompt")
+    add("--response-tokens", type=_positive, help="mean length of a response; half of the limit by default")
+    add("--acceptance", type=_share, default=0.5, help="share of groups that the accuracy filter keeps")
+    add(
         "--model-config",
+        type=_role_and_file,
         action="append",
         default=[],
         metavar="[ROLE=]FILE",
@@ -63,8 +66,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _positive(given: str) -> float:
+    number = float(given)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {given}")
+    return number
+
+
+def _share(given: str) -> float:
+    if _positive(given) > 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at most 1, got {given}")
+    return float(given)
+
+
+def _count(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of GPUs, at least 1, got {given}")
+    return int(given)
+
+
 def _role_and_file(given: str) -> tuple[str, str]:
     role, found, file = given.partition("=")
+    if found and role not in ROLES:
+        raise argparse.ArgumentTypeError(f"expected a role of {', '.join(ROLES)} before the `=`, got {role!r}")
     return (role, file) if found else ("", given)
 
 

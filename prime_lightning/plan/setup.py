@@ -14,6 +14,7 @@ from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
 TRAINED = ("policy", "prm", "critic")
+ROLES = (*TRAINED, "reference")
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 HALF = ("bf16-true", "16-true")
@@ -95,13 +96,19 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         files: config.json by role; that of "" is for all roles.
 
     Raises:
-        ValueError: if a model's configuration cannot be read, or the number of GPUs is not known.
+        ValueError: if a model's configuration cannot be read, the number of GPUs is not known, or the prompts of an
+            iteration cannot be shared among them.
     """
     model, data, trainer = config.model, config.data, config.trainer
-    named = {role: model.get(role) for role in (*TRAINED, "reference") if model.get(role)}
+    named = {role: model.get(role) for role in ROLES if model.get(role)}
     made = {role: read_config(name, files.get(role, files.get(""))) for role, name in named.items()}
     trained = tuple(r for r in TRAINED if r in named and not (r == "prm" and model.process_reward["update"] == "none"))
     sharding = sharding_of(trainer, _gpus(trainer) if gpus is None else gpus)
+    if data.prompts_per_batch % sharding.gpus:
+        raise ValueError(
+            f"Expected `data.prompts_per_batch` to be divisible by the number of GPUs, got {data.prompts_per_batch} "
+            f"prompts on {sharding.gpus} GPUs."
+        )
     half = trainer.precision in HALF or (sharding.masters and "32" not in str(trainer.precision))
     longest = data.max_prompt_tokens + data.sampling.max_tokens
     updates = {role: model[f"{role}_update"] for role in trained}

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.callbacks import policy_weights
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
+from prime_lightning.parallel import Sharded
 
 STEPS = 20
 SAVED = 14
@@ -100,8 +102,14 @@ def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> 
 
 def engine_gap(prime: tiny.PrimeModule, rollouts: tiny.RolloutDataModule) -> float:
     """Greatest difference between a weight of the policy and of the engine that samples from it."""
-    own = dict(rollouts.engine.model.named_parameters())
-    return max(float((own[name] - weight).abs().max()) for name, weight in policy_weights(prime))
+    own, before, gap = dict(rollouts.engine.model.named_parameters()), None, 0.0
+    for name, weight in policy_weights(prime):
+        gap = max(gap, float((own[name] - weight).abs().max()))
+        if isinstance(prime.trainer.strategy, Sharded):
+            assert before is None or before() is None, "two gathered weights at a time"
+            before = weakref.ref(weight)
+        del weight
+    return gap
 
 
 def resume(folder: Path, scene: str) -> None:
@@ -133,23 +141,80 @@ def endless(folder: Path, scene: str) -> None:
 
 
 def variant(folder: Path, scene: str) -> None:
-    """`variant:lora:zero3`: two iterations with an option; what was logged."""
+    """`variant:lora:zero3`: two iterations with an option, and the second again after a checkpoint."""
     _, option, name = scene.split(":")
-    loading = Loading(gradient_checkpointing=True)
-    lora = Lora(rank=2, alpha=4.0) if option == "lora" else None
-    prime, rollouts = pieces(folder, loading=loading, policy_lora=lora, prm_lora=lora)
+    history, again = tiny.History(), tiny.History()
+    saving = pl.callbacks.ModelCheckpoint(folder / scene, "at{step}", every_n_train_steps=1, save_top_k=-1)
+    prime, rollouts, trainer = varied(folder, option, name, history, saving)
+    if option == "nan":
+        spoil(prime)
+    trainer.fit(prime, rollouts)
+    facts = facts_of(prime, option)
+    if option != "nan":  # what is spoilt depends on the iteration
+        prime, rollouts, trainer = varied(folder, option, name, again)
+        trainer.fit(prime, rollouts, ckpt_path=folder / scene / "atstep=1.ckpt")
+    if option == "still":  # without a `fit` before
+        prime, rollouts, trainer = varied(folder, option, name, tiny.History())
+        [facts["validated"]] = trainer.validate(
+            prime, rollouts, ckpt_path=folder / scene / "atstep=1.ckpt", verbose=False, weights_only=True
+        )
+    if prime.global_rank == 0:
+        torch.save({"rows": history.rows, "again": again.rows, "facts": facts}, folder / f"{scene}.pt")
+
+
+def varied(
+    folder: Path, option: str, name: str, history: tiny.History, *callbacks: pl.Callback
+) -> tuple[tiny.PrimeModule, tiny.RolloutDataModule, pl.Trainer]:
+    """A run with an option."""
+    options: dict[str, Any] = {"loading": Loading(gradient_checkpointing=True)}
+    if option == "lora":
+        options |= {role: Lora(rank=2, alpha=4.0) for role in ("policy_lora", "prm_lora")}
+    if option == "still":
+        options["process_reward"] = ProcessReward(beta=0.5, update="none")
+    if option == "nan":  # one step, in which every rank has rows
+        options["policy_update"] = Update(minibatches=1, micro_tokens=60, grad_clip=0.5)
+    prime, rollouts = pieces(folder, **options)
     spread: Any = strategy(name)
-    if option == "offload" and name != "one":
+    if name != "one":
         offload = {"device": "cpu"}
-        spread.config["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
-    history = tiny.History()
+        if option == "offload":
+            spread.config["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
+        if option == "roles":
+            spread.frozen, spread.roles = "replicate", {"prm": {"zero_optimization": {"stage": 1}}}
     trainer = tiny.trainer(
         folder, 2, history=history, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=spread,
-        precision="bf16-mixed" if option == "bf16" else "32-true",
+        precision="bf16-mixed" if option == "bf16" else "32-true", callbacks=[tiny.WeightSync(), *callbacks],
+        enable_checkpointing=bool(callbacks),
     )  # fmt: skip
-    trainer.fit(prime, rollouts)
-    if prime.global_rank == 0:
-        torch.save(history.rows, folder / f"{scene}.pt")
+    return prime, rollouts, trainer
+
+
+def spoil(prime: tiny.PrimeModule) -> None:
+    """NaN in the policy's gradients of the first iteration, on the last rank only."""
+    backward = prime.manual_backward
+
+    def spoilt(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        last = prime.global_rank == prime.trainer.world_size - 1
+        bad = last and prime.doing == "policy" and prime.trainer.global_step == 0
+        backward(loss * float("nan") if bad else loss, *args, **kwargs)
+
+    prime.manual_backward = spoilt  # type: ignore[method-assign]
+
+
+def facts_of(prime: tiny.PrimeModule, option: str) -> dict[str, Any]:
+    """How the models are spread, and how far the rotary frequencies are from float32 ones."""
+    shapes = [p.shape for p in prime.reference.parameters()] if prime.reference is not None else []
+    engines = getattr(prime.trainer.strategy, "engines", {})
+    gap = 0.0
+    for model in (prime.policy, prime.prm, prime.reference):
+        for part in model.modules() if model is not None else ():
+            if "inv_freq" in part._buffers:
+                gap = max(gap, float((part.inv_freq.float() - type(part)(part.config).inv_freq).abs().max()))
+    return {
+        "reference_is_whole": all(0 not in shape for shape in shapes),
+        "stages": {role: engine.zero_optimization_stage() for role, engine in engines.items()},
+        "frequencies_off": gap,
+    }
 
 
 def run(folder: Path, scene: str) -> None:
@@ -183,7 +248,7 @@ def printed(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.log"
 
 
-def finish(folder: Path, processes: list[subprocess.Popen[str]], seconds: float = 600) -> list[str]:
+def finish(folder: Path, processes: list[subprocess.Popen[str]], seconds: float = 1000) -> list[str]:
     """What each rank printed; all ranks have to end well."""
     try:
         codes = [process.wait(timeout=seconds) for process in processes]

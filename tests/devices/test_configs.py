@@ -5,12 +5,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import tiny
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
 from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
-from prime_lightning.strategy import PrimeDeepSpeedStrategy, merged, owners_of
+from prime_lightning.placement import owners_of, settle
+from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.strategy import PrimeDeepSpeedStrategy, merged
 
 CONF = Path(__file__).parents[2] / "conf"
 KINDS = {
@@ -23,13 +28,17 @@ KINDS = {
 }
 
 
-def built(*args):
-    """The papers's config with a strategy, on eight imagined devices."""
+def cli_of(*args):
+    """The papers's config with more layers, on eight imagined devices."""
     arithmetic = '{"class_path": "prime_lightning.arithmetic.ArithmeticPrompts"}'
     local = ["--data.train", arithmetic, "--data.validation", arithmetic, "--trainer.default_root_dir", "/dev/null"]
     layers = ["--config", CONF / "prime.yaml", *args, *local, "--trainer.accelerator", "cpu", "--trainer.devices", "8"]
-    cli = PrimeCLI(PrimeModule, RolloutDataModule, [str(arg) for arg in layers], run=False)
-    return cli.trainer.strategy
+    return PrimeCLI(PrimeModule, RolloutDataModule, [str(arg) for arg in layers], run=False)
+
+
+def built(*args):
+    """Its strategy."""
+    return cli_of(*args).trainer.strategy
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -54,14 +63,64 @@ def test_one_model_may_have_a_config_of_its_own():
 
 
 def test_an_optimizer_over_two_models_is_refused():
-    import torch
-
     module = torch.nn.ModuleDict({"policy": torch.nn.Linear(1, 1), "prm": torch.nn.Linear(1, 1)})
     each = [torch.optim.SGD(model.parameters(), lr=1.0) for model in module.values()]
     assert owners_of(module, each) == ["policy", "prm"]
     for wrong in ([torch.optim.SGD(module.parameters(), lr=1.0)], [each[0], each[0]]):
         with pytest.raises(ValueError, match="Expected each optimizer to have the parameters of one model"):
             owners_of(module, wrong)
+
+
+def test_the_papers_run_is_built_on_a_meta_device(warm_model, tmp_path, monkeypatch):
+    """conf/prime.yaml as it is, ZeRO-3 on eight devices, with models of the real size whose weights have no memory."""
+    size = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    Qwen2Config(vocab_size=152_064, tie_word_embeddings=False, **size, **heads).save_pretrained(tmp_path / "7b")
+    load_tokenizer(str(warm_model)).save_pretrained(tmp_path / "7b")
+
+    def without_weights(name, *, dtype, attention):
+        with torch.device("meta"):
+            config, kind = AutoConfig.from_pretrained(name), getattr(torch, dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention).train()
+
+    monkeypatch.setattr("prime_lightning.module.load_causal_lm", without_weights)
+    cli = cli_of("--model.policy", tmp_path / "7b", "--model.loading.attention", "sdpa")  # flash needs its package
+    module, strategy = cli.model, cli.trainer.strategy
+    module.configure_model()
+    for model in (module.policy, module.prm, module.reference):
+        assert sum(p.numel() for p in model.parameters() if p.is_meta) == 7_615_616_512
+    optimizers = [made["optimizer"] for made in module.configure_optimizers()]
+    assert owners_of(module, optimizers) == ["prm", "policy"]
+    strategy._init_config_if_needed()
+    for role in ("policy", "prm", "reference"):
+        read = DeepSpeedConfig(strategy.config_of(role))
+        assert (read.zero_optimization_stage, read.bfloat16_config.enabled) == (3, True)
+        assert read.zero_config.overlap_comm  # or nothing is gathered while something else is computed
+
+
+def test_stages_without_overlap_have_none():
+    strategy = built("--config", CONF / "strategy/zero2.yaml")
+    strategy.roles = {"prm": {"zero_optimization": {"stage": 1}}}
+    overlap = [strategy.config_of(role)["zero_optimization"]["overlap_comm"] for role in ("policy", "prm")]
+    assert overlap == [True, False]
+
+
+def test_a_config_for_a_model_that_is_not_there_is_refused(warm_model):
+    module = tiny.module(warm_model)
+    module.configure_model()
+    strategy = PrimeDeepSpeedStrategy(roles={"actor": {}})
+    with pytest.raises(ValueError, match=r"to name some of \['policy', 'prm'\], got \['actor'\]"):
+        strategy._prepare(module)
+
+
+def test_a_module_with_engines_knows_where_they_are(warm_model):
+    """Without CUDA, the device without data stands for it."""
+    module = tiny.module(warm_model)
+    module.configure_model()
+    settle(module, torch.device("meta"))
+    assert module.device.type == module.pass_rate.device.type == "meta"
+    assert module.pass_rate.mean_value.device.type == "meta"
+    assert module.policy.model.device.type == "cpu"  # it moves when its engine is made
 
 
 def test_strategies_that_take_all_models_for_one_are_refused(warm_model):

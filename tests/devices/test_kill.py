@@ -1,12 +1,15 @@
 """`last` of a sharded run survives a kill of one rank, or of all of them, in the middle of a save."""
 
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
 import ranks
 import torch
 
-from prime_lightning.checkpoint import INDEX, AtomicCheckpointIO, Folder, read, role_weights
+from prime_lightning.checkpoint import INDEX, AtomicCheckpointIO, Folder, exchange, read, role_weights
 
 WEIGHTS = {f"policy.model.w{i}": torch.full((4,), float(i)) for i in range(6)}
 TIED = WEIGHTS | {"policy.model.head": WEIGHTS["policy.model.w0"]}
@@ -59,6 +62,69 @@ def test_folders_and_files_take_each_others_place(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 3}, target)
     assert target.is_file()
     assert read(target)["step"] == 3
+
+
+def test_an_old_folder_that_cannot_be_deleted_costs_nothing(tmp_path, monkeypatch):
+    """The new content counts by then: an error of the cleaning must not make a save undo itself."""
+    target = tmp_path / "last.ckpt"
+    save(target, "a", 1)
+    with monkeypatch.context() as patched:
+
+        def busy(*_, **__):
+            raise OSError(16, "Device or resource busy")
+
+        patched.setattr("os.rmdir", busy)
+        save(target, "b", 2)
+    assert (target / "a").is_dir()
+    assert read(target)["step"] == 2
+    assert len(dict(role_weights(target, "policy"))) == len(TIED)
+    save(target, "c", 3)
+    assert sorted(path.name for path in target.iterdir()) == ["c", INDEX]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_file_and_a_folder_swap_their_names(tmp_path, in_one_step, monkeypatch):
+    if not in_one_step:  # as over NFS, or not on Linux
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("x")
+    (folder / "inner").mkdir(parents=True)
+    exchange(file, folder)
+    assert folder.read_text() == "x"
+    assert (file / "inner").is_dir()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+SWAPS = """
+    import sys, torch
+    from prime_lightning.checkpoint import AtomicCheckpointIO, Folder
+    for step in range(10**6):
+        if step % 2:
+            AtomicCheckpointIO().save_checkpoint({"step": step}, sys.argv[1])
+        else:
+            folder = Folder(__import__("pathlib").Path(sys.argv[1]), str(step), 0, 1)
+            folder.begin()
+            folder.flush()
+            folder.commit({"step": step, "state_dict": {}, "optimizer_states": []})
+"""
+
+
+def test_there_is_a_checkpoint_at_any_moment_while_a_folder_and_a_file_take_turns(tmp_path):
+    """What a kill would leave is what is there at a moment; thousands of moments."""
+    target = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": -1}, target)
+    saving = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SWAPS), str(target)])
+    try:
+        end, flips, folder = time.monotonic() + 60, 0, False
+        while flips < 20 and time.monotonic() < end:
+            assert target.exists()
+            flips, folder = flips + (folder != target.is_dir()), target.is_dir()
+        assert saving.poll() is None
+        assert flips >= 20
+    finally:
+        saving.kill()
+        saving.wait()
+    assert read(target)["step"] >= 0
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import tiny
@@ -9,11 +12,12 @@ import torch
 from huggingface_hub import ModelCard
 from prm_rows import CONF
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.__main__ import main
-from prime_lightning.checkpoint import read_facts, role_weights
+from prime_lightning.checkpoint import AtomicCheckpointIO, Folder, read_facts, role_weights
 from prime_lightning.options import Lora
+from prime_lightning.pretrained import load_tokenizer, save
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.prm.facts import PRMFacts
 from prime_lightning.prm.folder import write_model
@@ -95,6 +99,51 @@ def test_tied_weights_and_adapters(chat_model, warm_model, tmp_path):
 
     for name, tensor in merged_parameters(adapted.policy.model):
         assert_close(merged[name], tensor)
+
+
+MEASURED = """
+    import sys, threading
+    from prime_lightning.__main__ import main
+
+    def held():  # memory that no file stands behind
+        return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+
+    def watch():
+        global peak
+        while not over.wait(0.002):
+            peak = max(peak, held())
+
+    import prime_lightning.prm.export, transformers.models.qwen2.modeling_qwen2
+    over, peak, before = threading.Event(), 0, held()
+    threading.Thread(target=watch, daemon=True).start()
+    for ckpt in sys.argv[1:]:
+        assert main(["export", f"--ckpt={ckpt}", "--role=policy", f"--out={ckpt}.out"]) == 0
+    over.set()
+    print("grown by", peak - before)
+"""
+
+
+def test_export_holds_no_copy_of_the_weights(tmp_path, model_folder):
+    """From a file and from a sharded run's folder, whose tensors stay on disk until each is written."""
+    tokenizer = load_tokenizer(model_folder)
+    size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=8, **size))
+    save(model, tokenizer, tmp_path / "start")
+    weights = {f"policy.model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    facts = {"names": {"policy": str(tmp_path / "start")}, "iterations": 1, "command": "", "numbers": {}}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "prime": {"facts": facts}}, tmp_path / "file.ckpt")
+    folder = Folder(tmp_path / "folder.ckpt", "a", 0, 1)
+    folder.begin()
+    keys = {name: folder.add(id(weight), lambda weight=weight: weight) for name, weight in weights.items()}
+    folder.flush()
+    folder.commit({"state_dict": keys, "prime": {"facts": facts}})
+    there = [str(tmp_path / "file.ckpt"), str(tmp_path / "folder.ckpt")]
+    words = [sys.executable, "-c", textwrap.dedent(MEASURED), *there]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    total = sum(weight.nbytes for weight in weights.values())
+    assert int(done.stdout.split()[-1]) < total / 2, (done.stdout, total)
+    assert_close(weights_of(f"{there[1]}.out"), {name: w.detach() for name, w in model.state_dict().items()})
 
 
 def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_refused(prime_run, tmp_path, capsys):
