@@ -7,13 +7,10 @@ if there are any, so that a pipeline can stop.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import datasets
 
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
@@ -44,8 +41,6 @@ def main(args: Sequence[str]) -> int:
     options = parser().parse_args(args)
     if options.out is not None and Path(options.out).exists():
         raise ValueError(f"Expected a new file for --out, got {options.out!r}, which exists.")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     index, sizes = Index(options.n, options.share), {}
     for name in options.benchmarks:
         texts = list(problems(name))
