@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from prime_lightning.cli import TRAINED, lightning
+from prime_lightning.pretrained import no_bars_in_logs
 from prime_lightning.verifiers import SandboxLeaks
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
@@ -63,6 +64,7 @@ def usage() -> str:
 
 
 def _run(command: str, rest: list[str]) -> int:
+    no_bars_in_logs()
     if command in COMMANDS:
         main_of: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
         return main_of(rest)

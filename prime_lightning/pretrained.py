@@ -5,13 +5,23 @@ A name is a hub id or a folder, as everywhere in `transformers`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import datasets
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+def no_bars_in_logs() -> None:
+    """Leave out the progress bars of Hugging Face's libraries where there is no terminal."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:

@@ -57,7 +57,7 @@ DOORS = {
     "plotly": {"report.page"},
     "jinja2": {"report.page"},
     "rich": {"progress", "verifiers.*", "evaluation.command"},
-    "datasets": {"prompts", "evaluation.metrics", "evaluation.command", "evaluation.contamination"},
+    "datasets": {"prompts", "pretrained", "evaluation.metrics"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
     "lightning": {
