@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -160,8 +159,10 @@ class PrimeProgress(ProgressBar):
         elif self._bar is not None:
             self._close()
         elif during_fit and trainer.is_global_zero and self.shown:
-            rate = float(trainer.callback_metrics.get("val/pass1", torch.nan))
-            print(f"evaluated after iteration {trainer.global_step}  val/pass1 {rate:.4g}", flush=True)
+            found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            told = ("val/pass1",) if "val/pass1" in found else sorted(found)
+            numbers = "  ".join(f"{name} {float(found[name]):.4g}" for name in told)
+            print(f"evaluated after iteration {trainer.global_step}  {numbers}", flush=True)
 
     on_test_end = on_validation_end
 

@@ -24,7 +24,7 @@ from prime_lightning.rollout import Prompt
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MATHS_USER = "{problem}\n\nPresent the answer in LaTex format: \\boxed{{Your answer}}"
 CODE_USER = (
-    "{prompt}\n\nWrite Python code to solve the problem. Present the code in\n```python\nYour code\n```\nat the end."
+    "{prompt}\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
 )
 
 
@@ -65,7 +65,7 @@ class Template:
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"Expected a tokenizer with a chat template, got {tokenizer.name_or_path!r} without one. "
-                "Set `template.chat: false`, or take an instruct model's tokenizer."
+                "Set `template.chat: false` (`--chat false` of `evaluate`), or take an instruct model's tokenizer."
             )
         text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -348,5 +348,6 @@ def load_rows(path: str | Sequence[str], *, split: str, name: str | None, revisi
         return datasets.load_dataset(files[0], name, split=split, revision=revision)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
-            f"Expected a {'/'.join(LOADERS)} file or a data set of the hub, got {files[0]!r}: {error}"
+            f"Expected a {'/'.join(LOADERS)} file or a data set of the hub, got {files[0]!r}: {error}. Where "
+            "the hub cannot be reached, give a file."
         ) from error

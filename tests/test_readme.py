@@ -1,5 +1,6 @@
 """What the README says to type is typed, on a small scale."""
 
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,15 @@ def test_the_quickstart_command(tmp_path, capsys):
         "prm/config.json",
     ):
         assert (out / name).is_file(), name
+    curve = [json.loads(line) for line in (out / "benchmarks.jsonl").read_text().splitlines()]
+    assert [(row["benchmark"], row["iteration"], row["problems"]) for row in curve] == [
+        ("arithmetic", 0, 250),
+        ("arithmetic", 2, 250),
+    ]
+    for row in curve:
+        low, high = row["interval"]["accuracy"]
+        assert low < row["metrics"]["accuracy"] < high
+    assert json.loads((out / "prm" / "implicit_prm.json").read_text())["steps"] == {"rule": "text", "separator": ";"}
     assert main([*args]) == 2  # nothing is overwritten
     assert "Expected a new or empty folder" in capsys.readouterr().err
 

@@ -127,7 +127,7 @@ class Benchmarks(Callback):
     ) -> None:
         begun, data = time.perf_counter(), trainer.datamodule  # type: ignore[attr-defined]
         sampling = benchmark.sampled(max_tokens=self.max_tokens)
-        scores = Scores(benchmark.metrics, sampling.samples, pl_module.device)
+        scores = Scores(benchmark.metrics, sampling.samples, prompts.kind, pl_module.device)
         draws = range(trainer.global_rank, benchmark.size(prompts, self.limit), trainer.world_size)
         self.tally, mine = Tally(len(draws), f"evaluating {benchmark.name}"), []
         for group in sampled(prompts, data.source(prompts), sampling, draws):

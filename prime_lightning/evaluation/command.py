@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prime_lightning.engines import Engine
-from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import Benchmark, benchmark_names, load_benchmark
 from prime_lightning.evaluation.folder import ResultsFolder, file_digest, fingerprint, table
 from prime_lightning.evaluation.records import Record
@@ -43,7 +42,7 @@ def parser() -> ArgumentParser:
         "--engine", type=Engine | None, default={"class_path": HF_ENGINE}, help="What samples: an import path."
     )
     made.add_argument("--data", type=str, help="Local file with the rows of the (one) benchmark.")
-    made.add_argument("--completions", type=str, help="Grade this jsonl file (`id`, `completion`); nothing is sampled.")
+    made.add_argument("--completions", type=str, help="Grade this jsonl file (`id` or `problem`, `completion`).")
     made.add_argument("--out", type=str, help="Folder of the results; by default runs/evaluate/<model>.")
     made.add_argument("--limit", type=int, help="Only the first problems.")
     made.add_argument("--template", type=str, default="prime", help="Prompt template: prime or chat.")
@@ -78,6 +77,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for evaluation in todo:
             evaluation.run(source, verifiers)
     sys.stdout.write(table({"model": options.model, "benchmarks": {e.benchmark.name: e.result for e in todo}}))
+    print(f"\nEverything: {out}")
     return 0
 
 
@@ -93,7 +93,8 @@ class Evaluation:
         self.sampling: Sampling = self.benchmark.sampled(**{key: options[key] for key in changed})
         self.given: dict[int, Any] = {}
         if options.completions is not None:
-            self.given = read_completions(options.completions, self.prompts, self.problems)
+            rows = self.benchmark.size(self.prompts, None)
+            self.given = read_completions(options.completions, self.prompts, self.problems, rows)
             self.sampling = self.benchmark.sampled(samples=len(self.given[0]))
         self.done = folder.begin(self.benchmark.name, self.settings(), self.sampling.samples)
         self.result: dict[str, Any] = {}
@@ -105,12 +106,19 @@ class Evaluation:
 
     def settings(self) -> dict[str, Any]:
         """What must be equal for results to belong together."""
-        own = {"limit": self.options.limit, "data": file_digest(self.options.data)}
+        rows = self.benchmark.prompts
+        local = self.options.data or rows.get("init_args", {}).get("path")
+        own = {"limit": self.options.limit, "prompts": rows, "data": file_digest(local)}
         if self.given:
             return {**own, "completions": file_digest(self.options.completions)}
-        how = {"template": self.options.template, "chat": self.options.chat, "sampling": asdict(self.sampling)}
-        engine = type(self.options.engine)
-        return {**own, **how, "engine": f"{engine.__module__}.{engine.__qualname__}"}
+        name, engine = self.options.template, type(self.options.engine)
+        return {
+            **own,
+            "template": {"name": name, **asdict(self.benchmark.template(name))},
+            "chat": self.options.chat,
+            "sampling": asdict(self.sampling),
+            "engine": f"{engine.__module__}.{engine.__qualname__}",
+        }
 
     def run(self, source: RolloutSource | None, verifiers: Verifiers) -> None:
         """Sample and grade what is missing, then write the numbers of all of it.
@@ -118,18 +126,17 @@ class Evaluation:
         Raises:
             ValueError: if the model gave nothing but its end token, for every problem.
         """
-        begun = time.perf_counter()
-        path = self.folder.samples(self.benchmark.name)
+        begun, name = time.perf_counter(), self.benchmark.name
         for group in shown(self.benchmark.title, self.problems, len(self.done), self._groups(source, verifiers)):
-            records.append(path, group)
+            self.folder.add(name, group)
             self.done[group[0]["problem"]] = group
         if all_empty(self.done.values()):
             raise ValueError(
                 f"Expected answers to {self.benchmark.title}, got {self.problems * self.sampling.samples} empty "
-                f"completions: the model gives nothing but its end token. Check --template, --chat and the model; the "
-                f"samples are in {str(path)!r}."
+                f"completions: the model gives nothing but its end token, or other special ones. Check --template, "
+                f"--chat and the model; the samples are in {str(self.folder.samples(name))!r}."
             )
-        scores = Scores(self.benchmark.metrics, self.sampling.samples)
+        scores = Scores(self.benchmark.metrics, self.sampling.samples, self.prompts.kind)
         for draw in range(self.problems):
             scores.add(self.done[draw])
         self.result = {
@@ -139,7 +146,7 @@ class Evaluation:
             "seconds": time.perf_counter() - begun,
             **self.settings(),
         }
-        self.folder.finish(self.benchmark.name, self.result)
+        self.folder.finish(name, self.result)
 
     def _groups(self, source: RolloutSource | None, verifiers: Verifiers) -> Iterator[list[Record]]:
         if source is None:

@@ -1,14 +1,17 @@
 """A results folder: what it belongs to, which problems are done, and what was found.
 
 `settings.json` says which model and which settings; `<benchmark>.jsonl` are the samples; `results.json` and
-`results.md` are derived from them.
+`results.md` are derived from them. Nothing is written before there is a sample, so that a call that could not begin
+does not claim the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from typing import Any
 from prime_lightning.evaluation import records
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja")
-ENDS = 1 << 20
-"""Bytes at each end of a file that its fingerprint reads."""
+PIECES, PIECE = 1024, 4096
+"""How many pieces of a file its fingerprint reads, evenly spread, and their bytes: every large matrix gets some."""
 
 
 class ResultsFolder:
@@ -35,6 +38,7 @@ class ResultsFolder:
     def __init__(self, path: str, model: str, fingerprint: str) -> None:
         self.path = Path(path)
         self.settings: dict[str, Any] = {"model": model, "fingerprint": fingerprint, "benchmarks": {}}
+        self._begun: dict[str, dict[int, list[records.Record]]] = {}
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Expected a folder for the results, got the file {path!r}. Choose another --out.")
         known = self._read("settings.json")
@@ -60,21 +64,28 @@ class ResultsFolder:
         settings = json.loads(json.dumps(settings))
         known = self.settings["benchmarks"].get(benchmark)
         if known is not None and known != settings:
+            there, here = dict(_flat(known)), dict(_flat(settings))
             differing = [
-                f"{name} {known.get(name)!r} there and {settings.get(name)!r} here"
-                for name in sorted(known.keys() | settings.keys())
-                if known.get(name) != settings.get(name)
+                f"{name} {there.get(name)!r} there and {here.get(name)!r} here"
+                for name in sorted(there.keys() | here.keys())
+                if there.get(name) != here.get(name)
             ]
             raise ValueError(
                 f"Expected the settings that {benchmark} was begun with in {str(self.path)!r}, got others: "
                 f"{'; '.join(differing)}. Choose another --out."
             )
         self.settings["benchmarks"][benchmark] = settings
-        records.replace(self.path / "settings.json", json.dumps(self.settings, indent=2) + "\n")
-        done = records.whole_problems(self.samples(benchmark), samples)
-        lines = [records.dumps(row) + "\n" for rows in done.values() for row in rows]
-        records.replace(self.samples(benchmark), "".join(lines))  # without a problem that was cut off
-        return done
+        self._begun[benchmark] = records.whole_problems(self.samples(benchmark), samples)
+        return dict(self._begun[benchmark])
+
+    def add(self, benchmark: str, group: Sequence[records.Record]) -> None:
+        """Write the samples of a problem; before the first one, the settings."""
+        done = self._begun.pop(benchmark, None)
+        if done is not None:
+            records.replace(self.path / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+            lines = [records.dumps(row) + "\n" for rows in done.values() for row in rows]
+            records.replace(self.samples(benchmark), "".join(lines))  # without a problem that was cut off
+        records.append(self.samples(benchmark), group)
 
     def samples(self, benchmark: str) -> Path:
         """The records of a benchmark."""
@@ -87,8 +98,7 @@ class ResultsFolder:
         results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
         results["benchmarks"][benchmark] = result
         records.replace(self.path / "results.json", records.dumps(results, indent=2) + "\n")
-        clean = json.loads(records.dumps(results))
-        records.replace(self.path / "results.md", table(clean))
+        records.replace(self.path / "results.md", table(results))
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -116,7 +126,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     for row in results["benchmarks"].values():
         metrics = row["metrics"]
-        cut, length = _percent(metrics["truncated"]), "" if metrics["length"] is None else f"{metrics['length']:.0f}"
+        cut, length = _percent(metrics["truncated"]), _percent(metrics["length"]) and f"{metrics['length']:.0f}"
         for name in [name for name in metrics if name not in ("truncated", "length", "unknown")]:
             interval = " to ".join(map(_percent, row["interval"][name]))
             cells = [row["title"], f"{row['problems']} x {row['samples']}", name, _percent(metrics[name]), interval]
@@ -124,12 +134,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings with dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
+    return "" if share is None or math.isnan(share) else f"{100 * share:.1f}"
 
 
 def fingerprint(model: str) -> str:
-    """Tells models apart: a hub id is its own name, a folder the digest of its files' names, sizes and ends."""
+    """Tells models apart: a hub id is its own name, a folder the digest of its files' names, sizes and parts."""
     folder = Path(model)
     if not folder.is_dir():
         return model
@@ -138,12 +157,12 @@ def fingerprint(model: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
-            digest.update(file.read(ENDS))
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(start)
+                digest.update(file.read(PIECE))
     return digest.hexdigest()
 
 
 def file_digest(path: str | None) -> str | None:
-    """SHA-256 of a file; None for none."""
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a file; None where there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None

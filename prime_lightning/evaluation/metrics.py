@@ -36,7 +36,7 @@ class ProblemMetric(evaluate.Metric):  # type: ignore[misc]
     about: str
     """Description, for `evaluate`."""
     kind: str = "math"
-    """Verifier of the predictions where no scores are given."""
+    """Verifier of the predictions, which also says where their final answers stand."""
 
     @abstractmethod
     def problem(self, texts: Sequence[str], scores: Sequence[float | None]) -> dict[str, float]:
@@ -64,7 +64,8 @@ class ProblemMetric(evaluate.Metric):  # type: ignore[misc]
         scores: Sequence[Sequence[float | None]] | None = None,
     ) -> dict[str, float]:
         """Means over the problems; `scores` are verdicts that are there already."""
-        graded = scores or grade(predictions, references, kind or self.kind)
+        self.kind = kind or type(self).kind
+        graded = scores or grade(predictions, references, self.kind)
         values = [self.problem(texts, known) for texts, known in zip(predictions, graded, strict=True)]
         return {name: mean_and_error([row[name] for row in values])[0] for name in values[0]}
 
@@ -83,8 +84,8 @@ def grade(predictions: Sequence[Sequence[str]], references: Sequence[str], kind:
         return [[v.score if v.known else None for _, v in zip(texts, verdicts, strict=False)] for texts in predictions]
 
 
-def load_metric(name: str) -> ProblemMetric:
-    r"""A shipped metric by its name, or a user's own by the path of its folder.
+def load_metric(name: str, kind: str | None = None) -> ProblemMetric:
+    r"""A shipped metric by its name, or a user's own by the path of its folder; for predictions of a kind.
 
     Raises:
         ValueError: if there is none.
@@ -104,6 +105,7 @@ def load_metric(name: str) -> ProblemMetric:
             f"Expected the metric {name!r} to be a subclass of prime_lightning.evaluation.metrics.ProblemMetric, "
             f"got {type(loaded).__name__}."
         )
+    loaded.kind = kind or loaded.kind
     return loaded
 
 
@@ -118,6 +120,8 @@ def problem_values(metrics: Sequence[ProblemMetric], records: Sequence[Mapping[s
     values: dict[str, float] = {}
     for metric in metrics:
         values |= metric.problem(texts, scores)
+    if "accuracy" in values:  # of one sample, which it is
+        values = {name: value for name, value in values.items() if name not in ("pass1", "maj1")}
     lengths = [r["tokens"] for r in records if r["tokens"] is not None]
     cut = [r["finish"] == "length" for r in records if r["finish"] is not None]
     return values | {

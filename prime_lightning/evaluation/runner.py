@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ class Scores:
     Args:
         metrics: Names of `evaluate` modules.
         samples: K of each problem.
+        kind: Verifier of the problems.
         device: Where the ranks exchange them.
     """
 
-    def __init__(self, metrics: Sequence[str], samples: int, device: torch.device | str = "cpu") -> None:
-        self.metrics: list[ProblemMetric] = [load_metric(name) for name in metrics]
+    def __init__(self, metrics: Sequence[str], samples: int, kind: str, device: torch.device | str = "cpu") -> None:
+        self.metrics: list[ProblemMetric] = [load_metric(name, kind) for name in metrics]
         self.names = list(problem_values(self.metrics, [NOTHING] * samples))
         self.table = ProblemTable(self.names, samples).to(device)
 
@@ -103,42 +105,60 @@ def question(prompts: Prompts, draw: int) -> Prompt:
     )
 
 
-def read_completions(path: str, prompts: Prompts, problems: int) -> dict[int, list[dict[str, Any]]]:
+def read_completions(path: str, prompts: Prompts, problems: int, rows: int) -> dict[int, list[dict[str, Any]]]:
     """Completions made elsewhere, by problem, in the order of the problems.
 
     A line has `completion`, and `id` (of the row) or `problem` (its position, from 0). Several lines of one problem
-    are its samples.
+    are its samples. Other fields are ignored, and lines of later problems than the first `problems` of all `rows`.
 
     Raises:
-        ValueError: if a line is none of this benchmark, or problems have none or unequal numbers of completions.
+        ValueError: if a line is no JSON object or none of this benchmark, or problems have none or unequal numbers of
+            completions.
     """
     if not Path(path).is_file():
         raise ValueError(f"Expected a jsonl file of completions, got {path!r}, which does not exist.")
-    positions = {str(prompts.row(i).get("id", i)): i for i in range(problems)}
-    found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(problems)}
-    for number, row in enumerate(records.rows_of(Path(path)), 1):
-        place = row.get("problem", positions.get(str(row.get("id"))))
+    positions = {str(prompts.row(i).get("id", i)): i for i in range(rows)}
+    found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(rows)}
+    for where, row in _lines(path):
         if not isinstance(row.get("completion"), str):
-            raise ValueError(
-                f"Expected a string `completion` in row {number} of {path!r}, got the fields {sorted(row)}."
-            )
-        if place not in found:
+            raise ValueError(f"Expected a string `completion` in {where}, got the fields {sorted(row)}.")
+        if not isinstance(row.get("tokens"), int | None) or row.get("finish") not in (None, "stop", "length"):
+            given = {name: row.get(name) for name in ("tokens", "finish")}
+            raise ValueError(f"Expected a number of `tokens` and `finish` stop or length in {where}, got {given}.")
+        place = positions.get(str(row["id"])) if "id" in row else row.get("problem")
+        if type(place) is not int or place not in found:
             name = {key: row[key] for key in ("id", "problem") if key in row} or f"the fields {sorted(row)}"
             raise ValueError(
-                f"Expected `id` or `problem` (0 to {problems - 1}) of {prompts.source} in row {number} of {path!r}, "
-                f"got {name}."
+                f"Expected `id` or `problem` (0 to {rows - 1}) of {prompts.source} in {where}, got {name}."
             )
         found[place].append(row)
-    counts = {len(rows) for rows in found.values()}
+    asked = {place: found[place] for place in range(problems)}
+    counts = {len(samples) for samples in asked.values()}
     if len(counts) != 1 or counts == {0}:
-        few = [i for i, rows in found.items() if len(rows) != max(counts)]
+        few = [i for i, samples in asked.items() if len(samples) != max(counts)]
         raise ValueError(
             f"Expected equally many completions of each of the {problems} problems of {prompts.source} in {path!r}, "
             f"got {min(counts)} to {max(counts)}"
-            + (f"; problems {few[:5]} ... have fewer." if few else ", an empty file.")
+            + (f"; problems {few[:5]} ... have fewer." if few else ": none.")
             + " `limit` grades the first problems only."
         )
-    return found
+    return asked
+
+
+def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a jsonl file, and where it stands."""
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {path!r}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"Expected a JSON object in {where}: {error}.") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"Expected a JSON object in {where}, got a {type(row).__name__}.")
+            yield where, row
 
 
 def all_empty(groups: Iterable[Sequence[Record]]) -> bool:

@@ -71,7 +71,7 @@ class PRMFacts:
             raise ValueError(
                 f"Expected {FILE} in the PRM's folder {str(folder)!r}, which says its beta and reference, got none. "
                 "Write the folder with `prime-lightning export --role prm`, or give beta and reference yourself: "
-                "`ImplicitPRM.from_pretrained(folder, facts=PRMFacts(beta=..., reference=...))`, `--facts.beta`."
+                "`ImplicitPRM.from_pretrained(folder, facts=PRMFacts(beta=..., reference=...))`, `--prm.facts.beta`."
             )
         try:
             row = json.loads(path.read_text())

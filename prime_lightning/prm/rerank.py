@@ -7,6 +7,7 @@ to grade against) or are sampled now: `--sample.model`, `--sample.prompts`, `--s
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,7 @@ from prime_lightning.prm.score import add_prm, load_prm, score_all
 from prime_lightning.prm.selection import RULES, best_of_n, interval, sets_of, vote
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Prompt, Sampling
-from prime_lightning.verifiers import MathOptions, Verifiers
-from prime_lightning.verifiers.math_answer import answer_of
-from prime_lightning.verifiers.math_text import normalise
+from prime_lightning.verifiers import Verifiers, final_answer
 
 VOTED = "vote_"
 RIGHT = "(right)"  # right answers are one candidate of the vote, however they are written
@@ -45,14 +44,14 @@ class Problem:
     """
 
     outcomes: np.ndarray
-    """`[N]` in [0, 1]."""
+    """`[N]` 1 where it is right; a program that passes some of its tests is wrong, as in pass@k."""
     answers: list[str | None]
     """Final answer of each sample, for votes."""
     scores: dict[str, np.ndarray]
     """`[N]` for each rule."""
 
     def at(self, method: str, n: int, *, sets: int, seed: int) -> float:
-        """Mean outcome of what a method picks from a set of n samples, over the sets."""
+        """How often a method picks a right one from a set of n samples, over the sets."""
         if method == "pass":
             return pass_at_k(int((self.outcomes == 1).sum()), len(self.outcomes), n)
         if method in self.scores:
@@ -61,7 +60,7 @@ class Problem:
         if method == "majority":
             return vote(self.answers, np.ones(len(self.answers)), self.outcomes, sets_SN)
         score_N = self.scores[method.removeprefix(VOTED)]
-        return vote(self.answers, 1 / (1 + np.exp(-score_N)), self.outcomes, sets_SN)
+        return vote(self.answers, np.exp(-np.logaddexp(0, -score_N)), self.outcomes, sets_SN)  # sigmoid
 
 
 def parser() -> ArgumentParser:
@@ -100,23 +99,26 @@ def main(args: list[str]) -> int:
         raise ValueError("Expected completions from either --input or --sample.model, got both or neither.")
     prm = load_prm(options)
     responses, answers = sample(options) if sampled else read(options.input, options.kind)
-    scored = score_all(prm, responses, options.steps)
-    problems = group(responses, answers, [one.step_rewards for one in scored], options.rules)
+    written = iter(score_all(prm, [one for one in responses if one.text.strip()], options.steps))
+    rewards = [next(written).step_rewards if one.text.strip() else [] for one in responses]
+    problems = group(responses, answers, rewards, options.rules)
     result = compare(problems, sizes(problems, options.n), options.rules, sets=options.sets, seed=options.seed)
     result |= {"reference": prm.reference is not None, "seed": options.seed}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.out / "table.md").write_text(table(result))
     with (options.out / "scored.jsonl").open("w", encoding="utf-8") as file:
-        for one, answer, rewards in zip(responses, answers, scored, strict=True):
+        for one, answer, steps in zip(responses, answers, rewards, strict=True):
             row = {"prompt": one.prompt, "response": one.text, "label": one.label, "final": answer}
-            file.write(json.dumps({**row, "step_rewards": rewards.step_rewards, "reward": rewards.reward}) + "\n")
+            file.write(json.dumps({**row, "step_rewards": steps, "reward": sum(steps) if steps else None}) + "\n")
     print(table(result) + f"\nEverything: {options.out}")
     return 0
 
 
 def read(path: str, kind: str) -> tuple[list[Response], list[str | None]]:
     """Labelled responses of a file, and the final answer of each; without labels they are graded here.
+
+    Empty ones stay: they are samples, too, though no rule picks them. Those without a verdict are left out.
 
     Raises:
         ValueError: if there is neither a label nor an answer to grade against.
@@ -133,10 +135,18 @@ def read(path: str, kind: str) -> tuple[list[Response], list[str | None]]:
         responses = [replace(one, label=label) for one, label in zip(responses, labels, strict=True)]
     else:
         raise ValueError(f"Expected the column label, labels, score, or an answer to grade against, in {path!r}.")
-    known = [one for one in without_empty(responses, path, drop=True) if one.label is not None]
+    without_empty(responses, path, drop=True)  # refuses a file of nothing else
+    known = _known(responses)
     if not known:
         raise ValueError(f"Expected responses with a verdict in {path!r}, got none.")
     return known, [final_answer(one.text, kind) for one in known]
+
+
+def _known(responses: Sequence[Response]) -> list[Response]:
+    known = [one for one in responses if one.label is not None]
+    if len(known) < len(responses):
+        warnings.warn(f"{len(responses) - len(known)} responses without a verdict are left out.", stacklevel=3)
+    return known
 
 
 def _gradable(i: int, row: dict[str, Any], kind: str) -> Prompt:
@@ -168,31 +178,22 @@ def sample(options: Namespace) -> tuple[list[Response], list[str | None]]:
         rollouts = [rollout for batch in loader for rollout in batch.rollouts]
     finally:
         data.close()
-    kept = [r for r in rollouts if r.verdict.known and r.completion.text.strip()]
-    responses = [
-        Response(
-            row=r.prompt.draw,
-            prompt=r.prompt.text,
-            text=r.completion.text,
-            label=r.verdict.score,
-            finished=not r.completion.truncated,
-        )
-        for r in kept
-    ]
-    return responses, [final_answer(r.completion.text, r.prompt.kind) for r in kept]
-
-
-def final_answer(text: str, kind: str) -> str | None:
-    r"""What a response votes for; None where it commits itself to nothing, and for programs.
-
-    Example:
-        >>> final_answer("7;4;#4", "exact"), final_answer(r"so $\boxed{\dfrac12}$", "math")
-        ('4', '\\frac{1}{2}')
-    """
-    if kind == "exact":
-        return text.rpartition("#")[2].strip() if "#" in text else None
-    answer = answer_of(text, MathOptions()) if kind == "math" else None
-    return None if answer is None else normalise(answer)
+    if not any(r.completion.text.strip() for r in rollouts):
+        raise ValueError(f"Expected answers of {chosen.model!r}, got {len(rollouts)} empty ones.")
+    responses = _known(
+        [
+            Response(
+                row=r.prompt.draw,
+                prompt=r.prompt.text,
+                text=r.completion.text,
+                label=r.verdict.score if r.verdict.known else None,
+                finished=not r.completion.truncated,
+            )
+            for r in rollouts
+        ]
+    )
+    kinds = {r.prompt.draw: r.prompt.kind for r in rollouts}
+    return responses, [final_answer(one.text, kinds[one.row]) for one in responses]
 
 
 def group(
@@ -204,9 +205,11 @@ def group(
         members.setdefault(one.group, []).append(i)
     return [
         Problem(
-            outcomes=np.array([responses[i].label for i in rows], float),
+            outcomes=np.array([responses[i].label == 1 for i in rows], float),
             answers=[RIGHT if answers[i] and responses[i].label == 1 else answers[i] for i in rows],
-            scores={rule: np.array([RULES[rule](rewards[i]) for i in rows]) for rule in rules},
+            scores={
+                rule: np.array([RULES[rule](rewards[i]) if rewards[i] else -np.inf for i in rows]) for rule in rules
+            },
         )
         for rows in members.values()
     ]
@@ -229,7 +232,7 @@ def sizes(problems: Sequence[Problem], wanted: Sequence[int] | None) -> list[int
 def compare(
     problems: Sequence[Problem], sizes: Sequence[int], rules: Sequence[str], *, sets: int, seed: int
 ) -> dict[str, Any]:
-    """Mean outcome of each method at each n, with the bootstrap over problems; and the paired gain over majority."""
+    """Share right of each method at each n, with the bootstrap over problems; and the paired gain over majority."""
     voting = any(answer is not None for problem in problems for answer in problem.answers)
     methods = ["pass", *rules, *(["majority", *(VOTED + rule for rule in rules)] if voting else [])]
     value_P = {(m, n): np.array([p.at(m, n, sets=sets, seed=seed) for p in problems]) for m in methods for n in sizes}
@@ -259,4 +262,4 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     low, high = result["samples"]
     said = f"{result['problems']} problems, {low if low == high else f'{low} to {high}'} samples each"
-    return "\n".join(lines) + f"\n\n{said}; mean outcome of what is picked, 95 % bootstrap interval over problems.\n"
+    return "\n".join(lines) + f"\n\n{said}; how often a right one is picked, 95 % bootstrap interval over problems.\n"

@@ -121,7 +121,7 @@ def without_empty(responses: Sequence[Response], path: str, *, drop: bool) -> li
     if empty and not drop:
         raise ValueError(
             f"Expected no empty responses in {path!r}, got {len(empty)} of {len(responses)} (rows {empty[:5]} ..., "
-            "counted from 0). Drop these rows, or leave them out with `drop_empty: true`."
+            "counted from 0). Drop these rows; for training, `--data.drop_empty true` leaves them out."
         )
     if len(empty) == len(responses):
         raise ValueError(f"Expected responses in {path!r}, got only empty ones.")
@@ -140,7 +140,7 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"Expected a tokenizer with a chat template for prompts that are messages, got {tokenizer.name_or_path!r} "
-            "without one. Give the prompts as text."
+            "without one. Give the prompts as text (for `processbench`: `--chat false`)."
         )
     text = str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))  # type: ignore
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

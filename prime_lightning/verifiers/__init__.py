@@ -20,13 +20,15 @@ from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.verifiers.code_answer import CodeGrader, SandboxLeaks
 from prime_lightning.verifiers.counts import VerdictCounts
 from prime_lightning.verifiers.golds import BadGold, GoldReport
-from prime_lightning.verifiers.math_answer import MathGrader
+from prime_lightning.verifiers.math_answer import MathGrader, answer_of
+from prime_lightning.verifiers.math_text import normalise
 from prime_lightning.verifiers.options import CodeOptions, MathOptions, UserOptions
 from prime_lightning.verifiers.pool import WorkerDied
 from prime_lightning.verifiers.remote import HttpVerifier, RemoteGrader
 from prime_lightning.verifiers.user_answer import UserGrader
 
 __all__ = [
+    "VOTING",
     "BadGold",
     "CodeOptions",
     "GoldReport",
@@ -36,11 +38,14 @@ __all__ = [
     "UserOptions",
     "VerdictCounts",
     "Verifiers",
+    "final_answer",
     "verify",
 ]
 
 Grader = MathGrader | CodeGrader | UserGrader | RemoteGrader
 _MATH, _CODE, _USER = MathOptions(), CodeOptions(), UserOptions()
+VOTING = ("exact", "math")
+"""Kinds whose completions have a final answer to vote for."""
 
 
 def exact(prompt: Prompt, text: str) -> Verdict:
@@ -54,6 +59,21 @@ def exact(prompt: Prompt, text: str) -> Verdict:
     if not marker:
         return Verdict.of_score(0.0, reason="no # marker")
     return Verdict.of_score(float(answer.strip() == prompt.answer.strip()), reason="compared exactly")
+
+
+def final_answer(text: str, kind: str) -> str | None:
+    r"""What a completion votes for, in one way of writing; None where it commits itself to nothing.
+
+    Only the kinds of `VOTING` have final answers that can be compared.
+
+    Example:
+        >>> final_answer("7;4;#4", "exact"), final_answer(r"so $\boxed{\dfrac12}$", "math"), final_answer("4", "math")
+        ('4', '\\frac{1}{2}', None)
+    """
+    if kind == "exact":
+        return text.rpartition("#")[2].strip() if "#" in text else None
+    answer = answer_of(text, _MATH) if kind == "math" else None
+    return None if answer is None else normalise(answer)
 
 
 class Verifiers:

@@ -9,6 +9,7 @@ from real_files import FILES, REPOSITORY, real, write
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.metrics import load_metric
 from prime_lightning.evaluation.runner import graded, question
+from prime_lightning.prompts import CODE_USER, Template
 from prime_lightning.verifiers import Verifiers
 
 NAMES = [
@@ -38,6 +39,8 @@ def test_every_file_says_all_there_is_to_say(name):
     text = (REPOSITORY / "evals" / "benchmarks" / f"{name}.yaml").read_text()
     assert pinned is None or len(pinned) == 40
     assert pinned or name == "arithmetic" or "No revision is pinned" in text
+    if name not in {"arithmetic", "humaneval", "mbpp", "mbpp_sanitized"}:
+        assert benchmark.metrics == ["math_accuracy", "pass_at_k", "majority_vote"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -173,14 +176,31 @@ def test_other_mistakes(tmp_path):
         load_benchmark("math500").load(data="nowhere.jsonl")
 
 
+CODE = "\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
+"""Of the model card of PRIME-RL/Eurus-2-7B-SFT, white space and all."""
+
+
 def test_own_templates_and_the_system_prompt_of_the_authors(tmp_path):
     path = own(tmp_path, "math500", [ROW], templates={"plain": {"user": "Q: {problem}", "chat": False}})
     assert load_benchmark(path).load(template="plain").template.messages(ROW)[0]["content"] == "Q: 1+1?"
     system, user = load_benchmark("aime2024").template("prime").messages(ROW)
     actions = "\n\n[ASSESS]\n\n[ADVANCE]\n\n[VERIFY]\n\n[SIMPLIFY]\n\n[SYNTHESIZE]\n\n[PIVOT]\n\n[OUTPUT]\n\n"
     assert f"progress through your thought process.{actions}You should strictly follow" in system["content"]
-    assert system["content"].endswith("# Your action step 3\n\n...\n\nNext action: [NEXT ACTION NAME]\n")
+    assert system["content"].startswith("\nWhen tackling complex reasoning tasks, you have access")
+    assert system["content"].endswith("# Your action step 3\n\n...\n\nNext action: [NEXT ACTION NAME]\n\n")
     assert user["content"] == "1+1?\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
     assert json.dumps(system) == json.dumps(
         load_benchmark("mbpp").template("prime").messages({"prompt": "", "tests": [""]})[0]
     )
+    [_, code] = load_benchmark("humaneval").template("prime").messages({"prompt": "def f():"})
+    assert code["content"] == f"def f():{CODE}"
+    assert Template(user=CODE_USER).messages({"prompt": "Add."}) == [{"role": "user", "content": f"Add.{CODE}"}]
+
+
+def test_the_prompts_of_mbpp_are_those_of_the_authors_file():
+    """Their `new_mbpp.json` has the task and its first assert as `instruction`."""
+    template = load_benchmark("mbpp_sanitized").template("prime")
+    with open(real("prime_new_mbpp.jsonl"), encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert len(rows) == 399
+    assert [template.messages(row)[1]["content"] for row in rows] == [row["instruction"] + CODE for row in rows]

@@ -68,6 +68,15 @@ def test_all_values_of_a_problem():
     )
 
 
+def test_one_sample_has_one_share_and_programs_do_not_vote():
+    record = {"completion": "\\boxed{1}", "score": 1.0, "tokens": 3, "finish": "stop"}
+    metrics = [load_metric(name) for name in ("math_accuracy", "pass_at_k", "majority_vote")]
+    assert set(problem_values(metrics, [record])) == {"accuracy", "truncated", "length", "unknown"}
+    assert problem_values([load_metric("pass_at_k")], [record])["pass1"] == 1.0
+    assert math.isnan(load_metric("majority_vote", "code").problem(["a", "b"], [1.0, 0.0])["maj2"])
+    assert load_metric("majority_vote", "exact").problem(["#1", "#2", "#2"], [1.0, 0.0, 0.0])["maj3"] == 0.0
+
+
 def test_the_table_gives_means_errors_and_intervals_and_leaves_unknown_out():
     table = ProblemTable(["accuracy", "length", "unknown"], samples=1)
     for accuracy, length, unknown in ((1.0, 3, 0), (0.0, 5, 0), (math.nan, 7, 1)):

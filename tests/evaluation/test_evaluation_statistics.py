@@ -64,7 +64,7 @@ def test_interval_of_single_samples_solves_wilsons_equation(right, n):
     m = right / n
     for p in wilson(m, mean_and_error([1.0] * right + [0.0] * (n - right))[1], n):
         if 0 < p < 1:
-            assert (m - p) ** 2 == pytest.approx(Z95**2 * p * (1 - p) / n, rel=1e-2, abs=1e-12)
+            assert (m - p) ** 2 == pytest.approx(Z95**2 * p * (1 - p) / n, rel=1e-9)
 
 
 def test_intervals_of_several_samples_cover_the_truth():

@@ -29,6 +29,6 @@ def prime_run(tmp_path_factory, warm_model):
     out = tmp_path_factory.mktemp("prime")
     where = ("--trainer.default_root_dir", str(out), "--model.policy", str(warm_model), "--trainer.max_steps=10")
     small = ("--data.prompts_per_batch=4", "--data.sampling.max_tokens=8", "--data.train.init_args.operations=2",
-             "--data.accuracy_filter={low: 0, high: 1}", "--model.process_reward.step_separator=;")  # fmt: skip
+             "--data.accuracy_filter={low: 0, high: 1}")  # fmt: skip
     assert main(["fit", "--config", str(CONF / "quickstart.yaml"), *where, *small]) == 0
     return out

@@ -58,4 +58,4 @@ def test_the_commands_of_the_page(desk, monkeypatch, capsys):
         assert (desk / made).is_file(), made
     [code] = blocks("python")
     exec(compile(code, "docs/prm.md", "exec"), {})
-    assert "7;" in capsys.readouterr().out
+    assert "['7;', '4;', '8;', '#8']" in capsys.readouterr().out

@@ -11,8 +11,10 @@ from toys import write_jsonl
 
 from prime_lightning.__main__ import main
 from prime_lightning.arithmetic import Chains, step_truth
+from prime_lightning.prm import ImplicitPRM
 from prime_lightning.prm.first_error import best_threshold, f1, predict
-from prime_lightning.prm.processbench import arithmetic_rows, split
+from prime_lightning.prm.processbench import arithmetic_rows, split, step_scores
+from prime_lightning.prompts import load_rows
 
 SAMPLE = Path(__file__).parent.parent.parent / "evals" / "processbench" / "arithmetic.jsonl"
 SCORES = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0])
@@ -105,6 +107,11 @@ def test_the_command_finds_first_errors(prm_run, bench, tmp_path, capsys, how):
         hits[label >= 0].append(found == label)
     assert (result["error"], result["correct"]) == pytest.approx((np.mean(hits[True]), np.mean(hits[False])))
     assert result["interval"][0] <= result["f1"] <= result["interval"][1]
+    tune, scored = split([dict(row) for row in load_rows(bench, split="train", name=None, revision=None)], 0.5, seed=0)
+    prm = ImplicitPRM.from_pretrained(prm_run / "prm")
+    given = step_scores(prm, tune, joiner="", chat=False, how=how)
+    assert result["threshold"] == pytest.approx(best_threshold(given, [row["label"] for row in tune]))
+    assert result["labels"] == [row["label"] for row in scored]
     assert result["f1"] > 0.6  # the PRM learned from this teacher's outcomes, and finds its mistakes
     assert run(prm_run / "prm", bench, out) == 2
     assert "Expected a new file" in capsys.readouterr().err

@@ -11,8 +11,9 @@ from toys import write_jsonl
 
 from prime_lightning.__main__ import main
 from prime_lightning.arithmetic import DIGITS
-from prime_lightning.prm.rerank import compare, final_answer, group, sizes, table
+from prime_lightning.prm.rerank import compare, group, sizes, table
 from prime_lightning.prm.responses import Response
+from prime_lightning.verifiers import final_answer
 
 
 def rerank(prm, out, *more):
@@ -78,6 +79,26 @@ def test_answers_are_graded_where_there_are_no_labels(prm_run, tmp_path):
     assert [entry["mean"] for entry in found["majority"]] == pytest.approx([1 / 4, 1 / 4])
 
 
+def test_empty_completions_are_samples_that_no_rule_picks(prm_run, tmp_path):
+    asked = [{"prompt": f"^{a}+1=", "response": r, "label": int(bool(r))} for a in range(3) for r in ("", "2;#2", "")]
+    asked += [{"prompt": "^4+1=", "response": "", "label": 0}] * 3
+    out = tmp_path / "out"
+    assert rerank(prm_run / "prm", out, f"--input={write_jsonl(tmp_path / 'rows.jsonl', asked)}") == 0
+    found = results(out)["methods"]
+    for method in ("pass", "sum", "mean", "min", "last", "majority", "vote_sum"):
+        assert [entry["mean"] for entry in found[method]] == pytest.approx([1 / 4, 2 / 4, 3 / 4])
+    written = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
+    assert [row["reward"] is None for row in written] == [row["response"] == "" for row in asked]
+
+
+def test_what_has_no_verdict_is_left_out_aloud(prm_run, tmp_path):
+    asked = [{"prompt": "^1+1=", "completion": "2;#2", "score": score} for score in (1.0, None, 0.5)]
+    path = write_jsonl(tmp_path / "rows.jsonl", asked)
+    with pytest.warns(UserWarning, match="1 responses without a verdict are left out"):
+        assert rerank(prm_run / "prm", tmp_path / "out", f"--input={path}", "--n=[2]") == 0
+    assert results(tmp_path / "out")["methods"]["pass"][0]["mean"] == 1.0
+
+
 def test_fresh_completions(prm_run, warm_model, tmp_path):
     out = tmp_path / "out"
     sampled = (
@@ -104,8 +125,10 @@ def test_programs_have_no_votes_and_right_answers_are_one_candidate():
         made = [Response(row=0, prompt="p", text=t, label=o) for t, o in zip(texts, labels, strict=True)]
         return group(made, [final_answer(t, kind) for t in texts], [[0.0]] * len(texts), ["sum"])
 
-    programs = problem(["print(1)", "print(2)"], [1.0, 0.0], "code")
-    assert set(compare(programs, [1], ["sum"], sets=8, seed=0)["methods"]) == {"pass", "sum"}
+    programs = problem(["print(1)", "print(2)", "print(3)"], [1.0, 0.0, 0.9], "code")
+    found = compare(programs, [1], ["sum"], sets=8, seed=0)["methods"]
+    assert set(found) == {"pass", "sum"}
+    assert [row[0]["mean"] for row in found.values()] == pytest.approx([1 / 3, 1 / 3])  # nearly right is wrong
     texts = [r"\boxed{0.5}", r"\boxed{\frac12}", r"\boxed{3}", r"\boxed{3}", r"\boxed{4}"]
     found = compare(problem(texts, [1.0, 1.0, 0.0, 0.0, 0.0], "math"), [5], ["sum"], sets=8, seed=0)
     assert found["methods"]["majority"][0]["mean"] == 0.5  # two votes each

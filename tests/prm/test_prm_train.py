@@ -122,8 +122,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(warm_model, labelled, t
     assert not all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
 
 
-def test_a_runs_rollouts_train_a_prm_that_starts_the_next_run(prime_run, warm_model, tmp_path):
+def test_a_runs_rollouts_train_a_prm_that_starts_the_next_run(prime_run, warm_model, tmp_path, capsys):
     assert train_prm(tmp_path, warm_model, prime_run / "rollouts.jsonl", "--data.drop_empty=true") == 0
+    assert re.search(r"evaluated after iteration \d+  val/accuracy \S+  val/auc ", capsys.readouterr().out)
     online = tiny.module(warm_model, prm=str(tmp_path / "prm"))
     history = tiny.fit(tmp_path, online, tiny.data(warm_model), 1)
     assert 0 < history.rows[0]["prm/ce"] != pytest.approx(0.693147, abs=1e-4)  # it comes with an opinion

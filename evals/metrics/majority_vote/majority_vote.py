@@ -2,8 +2,7 @@
 
 from prime_lightning.evaluation import metrics
 from prime_lightning.evaluation.statistics import majority
-from prime_lightning.verifiers.math_answer import answer_of
-from prime_lightning.verifiers.options import MathOptions
+from prime_lightning.verifiers import VOTING, final_answer
 
 
 class MajorityVote(metrics.ProblemMetric):
@@ -12,8 +11,8 @@ class MajorityVote(metrics.ProblemMetric):
     about = "Share of problems whose most frequent answer is right (self-consistency, arXiv 2203.11171)."
 
     def problem(self, texts, scores):
-        """Unknown samples do not vote; NaN where none is known."""
+        """Unknown samples do not vote; NaN where none is known, and for a kind without final answers (programs)."""
         voters = [(text, score) for text, score in zip(texts, scores, strict=True) if score is not None]
-        answers = [answer_of(text, MathOptions()) for text, _ in voters]
-        value = majority([a and a.strip() for a in answers], [score == 1.0 for _, score in voters])
-        return {f"maj{len(texts)}": value if voters else float("nan")}
+        answers = [final_answer(text, self.kind) for text, _ in voters]
+        value = majority(answers, [score == 1.0 for _, score in voters])
+        return {f"maj{len(texts)}": value if voters and self.kind in VOTING else float("nan")}
