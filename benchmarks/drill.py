@@ -12,11 +12,13 @@ weights, optimizers and schedules must be bit-equal to the undisturbed run's. Wr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +41,7 @@ from prime_lightning.rollout import Completion, Prompt, Sampling
 
 KINDS = ("rank", "launcher", "engine", "verifier", "disk", "nan")
 BOUND = 120.0  # seconds until all processes must have ended
-DISK = 8 * 2**20
+DISK = 8 * 2**20  # of the small one; a checkpoint takes a third of it
 LAYER = """
 trainer:
   default_root_dir: {folder}
@@ -174,7 +176,8 @@ class Drill:
 
     def __init__(self, folder: Path, model: Path, iterations: int, seed: int, accuracies: Sequence[float]) -> None:
         self.folder, self.iterations, self.random = folder, iterations, random.Random(seed)
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.layer = folder / "layer.yaml"
         self.layer.write_text(
             LAYER.format(folder=folder, model=model, iterations=iterations, low=accuracies[0], high=accuracies[1])
@@ -257,15 +260,32 @@ class Drill:
         os.kill(self.random.choice(workers), signal.SIGKILL)
 
     def disk(self, run: subprocess.Popen[str]) -> None:
-        """No more room for files of rank 0: what a full disk and a quota look like to a writer."""
-        pid = int((self.folder / "rank0.pid").read_text())
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096))
+        """No more room: the small disk fills up, or, where there is none, rank 0 may write no large files."""
+        if not self.checkpoints.is_mount():
+            pid = int((self.folder / "rank0.pid").read_text())
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096))
+            return
+        with contextlib.suppress(OSError), (self.checkpoints / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
 
     def nan(self, run: subprocess.Popen[str]) -> None:
         (self.folder / "nan").touch()
 
     def _mend(self) -> None:
-        (self.folder / "nan").unlink(missing_ok=True)
+        for path in (self.folder / "nan", self.checkpoints / "ballast"):
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def small_disk(self) -> Iterator[None]:
+        """A disk of little room under the checkpoints, for those who may mount one."""
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(self.checkpoints)]
+        mounted = bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
+        try:
+            yield
+        finally:
+            if mounted:
+                subprocess.run(["umount", "--lazy", str(self.checkpoints)])
 
     def _said(self) -> str:
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("prime-lightning: ")]
@@ -305,6 +325,15 @@ def campaign(out: Path, model: Path, kinds: Sequence[str], options: Any) -> tupl
     undisturbed = Drill(out / "undisturbed", model, *how)
     calm = undisturbed.start()
     struck = Drill(out / "struck", model, *how)
+    with struck.small_disk():
+        events = struck_by(kinds, struck)
+        if calm.wait(600):
+            raise SystemExit(undisturbed.log.read_text()[-3000:])
+        return events, equal(final(struck.folder), final(undisturbed.folder)), struck.starts
+
+
+def struck_by(kinds: Sequence[str], struck: Drill) -> list[Event]:
+    """Each strike in its turn, started again after those that end the run, to the run's end."""
     events: list[Event] = []
     run: subprocess.Popen[str] | None = None
     for kind in kinds:
@@ -314,10 +343,9 @@ def campaign(out: Path, model: Path, kinds: Sequence[str], options: Any) -> tupl
         if events[-1].seconds is not None:
             run = None
     run = run or struck.start()
-    for process, drill in ((run, struck), (calm, undisturbed)):
-        if process.wait(600):
-            raise SystemExit(drill.log.read_text()[-3000:])
-    return events, equal(final(struck.folder), final(undisturbed.folder)), struck.starts
+    if run.wait(600):
+        raise SystemExit(struck.log.read_text()[-3000:])
+    return events
 
 
 def report(events: list[Event], same: bool, starts: int, options: argparse.Namespace) -> str:
