@@ -25,11 +25,24 @@ from prime_lightning.stepping import devices
 
 
 class WeightSync(Callback):
-    """Sends the policy's weights to the engine before it samples; version n is the policy after n iterations."""
+    """Sends the policy's weights to the engine before it samples; version n is the policy after n iterations.
+
+    Where sampling and training take turns, the engine sleeps while the trainer works, so that both have the memory.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start, and resume, with the policy's weights."""
         self._send(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is there; an engine that does not sample ahead has nothing to do for now."""
+        assert isinstance(pl_module, PrimeModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data.max_staleness == 0:
+            with pl_module.timed_between("sync"):
+                data.engine.sleep()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,13 +60,14 @@ class WeightSync(Callback):
     def _send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PrimeModule)
         engine = trainer.datamodule.engine  # type: ignore[attr-defined]
-        if engine.version != trainer.global_step:
-            weights = policy_weights(pl_module)
-            try:
-                with pl_module.timed_between("sync"):
+        weights = policy_weights(pl_module) if engine.version != trainer.global_step else None
+        try:
+            with pl_module.timed_between("sync"):
+                engine.wake()
+                if weights is not None:
                     engine.load_weights(weights, version=trainer.global_step)
-            finally:
-                deque(weights, maxlen=0)  # an engine that gave up must not leave other ranks waiting for this one
+        finally:
+            deque(weights or (), maxlen=0)  # an engine that gave up must not leave other ranks waiting for this one
 
 
 def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:

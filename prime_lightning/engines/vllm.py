@@ -57,7 +57,8 @@ class VLLMEngine:
         start_timeout: Seconds until the model must be loaded.
         stall_timeout: Seconds without a sign of life after which a busy engine counts as dead.
         restarts: Deaths that a run survives.
-        sleep_level: On GPUs `sleep` keeps the weights in host memory (1), or sends them again at `wake` (2).
+        sleep_level: What an engine on the trainer's GPU does while the trainer works: stay as it is (0), keep its
+            weights in host memory (1), or drop them (2), since it gets new ones.
         args: Further engine arguments by vLLM's names; they win.
         env: Further environment variables of the engine's process; they win.
     """
@@ -78,7 +79,7 @@ class VLLMEngine:
         start_timeout: float = 600.0,
         stall_timeout: float = 300.0,
         restarts: int = 3,
-        sleep_level: Literal[1, 2] = 1,
+        sleep_level: Literal[0, 1, 2] = 2,
         args: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
@@ -90,10 +91,11 @@ class VLLMEngine:
         self.sleep_level, self.args, self.env = sleep_level, args or {}, env or {}
         self.cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         self.transfer = self._choose(transfer)
+        self._can_sleep = self.cuda and devices is None and sleep_level > 0
         self.process: EngineProcess | None = None
         self.deaths = 0
         self._sender: tuple[EngineProcess, Any] | None = None
-        self._asleep = False
+        self._asleep = self._hollow = False  # hollow: without weights that one could sample with
         self._lock = threading.RLock()  # one sync, restart or sleep at a time
         self._streams = itertools.count()
 
@@ -128,6 +130,7 @@ class VLLMEngine:
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
         self.copy = WeightCopy(model, self.dtype)
+        self._hollow = self.args.get("load_format") == "dummy"
         self.deaths, self.process = 0, self._spawn()
         if self.cuda:
             self.ready()  # vLLM measures the GPU's free memory, which must stand still for that
@@ -148,7 +151,7 @@ class VLLMEngine:
                 for _ in passing:
                     pass  # the copy must be whole, for the process that follows
                 self._revive(process, death)
-            self.version = version
+            self.version, self._hollow = version, False
 
     def stream(
         self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
@@ -156,7 +159,7 @@ class VLLMEngine:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         process = self.ready()
         check_fits(prompts, sampling, process.info["max_model_len"])
-        if self._asleep or (self.version < 0 and self.args.get("load_format") == "dummy"):
+        if self._asleep or self._hollow:
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
         work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         try:
@@ -176,21 +179,31 @@ class VLLMEngine:
                     process.send("abort", list(work.flying))
 
     def sleep(self) -> None:
-        """Give up GPU memory; on CPU there is none to give up."""
+        """Give up memory of the trainer's GPU, with the weights; on CPU, and on GPUs of its own, nothing happens."""
         with self._lock:
-            if self.cuda and not self._asleep:
-                self.ready().call("sleep", self.stall_timeout, level=self.sleep_level)
+            if self._can_sleep and not self._asleep:
+                self._call("sleep", level=self.sleep_level)
                 self._asleep = True
+                if self.sleep_level == 2:
+                    self.version, self._hollow = -1, True
 
     def wake(self) -> None:
-        """Take GPU memory back; after sleep level 2 the last weights come with it."""
+        """Take GPU memory back; after sleep level 2 the weights must be sent again."""
         with self._lock:
             if self._asleep:
-                process = self.ready()
-                process.call("wake", self.stall_timeout)
+                torch.cuda.empty_cache()  # what the trainer's allocator holds for later
                 self._asleep = False
-                if self.sleep_level == 2 and self.copy.version is not None:
-                    self._sender_of(process).resend()
+                self._call("wake")
+
+    def _call(self, method: str, **arguments: Any) -> None:
+        """Call the process, or the one in its place if it died meanwhile."""
+        process = self.ready()
+        try:
+            process.call(method, self.stall_timeout, **arguments)
+        except EngineDiedError as death:
+            self._revive(process, death)  # awake, with the last weights
+            if method == "sleep":
+                self.ready().call(method, self.stall_timeout, **arguments)
 
     def close(self) -> None:
         """End the process and give all memory back."""
@@ -259,6 +272,7 @@ class VLLMEngine:
             self.process.wait_ready(self.start_timeout)
             if self.copy.version is not None:
                 self._sender_of(self.process).resend()
+                self._hollow = False
             return self.process
 
     def _sender_of(self, process: EngineProcess) -> Any:
@@ -291,7 +305,7 @@ class VLLMEngine:
             **(
                 {
                     "gpu_memory_utilization": self.gpu_memory_utilization,
-                    "enable_sleep_mode": self.devices is None,
+                    "enable_sleep_mode": self._can_sleep,
                 }
                 if self.cuda
                 else CPU_ARGUMENTS
