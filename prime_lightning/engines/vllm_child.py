@@ -26,6 +26,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from prime_lightning.engines import vllm_group
+from prime_lightning.engines.weight_transfer import joined
+
 BEAT = 1.0  # seconds between signs of life while nothing finishes
 
 
@@ -42,9 +45,12 @@ def main(fd: int) -> int:
         connection.send(("fatal", traceback.format_exc()))
         return 1
     config = engine.vllm_config
-    connection.send(
-        ("ready", {"max_model_len": config.model_config.max_model_len, "world_size": config.parallel_config.world_size})
-    )
+    info = {
+        "max_model_len": config.model_config.max_model_len,
+        "world_size": config.parallel_config.world_size,
+        "shared_memory": vllm_group.shared_memory(os.getpgrp()),
+    }
+    connection.send(("ready", info))
     try:
         return Server(connection, engine).run()
     finally:
@@ -71,7 +77,8 @@ def watch(fd: int, parent: int) -> None:
             shutil.rmtree(os.environ["PRIME_LIGHTNING_ENGINE_FOLDER"], ignore_errors=True)
             break
         time.sleep(0.05)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    vllm_group.end(os.getpgrp())
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Server:
@@ -156,9 +163,8 @@ class Server:
             raise RuntimeError("vLLM did not reset its prefix cache, which holds keys and values of the old weights.")
 
     def do_read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
-        """Values of the model's own weights, from the first worker."""
-        read: list[dict[str, list[float]]] = self.engine.collective_rpc("prime_read_back", kwargs={"columns": columns})
-        return read[0]
+        """Values of the model's own weights."""
+        return joined(self.engine.collective_rpc("prime_read_back", kwargs={"columns": columns}))
 
     def do_sleep(self, level: int) -> None:
         """Give up device memory."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +180,29 @@ def column_of(weight: Tensor, column: int) -> Tensor:
         tensor([2., 4.])
     """
     values = weight[:, column] if weight.ndim == 2 else weight.flatten()
-    return values[:: max(1, len(values) // READ_BACK_ROWS)]
+    return values[:: thinning(len(values))]
+
+
+def thinning(rows: int) -> int:
+    """Every how many-th value of a column of so many rows is compared."""
+    return max(1, rows // READ_BACK_ROWS)
+
+
+def joined(of_workers: Iterable[dict[str, Sequence[Any]]]) -> dict[str, list[float]]:
+    """What the workers of a tensor-parallel engine have of each weight, in the order of its rows.
+
+    Args:
+        of_workers: By name, the place of a worker's first value and its values; several may have the same.
+
+    Example:
+        >>> joined([{"a": (0, [1.0, 2.0]), "b": (0, [5.0])}, {"a": (2, [3.0]), "b": (0, [5.0])}])
+        {'a': [1.0, 2.0, 3.0], 'b': [5.0]}
+    """
+    parts: dict[str, dict[int, list[float]]] = {}
+    for worker in of_workers:
+        for name, (place, values) in worker.items():
+            parts.setdefault(name, {})[place] = values
+    return {name: [x for place in sorted(found) for x in found[place]] for name, found in parts.items()}
 
 
 class HostSender:
