@@ -25,7 +25,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from prime_lightning.engines.weight_transfer import thinning
+from prime_lightning.engines.weight_transfer import column_of, thinning
+
+ADAPTER = 1  # vLLM's number of the policy's adapters
 
 
 @dataclass
@@ -124,6 +126,24 @@ class VLLMWorker:
                 start = -first % step
                 parts[name] = (first + start) // step, values[start::step].float().tolist()
         return parts
+
+    @torch.inference_mode()
+    def prime_read_adapters(self, columns: dict[str, int]) -> dict[str, list[float]]:
+        """Values of the adapter matrices that the model computes with, by peft's names, where they are whole here.
+
+        Args:
+            columns: The column to read of each.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        slot, read = manager.lora_index_to_id.index(ADAPTER), {}
+        for name, column in columns.items():
+            path, kind, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            found = _module_of(self.model_runner.get_model(), path)
+            if found is not None and found[0].tp_size == 1:
+                module, part = found
+                stacked = module.lora_a_stacked if kind == "lora_A" else module.lora_b_stacked
+                read[name] = column_of(stacked[part][slot, 0], column).float().tolist()
+        return read
 
 
 def read_weight(model: nn.Module, name: str, column: int) -> tuple[Tensor, int, int] | None:

@@ -12,8 +12,8 @@ gathered on the device; the copy takes one model's bytes of host memory.
 from __future__ import annotations
 
 import os
+import random
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,14 +135,13 @@ class WeightCopy:
     def columns(self) -> dict[str, int]:
         """Which column of which weights to compare after this transfer: others each time, the ends of the model always.
 
-        Bit patterns of the version pick them, so that every weight has its turn.
+        The version is the seed that picks them, so that every weight has its turn.
         """
-        names = [*self.shapes]
+        names, dice = [*self.shapes], random.Random(self.version)
         picked = [*names[:3], *names[-3:], *self.aliases]
-        start = zlib.crc32(str(self.version).encode())
-        picked += [names[(start + 7 * i) % len(names)] for i in range(READ_BACK - len(picked))]
-        widths = {name: self.shapes[self.aliases.get(name, name)] for name in picked}
-        return {name: zlib.crc32(f"{name}{self.version}".encode()) % shape[-1] for name, shape in widths.items()}
+        picked += dice.sample(names, min(len(names), max(0, READ_BACK - len(picked))))
+        widths = {name: self.shapes[self.aliases.get(name, name)][-1] for name in picked}
+        return {name: dice.randrange(width) for name, width in widths.items()}
 
     def compare(self, columns: dict[str, int], values: dict[str, list[float]]) -> None:
         """Compare what the engine reads from its own weights with what was sent.

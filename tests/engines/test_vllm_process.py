@@ -222,6 +222,43 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         VLLMEngine(**options)
 
 
+class Sleeping:
+    """An engine's process on a GPU, as far as sleep and wake see it."""
+
+    def __init__(self) -> None:
+        self.info, self.calls = {"max_model_len": 128}, []
+
+    def wait_ready(self, timeout):
+        pass
+
+    def call(self, method, timeout, **arguments):
+        self.calls.append((method, arguments))
+
+
+@pytest.mark.parametrize(
+    ("options", "slept", "version"),
+    [
+        ({}, [("sleep", {"level": 2}), ("wake", {})], -1),
+        ({"sleep_level": 1}, [("sleep", {"level": 1}), ("wake", {})], 3),
+        ({"lora_rank": 8}, [("sleep", {"level": 1}), ("wake", {})], 3),
+        ({"sleep_level": 0}, [], 3),
+        ({"devices": [1]}, [], 3),
+        ({"device": "cpu"}, [], 3),
+    ],
+)
+def test_an_engine_sleeps_on_the_trainers_gpu_alone(options, slept, version):
+    """With sleep level 2 its weights are lost, so it wants new ones before it samples."""
+    engine = VLLMEngine(**{"device": "cuda", **options})
+    engine.process, engine.version = Sleeping(), 3
+    for action in (engine.sleep, engine.sleep, engine.wake, engine.wake):
+        action()
+    assert engine.process.calls == slept
+    assert engine.version == version
+    if version < 0:
+        with pytest.raises(ValueError, match="`wake` or sync it"):
+            next(engine.stream([], Sampling()))
+
+
 def test_the_engine_inherits_nothing_of_the_trainers_launcher(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NCCL_DEBUG", "KEPT"):
         monkeypatch.setenv(name, "1")
