@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.timeout(1500)
 def test_each_rank_samples_from_the_sharded_policy_with_its_own_engine(tmp_path):
     model = str(write_model(tmp_path / "model", hidden_size=128))
     with socket.socket() as probe:
@@ -38,7 +39,7 @@ def test_each_rank_samples_from_the_sharded_policy_with_its_own_engine(tmp_path)
                 )
             )
     try:
-        codes = [rank.wait(500) for rank in ranks]
+        codes = [rank.wait(1200) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -50,7 +51,7 @@ def test_each_rank_samples_from_the_sharded_policy_with_its_own_engine(tmp_path)
     assert found[0]["apart"] == found[1]["apart"]
     assert max(found[0]["apart"]) < 1e-4  # each token's log-prob is the policy's, at all iterations and on both ranks
     for one in found:
-        assert one["versions"] == [[0], [1], [2]]
+        assert one["versions"] == [[0], [1]]
     draws = [draw for one in found for batch in one["draws"] for draw in batch]
-    assert sorted(set(draws)) == list(range(12))
-    assert len(draws) == 12 * 4
+    assert sorted(set(draws)) == list(range(8))
+    assert len(draws) == 8 * 4

@@ -30,7 +30,7 @@ def main(model: str, folder: Path) -> None:
     strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
     history = tiny.History()
     rollouts = tiny.data(model, engine=VLLMEngine(device="cpu"), train=ArithmeticPrompts(seed=3, operations=2))
-    trainer = tiny.trainer(folder, 3, Blow(), history=history, devices=2, strategy=strategy)
+    trainer = tiny.trainer(folder, 2, Blow(), history=history, devices=2, strategy=strategy)
     trainer.fit(tiny.module(model, policy_optimizer=tiny.adam(1e-2)), rollouts)
     batches = [out["batch"] for out in history.outputs]
     found = {
