@@ -31,16 +31,19 @@ def members(group: int) -> dict[int, bytes]:
 
 def shared_memory(group: int) -> list[str]:
     """Files in /dev/shm that processes of a group have mapped."""
-    found = set()
-    for pid in members(group):
-        with contextlib.suppress(OSError):
-            names = [line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-            found |= {name for name in names if name.startswith("/dev/shm/")}
-    return sorted(found)
+    return sorted(set().union(*map(mapped, members(group))))
+
+
+def mapped(pid: int) -> set[str]:
+    """Files in /dev/shm that a process has mapped."""
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        names = [line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        return {name for name in names if name.startswith("/dev/shm/")}
+    return set()
 
 
 def end(group: int, shared: Iterable[str] = ()) -> None:
-    """Kill a group, but this process if it belongs to it, and remove its shared memory.
+    """Kill a group, but this process if it belongs to it, and remove its shared memory, but what this process uses.
 
     Args:
         group: Its id.
@@ -58,5 +61,6 @@ def end(group: int, shared: Iterable[str] = ()) -> None:
     if os.getpgrp() != group:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-    for path in left:
+    own = set() if os.getpgrp() == group else mapped(os.getpid())  # shared with this process, which lives on
+    for path in left - own:
         Path(path).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Starting and ending the vLLM engine's process: what it leaves behind, what it says when it cannot start."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.engines import Engine
+from prime_lightning.engines import Engine, vllm_group
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_errors import explain
@@ -220,6 +221,23 @@ def test_a_missing_model_is_a_value_error(monkeypatch):
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         VLLMEngine(**options)
+
+
+def test_shared_memory_of_a_group_ends_with_it_but_not_what_we_use():
+    paths = [Path(f"/dev/shm/prime_lightning_{os.getpid()}_{name}") for name in ("theirs", "ours")]
+    for path in paths:
+        path.write_bytes(b"0" * 4096)
+    code = "import mmap, sys, time; files = [open(p, 'r+b') for p in sys.argv[1:]]; "
+    code += "kept = [mmap.mmap(f.fileno(), 0) for f in files]; print(1, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    with paths[1].open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        process.stdout.readline()
+        assert vllm_group.shared_memory(process.pid) == sorted(map(str, paths))
+        vllm_group.end(process.pid)
+        assert process.wait() == -signal.SIGKILL
+        assert [path.exists() for path in paths] == [False, True]
+    paths[1].unlink()
 
 
 class Sleeping:
