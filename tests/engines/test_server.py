@@ -4,7 +4,6 @@ One is killed and comes back.
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +26,7 @@ if find_spec("vllm"):  # which brings it
     from cryptography.x509.oid import NameOID
 
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.engines import Engine
+from prime_lightning.engines import Engine, vllm_group
 from prime_lightning.engines.hf import HFEngine, truncate
 from prime_lightning.engines.server import ServerEngine
 from prime_lightning.engines.server_client import ServerClient
@@ -88,7 +87,7 @@ class Serving:
             )
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        vllm_group.end(self.process.pid)
         self.process.wait()
 
 
