@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
+from prime_lightning.batch import Batch
 from prime_lightning.callbacks import WeightSync
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
@@ -39,6 +40,7 @@ from prime_lightning.engines.samples import sample_seeds
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_process import clean_environment
 from prime_lightning.engines.work import sampling_arguments
+from prime_lightning.loader import TrainingLoader
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import Update
 from prime_lightning.rollout import Prompt, Sampling
@@ -260,8 +262,28 @@ class Clock(Callback):
         self.ended.append(time.perf_counter())
 
 
-def iterations(millions: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of an iteration's parts where sampling and training take turns, and of a whole one where they overlap."""
+class TimedData(RolloutDataModule):
+    """Takes down how long each batch was sampled and graded, in whatever thread."""
+
+    def training_loader(self, rank: int, world: int) -> TrainingLoader:
+        loader = super().training_loader(rank, world)
+        collect, self.seconds = loader.collect, []
+
+        def timed(**options: Any) -> Batch:
+            begun = time.perf_counter()
+            batch = collect(**options)
+            self.seconds.append(time.perf_counter() - begun)
+            return batch
+
+        loader.collect = timed  # type: ignore[method-assign]
+        return loader
+
+
+def iterations(millions: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of an iteration's parts where sampling and training take turns, and where they overlap.
+
+    `overlap` is an overlapped iteration over the longer of its own parts, which stands still on a busy machine.
+    """
     hidden, layers = SHAPES[millions]
     model = str(write_model(folder, hidden_size=hidden, layers=layers))
     turns, overlapped = iterate(model, 0, options), iterate(model, 1, options)
@@ -269,29 +291,29 @@ def iterations(millions: int, folder: Path, options: argparse.Namespace) -> dict
         "million_parameters": millions,
         **turns,
         "sync_share": turns["sync"] / turns["iteration"],
-        "overlapped_iteration": overlapped["iteration"],
-        "overlap": overlapped["iteration"] / max(turns["sampling"], turns["training"]),
+        "overlapped": overlapped,
+        "overlap": overlapped["iteration"] / max(overlapped["sampling"], overlapped["training"]),
     }
 
 
 def iterate(model: str, staleness: int, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of the parts of an iteration, the first one left out.
+    """Mean seconds of the parts of an iteration, the first ones left out.
 
     There is no PRM and no filter, so that the sync's share is at its most.
     """
-    engine = engine_of(options.iterate_with, options.device)
-    data = RolloutDataModule(
+    data = TimedData(
         model,
         train=ArithmeticPrompts(seed=1),
-        engine=engine,
+        engine=engine_of(options.iterate_with, options.device),
         sampling=Sampling(samples=4, max_tokens=options.max_tokens, seed=1),
         prompts_per_batch=options.prompts,
         accuracy_filter=AccuracyFilter(low=0.0, high=1.0),
         max_staleness=staleness,
     )
     step, whole = Clock(), Clock()
+    first = 1 + staleness  # batches that were begun before the first update are out of step
     trainer = pl.Trainer(
-        max_steps=options.turns + 2,
+        max_steps=options.turns + first,
         accelerator="cpu" if options.device == "cpu" else "gpu",
         devices=1,
         callbacks=[step, WeightSync(), whole],
@@ -308,12 +330,12 @@ def iterate(model: str, staleness: int, options: argparse.Namespace) -> dict[str
     )
     trainer.fit(prime, data)
     parts = {
-        "sampling": [begun - ended for begun, ended in zip(step.begun[1:], whole.ended, strict=False)],
-        "training": [ended - begun for begun, ended in zip(step.begun[1:], step.ended[1:], strict=True)],
-        "sync": [after - before for before, after in zip(step.ended[1:], whole.ended[1:], strict=True)],
-        "iteration": [after - before for before, after in itertools.pairwise(whole.ended)],
+        "sampling": data.seconds[first : first + options.turns],
+        "training": [ended - begun for begun, ended in zip(step.begun[first:], step.ended[first:], strict=True)],
+        "sync": [after - before for before, after in zip(step.ended[first:], whole.ended[first:], strict=True)],
+        "iteration": [after - before for before, after in itertools.pairwise(whole.ended[first - 1 :])],
     }
-    return {name: statistics.median(seconds) for name, seconds in parts.items()}
+    return {name: statistics.mean(seconds) for name, seconds in parts.items()}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -330,13 +352,16 @@ def table(found: dict[str, Any]) -> str:
         size = f"weight sync  {row['parameters'] / 1e6:8.1f} M parameters"
         lines.append(f"{size}  {row['seconds']:.3f} s (first {row['first_seconds']:.3f} s)")
     lines += [
-        f"iteration   {row['million_parameters']:5} M parameters: sampling {row['sampling']:.3f} s, training "
-        f"{row['training']:.3f} s, sync {row['sync']:.3f} s ({row['sync_share']:.1%} of {row['iteration']:.3f} s); "
-        f"overlapped {row['overlapped_iteration']:.3f} s, {row['overlap']:.2f} of the longer part"
+        f"iteration   {row['million_parameters']:5} M parameters: {parts_of(row)} ({row['sync_share']:.1%})\n"
+        f"  overlapped, {row['overlap']:.3f} of the longer part: {parts_of(row['overlapped'])}"
         for row in found["iterations"]
     ]
     lines.append("load averages of the machine: " + ", ".join(f"{load:.1f}" for load in found["load"]))
     return "\n".join(lines)
+
+
+def parts_of(row: dict[str, float]) -> str:
+    return ", ".join(f"{name} {row[name]:.3f} s" for name in ("iteration", "sampling", "training", "sync"))
 
 
 if __name__ == "__main__":

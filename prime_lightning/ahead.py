@@ -3,7 +3,8 @@
 A thread fills batches ahead of the trainer, at most `max_staleness` of them, the one it is at included. New weights
 reach the engine between its steps, so a batch that is trained on in iteration i was begun no earlier than with the
 weights of iteration i - max_staleness, and each token carries the version that sampled it. The importance correction of
-the policy loss takes up the difference.
+the policy loss takes up the difference. Groups that were left over by then wait for a later batch; those that would be
+older than `max_staleness` when it is trained on are dropped and counted.
 
 Resume: what was sampled ahead and not trained on is sampled again, from the same prompts, with the weights of the
 checkpoint. A resumed asynchronous run is therefore not bit-equal to one that was not stopped; a synchronous one is.
@@ -12,6 +13,7 @@ checkpoint. A resumed asynchronous run is therefore not bit-equal to one that wa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from queue import Empty, Queue
@@ -65,9 +67,10 @@ class AheadLoader:
         return self.loader.tally
 
     def _fill(self, filled: Queue[Any], allowed: threading.Semaphore, stop: threading.Event) -> None:
+        iterations = itertools.count(self.loader.source.engine.version)
         try:
             while allowed.acquire() and not stop.is_set():
-                batch = self.loader.collect()
+                batch = self.loader.collect(trained_at=next(iterations))
                 filled.put((batch, self.loader.state_dict()))
         except BaseException as error:  # the trainer's thread raises it
             filled.put((error, {}))

@@ -143,10 +143,14 @@ class TrainingLoader:
         while True:
             yield self.collect()
 
-    def collect(self) -> Batch:
-        """Sample rounds of prompts until the batch is full."""
+    def collect(self, trained_at: int | None = None) -> Batch:
+        """Sample rounds of prompts until the batch is full.
+
+        Args:
+            trained_at: Iteration that trains on it; None is that of the engine's present weights.
+        """
         options, self.tally = self.options, (tally := Tally(self.options.groups))
-        accepted = self._fresh(self.surplus, tally)
+        accepted = self._fresh(self.surplus, tally, self.source.engine.version if trained_at is None else trained_at)
         self.surplus = []
         self.acceptance.next_batch()
         while len(accepted) < options.groups:
@@ -213,9 +217,9 @@ class TrainingLoader:
         tally.add(group, reason)
         return [group] if reason is None else []
 
-    def _fresh(self, groups: list[Group], tally: Tally) -> list[Group]:
-        """Groups that are not too old to train on; the others are dropped and counted."""
-        oldest = self.source.engine.version - self.options.max_age
+    def _fresh(self, groups: list[Group], tally: Tally, trained_at: int) -> list[Group]:
+        """Groups that are not too old to be trained on then; the others are dropped and counted."""
+        oldest = trained_at - self.options.max_age
         fresh = [g for g in groups if min(min(r.completion.versions) for r in g) >= oldest]
         tally.metrics["rollout/stale_groups"] += len(groups) - len(fresh)
         return fresh

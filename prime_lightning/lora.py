@@ -22,6 +22,7 @@ MISSING = (
     'Install it: pip install "prime-lightning[lora]"'
 )
 BASE = ".base_layer"
+ADAPTER = "default"  # peft's name of the only one
 
 
 def with_adapters(lm: PreTrainedModel, lora: Lora | None, seed: int) -> nn.Module:
@@ -80,6 +81,34 @@ def merged_parameters(
             layer: Any = layers[path.removesuffix(BASE)]
             weight = sum((_delta(layer, adapter, whole) for adapter in layer.active_adapters), weight)
         yield name.replace(BASE, ""), weight
+
+
+def adapter_parameters(
+    model: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """The adapters alone, by the names that they have in peft's files, one after another.
+
+    Args:
+        model: With adapters.
+        whole: Gathers a weight that is sharded.
+    """
+    for name, parameter in causal_lm(model).named_parameters():
+        if ".lora_" in name:
+            yield f"base_model.model.{name.replace(f'.{ADAPTER}', '')}", whole(parameter)
+
+
+def adapter_config(model: nn.Module) -> dict[str, Any] | None:
+    """What peft's `adapter_config.json` says of a model's adapters, as far as engines read it; None if it has none."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if ADAPTER not in configs:
+        return None
+    config = configs[ADAPTER]
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "target_modules": config.target_modules if isinstance(config.target_modules, str) else [*config.target_modules],
+    }
 
 
 def _delta(layer: Any, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:

@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="of torch; matrices this small gain nothing from more")
     made.add_argument("--lessons", type=int, default=64_000, help="examples of the warm start")
     made.add_argument("--iterations", type=int, default=40, help="of PRIME")
+    made.add_argument(
+        "--config", action="append", default=[], help="layer over conf/quickstart.yaml, such as conf/engine/vllm.yaml"
+    )
     return made
 
 
@@ -64,7 +67,8 @@ def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All steps; returns what `summary.json` holds."""
     started = time.perf_counter()
     folder = ["--trainer.default_root_dir", str(out), "--seed_everything", str(options.seed)]
-    prime = ["--config", str(config("quickstart.yaml")), *folder]
+    layers = [word for layer in (str(config("quickstart.yaml")), *options.config) for word in ("--config", layer)]
+    prime = [*layers, *folder]
     write_model(out / "init", seed=options.seed)
 
     def measure(model: Path) -> float:

@@ -1,5 +1,6 @@
 """Asynchronous mode: batches are sampled while the trainer works, and every token says how old its weights were."""
 
+import itertools
 import threading
 
 import lightning.pytorch as pl
@@ -7,6 +8,7 @@ import pytest
 import tiny
 
 from prime_lightning.ahead import AheadLoader
+from prime_lightning.rollout import Sampling
 
 
 def fit(model, folder, steps, *callbacks, ckpt_path=None, **options):
@@ -16,9 +18,11 @@ def fit(model, folder, steps, *callbacks, ckpt_path=None, **options):
     return trainer, history
 
 
-@pytest.mark.parametrize("staleness", [1, 2])
-def test_no_token_is_older_than_allowed(warm_model, tmp_path, staleness):
-    _, history = fit(warm_model, tmp_path, 8, max_staleness=staleness)
+@pytest.mark.parametrize(("staleness", "oversample"), [(1, 1.0), (2, 1.0), (1, 4.0), (2, 4.0)])
+def test_no_token_is_older_than_allowed(warm_model, tmp_path, staleness, oversample):
+    """Also where groups are left over, which wait for their batch to be filled and then for it to be trained on."""
+    engine = tiny.Backwards(batch_size=32)
+    _, history = fit(warm_model, tmp_path, 8, max_staleness=staleness, oversample=oversample, engine=engine)
     lags = []
     for iteration, out in enumerate(history.outputs):
         batch = out["batch"]
@@ -83,3 +87,53 @@ def test_negative_staleness_is_refused(warm_model):
         ValueError, match=r"Expected `data.max_staleness` of 0 \(synchronous\) or more iterations, got -1"
     ):
         tiny.data(warm_model, max_staleness=-1)
+
+
+class Sleeper(tiny.HFEngine):
+    """An engine whose weights are gone once it has slept, and which tells what was asked of it."""
+
+    def __init__(self):
+        super().__init__(batch_size=32)
+        self.asleep, self.calls = False, []
+
+    def stream(self, prompts, sampling, kept=None):
+        assert not self.asleep
+        assert self.version >= 0
+        self.calls.append("sample")
+        yield from super().stream(prompts, sampling, kept)
+
+    def load_weights(self, weights, version):
+        assert not self.asleep
+        self.calls.append("sync")
+        super().load_weights(weights, version)
+
+    def sleep(self):
+        self.calls.append("sleep")
+        self.asleep, self.version = True, -1
+
+    def wake(self):
+        self.asleep = False
+
+
+def test_the_engine_sleeps_while_the_trainer_works_and_only_then(warm_model, tmp_path):
+    class Training(pl.Callback):
+        def on_before_optimizer_step(self, *_):
+            engine.calls.append("train" if engine.asleep else "train beside the engine")
+
+    engine = Sleeper()
+    validation = {
+        "validation": tiny.ArithmeticPrompts(seed=2, operations=2),
+        "validation_prompts": 4,
+        "validation_sampling": Sampling(samples=1, max_tokens=8),
+    }
+    data = tiny.data(warm_model, engine=engine, **validation)
+    trainer = tiny.trainer(tmp_path, 2, Training(), val_check_interval=1, limit_val_batches=1)
+    trainer.fit(tiny.module(warm_model), data)
+    trained = [call for call, _ in itertools.groupby(engine.calls)]
+    assert trained == ["sync", "sample", "sleep", "train", "sync", "sample", "sleep", "train", "sync", "sample"]
+
+
+def test_an_engine_that_samples_ahead_does_not_sleep(warm_model, tmp_path):
+    engine = Sleeper()
+    fit(warm_model, tmp_path, 3, max_staleness=1, engine=engine)
+    assert "sleep" not in engine.calls

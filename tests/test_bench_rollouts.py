@@ -20,5 +20,6 @@ def test_the_benchmark_runs_and_its_numbers_fit_together(tmp_path, capsys):
     (row,) = found["iterations"]
     assert row["sync_share"] == pytest.approx(row["sync"] / row["iteration"])
     assert row["sampling"] + row["training"] + row["sync"] == pytest.approx(row["iteration"], rel=0.5)
-    assert row["overlap"] > 0
+    within = row["overlapped"]
+    assert row["overlap"] == pytest.approx(within["iteration"] / max(within["sampling"], within["training"]))
     assert "load averages" in capsys.readouterr().out

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from prime_lightning import quickstart
 from prime_lightning.__main__ import main
 from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
@@ -215,3 +217,20 @@ def test_bars_are_there_before_other_callbacks_work(warm_model, rows, tmp_path):
     cli = build("--config", CONF / "prime.yaml", *local(tmp_path, warm_model, rows))
     assert isinstance(cli.trainer.callbacks[0], PrimeProgress)
     assert len(cli.trainer.callbacks) > 5
+
+
+def test_layers_of_the_quickstart_come_behind_its_own(monkeypatch, tmp_path):
+    asked = []
+
+    def told(args):
+        asked.append([args[0], *(Path(args[i + 1]).name for i, word in enumerate(args) if word == "--config")])
+        trainer = SimpleNamespace(callback_metrics={"val/pass1": 0.5}, global_step=40)
+        return SimpleNamespace(trainer=trainer, datamodule=SimpleNamespace(validation_prompts=9))
+
+    monkeypatch.setattr(quickstart, "told", told)
+    monkeypatch.setattr(quickstart.credit, "of_run", lambda folder: None)
+    quickstart.run(tmp_path, quickstart.parser().parse_args(["--config", "conf/engine/vllm.yaml"]))
+    assert asked == [
+        ["sft", "quickstart_sft.yaml"],
+        *([command, "quickstart.yaml", "vllm.yaml"] for command in ("validate", "fit", "validate")),
+    ]

@@ -98,16 +98,9 @@ def test_a_round_is_no_larger_than_what_is_missing(module):
         assert stream.surplus == []
 
 
-class Backwards(tiny.HFEngine):
-    """Finishes groups in the opposite order."""
-
-    def stream(self, prompts, sampling, kept=None):
-        yield from reversed(list(super().stream(prompts, sampling, kept)))
-
-
 def test_a_batch_does_not_depend_on_the_order_of_finishing(module):
     forwards = loader(module).collect()
-    module.engine = Backwards(batch_size=32)
+    module.engine = tiny.Backwards(batch_size=32)
     module.engine.start(module.model)
     backwards = loader(module).collect()
     assert [r.completion.token_ids for r in forwards.rollouts] == [r.completion.token_ids for r in backwards.rollouts]
@@ -116,7 +109,7 @@ def test_a_batch_does_not_depend_on_the_order_of_finishing(module):
 @pytest.fixture
 def oversampling(module):
     """Groups finish backwards, so that all of a round are whole before the first is decided."""
-    module.oversample, module.engine = 6.0, Backwards(batch_size=32)
+    module.oversample, module.engine = 6.0, tiny.Backwards(batch_size=32)
     module.engine.start(module.model)
     return module
 
@@ -134,7 +127,7 @@ def test_state_goes_on_with_queue_and_surplus(oversampling):
 def test_surplus_is_trained_on_and_not_sampled_again(oversampling):
     sampled = []
 
-    class Watched(Backwards):
+    class Watched(tiny.Backwards):
         def stream(self, prompts, sampling, kept=None):
             sampled.extend(prompt.draw for prompt in prompts)
             yield from super().stream(prompts, sampling, kept)

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import json
 from concurrent.futures import Future
 
 import lightning.pytorch as pl
@@ -11,10 +12,11 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.callbacks import HuggingFaceExport, policy_weights
-from prime_lightning.lora import merged_parameters, with_adapters
+from prime_lightning.lora import adapter_config, adapter_parameters, merged_parameters, with_adapters
 from prime_lightning.options import Loading, Lora
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
 from prime_lightning.rollout import Prompt, Sampling, Verdict
@@ -46,6 +48,19 @@ def trained(lm, lora, seed=1):
 TARGETS = st.sampled_from(
     ["all-linear", ["q_proj"], ["v_proj", "down_proj"], r".*layers\.1.*up_proj", ["embed_tokens"]]
 )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"], r".*layers\.1.*up_proj"])
+def test_adapters_alone_are_what_peft_writes(tmp_path, targets):
+    model = trained(small(), Lora(rank=3, alpha=5.0, rslora=True, target_modules=targets))
+    model.save_pretrained(tmp_path)
+    theirs, ours = load_file(tmp_path / "adapter_model.safetensors"), dict(adapter_parameters(model))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    for name, value in adapter_config(model).items():
+        assert value == said[name] or set(value) == set(said[name])
+    assert adapter_config(small()) is None
 
 
 @settings(max_examples=15, deadline=None)

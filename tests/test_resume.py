@@ -19,13 +19,6 @@ from prime_lightning.options import ProcessReward
 STEPS = 6
 
 
-class Backwards(tiny.HFEngine):
-    """Finishes groups in the opposite order, so that there is surplus."""
-
-    def stream(self, prompts, sampling, kept=None):
-        yield from reversed(list(super().stream(prompts, sampling, kept)))
-
-
 def pieces(model, prime_options=None):
     """A run with everything that has state: gate, replay, schedules, surplus groups, two optimizers."""
     prime = tiny.module(
@@ -40,7 +33,7 @@ def pieces(model, prime_options=None):
         accuracy_filter=AccuracyFilter(low=0.1, high=0.9),
         oversample=3.0,
         patience=1000,
-        engine=Backwards(batch_size=32),
+        engine=tiny.Backwards(batch_size=32),
     )
     return prime, rollouts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def parity(prompt: Prompt, text: str) -> Future[Verdict]:
     done: Future[Verdict] = Future()
     done.set_result(Verdict.of_score(float(hashlib.sha256(text.encode()).digest()[0] % 2 == 0)))
     return done
+
+
+class Backwards(HFEngine):
+    """Finishes groups in the opposite order, so that all of a round are whole before the first is decided."""
+
+    def stream(self, prompts: Any, sampling: Any, kept: Any = None) -> Iterator[Any]:
+        yield from reversed(list(super().stream(prompts, sampling, kept)))
 
 
 def adam(lr: float) -> Any:

@@ -6,9 +6,9 @@ imports it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -70,6 +70,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything; calling it twice is fine."""
+        ...
+
+
+@runtime_checkable
+class AdapterEngine(Engine, Protocol):
+    """An engine that can compute with LoRA adapters beside the weights of the model that it was started with."""
+
+    lora_rank: int | None
+    """Greatest rank; None wants adapters merged into the weights, as `load_weights` takes them."""
+
+    def load_adapters(self, config: Mapping[str, Any], adapters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over the adapters of the policy, in place of `load_weights`.
+
+        Args:
+            config: As in peft's `adapter_config.json`.
+            adapters: By peft's names.
+            version: Of the policy.
+
+        Raises:
+            ValueError: if their rank is greater than `lora_rank`.
+        """
         ...
 
 

@@ -1,6 +1,6 @@
 """One `vllm serve` process over HTTP: samples as they stream, health, and the control calls of a weight transfer.
 
-Only the standard library. A server that cannot be reached, or fails, is a `ServerDownError`; one that refuses what it
+A server that cannot be reached, or fails, is a `ServerDownError`; one that refuses what it
 was asked is a ValueError.
 """
 
@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
+
+from prime_lightning.engines.weight_transfer import joined
 
 
 class ServerDownError(ConnectionError):
@@ -76,7 +78,7 @@ class ServerClient:
     def read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
         """Values of the server's own weights, see `VLLMWorker.prime_read_back`."""
         body = {"method": "prime_read_back", "kwargs": {"columns": columns}}
-        return self.post("/collective_rpc", body)["results"][0]  # type: ignore[no-any-return]
+        return joined(self.post("/collective_rpc", body)["results"])
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout: float | None) -> Any:
         with contextlib.closing(self.connect(timeout)) as connection:

@@ -4,7 +4,7 @@ A crash of the engine is never the trainer's: it is started again with the weigh
 drawn once more from the same seeds. One rank owns one engine. `vllm_process.py` holds the process, in which
 `vllm_child.py` runs; nothing here imports vLLM, and on CPU the trainer never does.
 
-It leaves out engines that several ranks share, LoRA adapters as such (they come merged) and speculative decoding.
+It leaves out engines that several ranks share, and speculative decoding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
+from prime_lightning.engines.vllm_adapters import Adapters, room_for
 from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_errors import MISSING, explain
 from prime_lightning.engines.vllm_process import EngineDiedError, EngineProcess, ProcessClient
@@ -57,7 +58,10 @@ class VLLMEngine:
         start_timeout: Seconds until the model must be loaded.
         stall_timeout: Seconds without a sign of life after which a busy engine counts as dead.
         restarts: Deaths that a run survives.
-        sleep_level: On GPUs `sleep` keeps the weights in host memory (1), or sends them again at `wake` (2).
+        lora_rank: Compute with a LoRA policy's adapters, of this rank at most, beside the weights that the engine reads
+            from disk; None gets them merged.
+        sleep_level: What an engine on the trainer's GPU does while the trainer works: stay as it is (0), keep its
+            weights in host memory (1), or drop them (2), since it gets new ones.
         args: Further engine arguments by vLLM's names; they win.
         env: Further environment variables of the engine's process; they win.
     """
@@ -78,7 +82,8 @@ class VLLMEngine:
         start_timeout: float = 600.0,
         stall_timeout: float = 300.0,
         restarts: int = 3,
-        sleep_level: Literal[1, 2] = 1,
+        lora_rank: int | None = None,
+        sleep_level: Literal[0, 1, 2] = 2,
         args: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
@@ -87,13 +92,23 @@ class VLLMEngine:
         self.kv_cache_gib, self.gpu_memory_utilization = kv_cache_gib, gpu_memory_utilization
         self.tensor_parallel, self.devices, self.seeded, self.threads = tensor_parallel, devices, seeded, threads
         self.start_timeout, self.stall_timeout, self.restarts = start_timeout, stall_timeout, restarts
-        self.sleep_level, self.args, self.env = sleep_level, args or {}, env or {}
+        self.lora_rank = lora_rank
+        self.sleep_level = sleep_level if lora_rank is None else min(sleep_level, 1)  # nobody would send the weights
+        self.args, self.env = args or {}, env or {}
         self.cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         self.transfer = self._choose(transfer)
+        self._can_sleep = self.cuda and devices is None and sleep_level > 0
+        self._room = None if lora_rank is None else room_for(lora_rank)
+        if lora_rank is not None and self.args.get("load_format") == "dummy":
+            raise ValueError(
+                "Expected an engine with `lora_rank` to read its weights from disk, got `load_format: dummy`: only "
+                "adapters are sent to it."
+            )
+        self.adapters: Adapters | None = None
         self.process: EngineProcess | None = None
         self.deaths = 0
         self._sender: tuple[EngineProcess, Any] | None = None
-        self._asleep = False
+        self._asleep = self._hollow = False  # hollow: without weights that one could sample with
         self._lock = threading.RLock()  # one sync, restart or sleep at a time
         self._streams = itertools.count()
 
@@ -128,6 +143,7 @@ class VLLMEngine:
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
         self.copy = WeightCopy(model, self.dtype)
+        self._hollow = self.args.get("load_format") == "dummy"
         self.deaths, self.process = 0, self._spawn()
         if self.cuda:
             self.ready()  # vLLM measures the GPU's free memory, which must stand still for that
@@ -148,6 +164,24 @@ class VLLMEngine:
                 for _ in passing:
                     pass  # the copy must be whole, for the process that follows
                 self._revive(process, death)
+            self.version, self._hollow = version, False
+
+    def load_adapters(self, config: Mapping[str, Any], adapters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Send adapters in place of weights, and compare a sample of them with what the engine then has.
+
+        Raises:
+            ValueError: if their rank is greater than `lora_rank`.
+            RuntimeError: if the engine does not take them, or does not have what was sent.
+        """
+        if self._room is None or config["r"] > self._room:
+            raise ValueError(f"Expected adapters of rank {self.lora_rank} at most (`lora_rank`), got {config['r']}.")
+        with self._lock:
+            process = self.ready()
+            self.adapters = Adapters.taken(config, adapters, version, self.copy.dtype)
+            try:
+                self._send_adapters(process, self.adapters)
+            except EngineDiedError as death:
+                self._revive(process, death)
             self.version = version
 
     def stream(
@@ -156,7 +190,7 @@ class VLLMEngine:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         process = self.ready()
         check_fits(prompts, sampling, process.info["max_model_len"])
-        if self._asleep or (self.version < 0 and self.args.get("load_format") == "dummy"):
+        if self._asleep or self._hollow:
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
         work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         try:
@@ -176,21 +210,31 @@ class VLLMEngine:
                     process.send("abort", list(work.flying))
 
     def sleep(self) -> None:
-        """Give up GPU memory; on CPU there is none to give up."""
+        """Give up memory of the trainer's GPU, with the weights; on CPU, and on GPUs of its own, nothing happens."""
         with self._lock:
-            if self.cuda and not self._asleep:
-                self.ready().call("sleep", self.stall_timeout, level=self.sleep_level)
+            if self._can_sleep and not self._asleep:
+                self._call("sleep", level=self.sleep_level)
                 self._asleep = True
+                if self.sleep_level == 2:
+                    self.version, self._hollow = -1, True
 
     def wake(self) -> None:
-        """Take GPU memory back; after sleep level 2 the last weights come with it."""
+        """Take GPU memory back; after sleep level 2 the weights must be sent again."""
         with self._lock:
             if self._asleep:
-                process = self.ready()
-                process.call("wake", self.stall_timeout)
+                torch.cuda.empty_cache()  # what the trainer's allocator holds for later
                 self._asleep = False
-                if self.sleep_level == 2 and self.copy.version is not None:
-                    self._sender_of(process).resend()
+                self._call("wake")
+
+    def _call(self, method: str, **arguments: Any) -> None:
+        """Call the process, or the one in its place if it died meanwhile."""
+        process = self.ready()
+        try:
+            process.call(method, self.stall_timeout, **arguments)
+        except EngineDiedError as death:
+            self._revive(process, death)  # awake, with the last weights
+            if method == "sleep":
+                self.ready().call(method, self.stall_timeout, **arguments)
 
     def close(self) -> None:
         """End the process and give all memory back."""
@@ -198,6 +242,7 @@ class VLLMEngine:
             if self.process is not None:
                 self.process.close()
                 self.copy.close()
+            self.adapters = None
             self.process, self._sender, self._asleep, self.version = None, None, False, -1
 
     # ---- samples
@@ -247,19 +292,30 @@ class VLLMEngine:
             if self.process is not died and self.process is not None:
                 return self.process
             self.deaths += 1
-            if self.process is None or self.deaths > self.restarts or (self.version >= 0 and self.copy.version is None):
+            version = self.copy.version if self.adapters is None else self.adapters.version
+            if self.process is None or self.deaths > self.restarts or (self.version >= 0 and version is None):
                 raise death
             warnings.warn(
-                f"{death}\nIt is started again with the weights of version {self.copy.version} (death {self.deaths} of "
+                f"{death}\nIt is started again with the weights of version {version} (death {self.deaths} of "
                 f"{self.restarts} that a run survives); its unfinished samples are drawn again.",
                 stacklevel=2,
             )
             died.close(0)
             self.process, self._asleep = self._spawn(), False
             self.process.wait_ready(self.start_timeout)
-            if self.copy.version is not None:
+            if self.adapters is not None:
+                self._send_adapters(self.process, self.adapters)
+            elif self.copy.version is not None:
                 self._sender_of(self.process).resend()
+                self._hollow = False
             return self.process
+
+    def _send_adapters(self, process: EngineProcess, adapters: Adapters) -> None:
+        """Hand them over in a folder of the process, and compare what it has then."""
+        folder, columns = process.folder / "adapters", adapters.columns()
+        adapters.write(folder)
+        process.call("load_adapters", self.stall_timeout, folder=str(folder), weight_version=str(adapters.version))
+        adapters.compare(columns, process.call("read_adapters", self.stall_timeout, columns=columns))
 
     def _sender_of(self, process: EngineProcess) -> Any:
         """The weight transfer to this process, which has shaken hands."""
@@ -291,11 +347,12 @@ class VLLMEngine:
             **(
                 {
                     "gpu_memory_utilization": self.gpu_memory_utilization,
-                    "enable_sleep_mode": self.devices is None,
+                    "enable_sleep_mode": self._can_sleep,
                 }
                 if self.cuda
                 else CPU_ARGUMENTS
             ),
+            **({"enable_lora": True, "max_loras": 1, "max_lora_rank": self._room} if self._room else {}),
             **self.args,
         }
 

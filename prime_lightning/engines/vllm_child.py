@@ -22,9 +22,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
+
+from prime_lightning.engines import vllm_group
+from prime_lightning.engines.vllm_worker import ADAPTER
+from prime_lightning.engines.weight_transfer import joined
 
 BEAT = 1.0  # seconds between signs of life while nothing finishes
 
@@ -42,9 +47,12 @@ def main(fd: int) -> int:
         connection.send(("fatal", traceback.format_exc()))
         return 1
     config = engine.vllm_config
-    connection.send(
-        ("ready", {"max_model_len": config.model_config.max_model_len, "world_size": config.parallel_config.world_size})
-    )
+    info = {
+        "max_model_len": config.model_config.max_model_len,
+        "world_size": config.parallel_config.world_size,
+        "shared_memory": vllm_group.shared_memory(os.getpgrp()),
+    }
+    connection.send(("ready", info))
     try:
         return Server(connection, engine).run()
     finally:
@@ -71,7 +79,8 @@ def watch(fd: int, parent: int) -> None:
             shutil.rmtree(os.environ["PRIME_LIGHTNING_ENGINE_FOLDER"], ignore_errors=True)
             break
         time.sleep(0.05)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    vllm_group.end(os.getpgrp())
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Server:
@@ -80,6 +89,7 @@ class Server:
     def __init__(self, connection: Connection, engine: LLMEngine) -> None:
         self.connection, self.engine = connection, engine
         self.heard = time.monotonic()
+        self.adapters: LoRARequest | None = None
         self.updating = False  # between the start and the end of a weight update there is no model to step
 
     def run(self) -> int:
@@ -118,7 +128,7 @@ class Server:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             try:
-                self.engine.add_request(name, {"prompt_token_ids": token_ids}, params)
+                self.engine.add_request(name, {"prompt_token_ids": token_ids}, params, lora_request=self.adapters)
             except ValueError as error:
                 self.connection.send(("rejected", name, str(error)))
 
@@ -150,15 +160,30 @@ class Server:
     def do_finish_weight_update(self, weight_version: str) -> None:
         """Take the weights into use; samples in flight go on with them, their caches computed again."""
         self.engine.collective_rpc("finish_weight_update")
-        self.engine.set_weight_version(weight_version)
         self.updating = False
+        self._begin_version(weight_version)
+
+    def do_load_adapters(self, folder: str, weight_version: str) -> None:
+        """Take adapters from a folder into use, in place of those before."""
+        self.engine.add_lora(LoRARequest("policy", ADAPTER, folder, load_inplace=True))
+        self.adapters = LoRARequest("policy", ADAPTER, folder)  # not in place: else each step would read them again
+        self._begin_version(weight_version)
+
+    def do_read_adapters(self, columns: dict[str, int]) -> dict[str, list[float]]:
+        """Values of the adapters that the model computes with, from the first worker."""
+        read: list[dict[str, list[float]]] = self.engine.collective_rpc(
+            "prime_read_adapters", kwargs={"columns": columns}
+        )
+        return read[0]
+
+    def _begin_version(self, weight_version: str) -> None:
+        self.engine.set_weight_version(weight_version)
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache, which holds keys and values of the old weights.")
 
     def do_read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
-        """Values of the model's own weights, from the first worker."""
-        read: list[dict[str, list[float]]] = self.engine.collective_rpc("prime_read_back", kwargs={"columns": columns})
-        return read[0]
+        """Values of the model's own weights."""
+        return joined(self.engine.collective_rpc("prime_read_back", kwargs={"columns": columns}))
 
     def do_sleep(self, level: int) -> None:
         """Give up device memory."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import prime_lightning
+from prime_lightning.engines import vllm_group
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
 LAUNCHER_PREFIXES = (
@@ -76,7 +77,7 @@ class EngineProcess:
             )
         theirs.close()
         self.info: dict[str, Any] = {}
-        self._fatal = ""
+        self._fatal, self._ended = "", False
         self._ready, self._dead = threading.Event(), threading.Event()
         self._sending, self._numbers = threading.Lock(), itertools.count()
         self._answers: dict[int, queue.SimpleQueue[tuple[bool, Any] | None]] = {}
@@ -227,9 +228,10 @@ class EngineProcess:
         return EngineDiedError(f"The vLLM process {self.process.pid} {why} ({how}).{tail}")
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # the group: vLLM's worker processes too
-        self.process.wait()
+        if not self._ended:  # else its number may be another process's by now
+            vllm_group.end(self.process.pid, self.info.get("shared_memory", ()))
+            self.process.wait()
+            self._ended = True
         self._dead.set()
 
 

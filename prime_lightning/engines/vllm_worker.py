@@ -19,12 +19,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from prime_lightning.engines.weight_transfer import column_of
+from prime_lightning.engines.weight_transfer import column_of, thinning
+
+ADAPTER = 1  # vLLM's number of the policy's adapters
 
 
 @dataclass
@@ -101,60 +104,110 @@ class VLLMWorker:
     model_runner: Any
 
     @torch.inference_mode()
-    def prime_read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
-        """Values of the weights that the model computes with, by their Hugging Face names.
+    def prime_read_back(self, columns: dict[str, int]) -> dict[str, tuple[int, list[float]]]:
+        """Values of the weights that the model computes with, by their Hugging Face names; `joined` takes them.
 
         Packed linear layers have no weights to look at, so they are asked for a unit vector, which gives a column of
-        the matrix exactly. Weights that this worker has only a part of (tensor parallel), and those whose name or form
-        differs from Hugging Face's, are left out.
+        the matrix exactly. Weights whose name or form differs from Hugging Face's are left out.
+
+        Args:
+            columns: The column to read of each.
+
+        Returns:
+            Of each weight the thinned-out values that this worker has, and how many of them others have before these.
+        """
+        model = self.model_runner.get_model()
+        parts = {}
+        for name, column in columns.items():
+            read = read_weight(model, name, column)
+            if read is not None:
+                values, first, whole = read
+                step = thinning(whole)
+                start = -first % step
+                parts[name] = (first + start) // step, values[start::step].float().tolist()
+        return parts
+
+    @torch.inference_mode()
+    def prime_read_adapters(self, columns: dict[str, int]) -> dict[str, list[float]]:
+        """Values of the adapter matrices that the model computes with, by peft's names, where they are whole here.
 
         Args:
             columns: The column to read of each.
         """
-        model = self.model_runner.get_model()
-        read = {name: read_weight(model, name, column) for name, column in columns.items()}
-        return {name: column_of(values, 0).float().tolist() for name, values in read.items() if values is not None}
+        manager = self.model_runner.lora_manager._adapter_manager
+        slot, read = manager.lora_index_to_id.index(ADAPTER), {}
+        for name, column in columns.items():
+            path, kind, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            found = _module_of(self.model_runner.get_model(), path)
+            if found is not None and found[0].tp_size == 1:
+                module, part = found
+                stacked = module.lora_a_stacked if kind == "lora_A" else module.lora_b_stacked
+                read[name] = column_of(stacked[part][slot, 0], column).float().tolist()
+        return read
 
 
-def read_weight(model: nn.Module, name: str, column: int) -> Tensor | None:
-    """One column of a weight matrix, or a whole vector; None if it cannot be read here."""
+def read_weight(model: nn.Module, name: str, column: int) -> tuple[Tensor, int, int] | None:
+    """One column of a weight matrix, or a whole vector, as far as this worker has it.
+
+    Returns:
+        The values, the row of the first one in the whole weight, and the rows of that; None if there is nothing here.
+    """
     path, kind = name.rsplit(".", 1)
     found = _module_of(model, path)
-    if found is None or getattr(found[0], "tp_size", 1) > 1:
+    if found is None:
         return None
-    module, rows = found
-    if kind == "weight" and isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-        return module.weight[: module.org_vocab_size, column]
-    if kind == "weight" and (isinstance(module, ParallelLMHead) or hasattr(module, "output_size")):
-        return _matrix_column(module, rows, column)
-    values = getattr(module, kind, None)
-    return values[rows] if values is not None and values.ndim == 1 and values.numel() else None
+    module, part = found
+    if kind == "weight" and (isinstance(module, VocabParallelEmbedding) or hasattr(module, "output_size")):
+        rows, first, whole = _rows_here(module, part)
+        values = _matrix_column(module, column)
+        return None if values is None else (values[rows], first, whole)
+    vector = getattr(module, kind, None)
+    if vector is None or vector.ndim != 1 or not vector.numel():
+        return None
+    rows, first, whole = _rows_here(module, part) if hasattr(module, "output_size") else (slice(None), 0, len(vector))
+    return vector[rows], first, whole
 
 
-def _matrix_column(module: Any, rows: slice, column: int) -> Tensor:
-    """What the layer makes of a unit vector."""
-    head = isinstance(module, ParallelLMHead)
-    width = module.embedding_dim if head else module.input_size
+def _rows_here(module: Any, part: int) -> tuple[slice, int, int]:
+    """Rows of a weight in this worker's layer, the row of the first in the whole weight, and the rows of that."""
+    if isinstance(module, VocabParallelEmbedding):
+        shard = module.shard_indices
+        return slice(shard.num_org_elements), shard.org_vocab_start_index, module.org_vocab_size
+    if not isinstance(module, ColumnParallelLinear):  # other layers are split by columns, or not at all
+        return slice(None), 0, module.output_size
+    sizes = module.output_partition_sizes
+    copies = module.num_kv_head_replicas if part and isinstance(module, QKVParallelLinear) else 1
+    start, size = sum(sizes[:part]), sizes[part]
+    return slice(start, start + size), module.tp_rank // copies * size, module.tp_size // copies * size
+
+
+def _matrix_column(module: Any, column: int) -> Tensor | None:
+    """A column of all rows of a layer; None if another worker has it."""
     weight = module.weight
+    if isinstance(module, VocabParallelEmbedding):
+        if not isinstance(module, ParallelLMHead):
+            return weight[:, column]  # type: ignore[no-any-return]
+        width = module.embedding_dim
+    else:
+        width = getattr(module, "input_size_per_partition", module.input_size)
+        if width < module.input_size:
+            column -= module.tp_rank * width
+    if not 0 <= column < width:
+        return None
     unit = torch.zeros(1, width, dtype=weight.dtype, device=weight.device)
     unit[0, column] = 1
-    out: Tensor = module.quant_method.apply(module, unit)[0]
-    return out[: module.org_vocab_size] if head else out[rows]
+    return module.quant_method.apply(module, unit)[0]  # type: ignore[no-any-return]
 
 
-def _module_of(model: Any, path: str) -> tuple[Any, slice] | None:
-    """The module with a Hugging Face path, or the fused one that contains it, and its rows there."""
+def _module_of(model: Any, path: str) -> tuple[Any, int] | None:
+    """The module with a Hugging Face path, or the fused one that contains it, and which part of that it is."""
     with contextlib.suppress(AttributeError):
-        return model.get_submodule(path), slice(None)
+        return model.get_submodule(path), 0
     parent, _, last = path.rpartition(".")
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
-        if last not in parts or len(parts) < 2:
-            continue
-        with contextlib.suppress(AttributeError):
-            module = model.get_submodule(f"{parent}.{fused}")
-            sizes = list(module.output_sizes)
-            start = sum(sizes[: parts.index(last)])
-            return module, slice(start, start + sizes[parts.index(last)])
+        if last in parts and len(parts) > 1:
+            with contextlib.suppress(AttributeError):
+                return model.get_submodule(f"{parent}.{fused}"), parts.index(last)
     return None
 
 

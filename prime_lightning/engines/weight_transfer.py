@@ -12,9 +12,9 @@ gathered on the device; the copy takes one model's bytes of host memory.
 from __future__ import annotations
 
 import os
+import random
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,14 +135,13 @@ class WeightCopy:
     def columns(self) -> dict[str, int]:
         """Which column of which weights to compare after this transfer: others each time, the ends of the model always.
 
-        Bit patterns of the version pick them, so that every weight has its turn.
+        The version is the seed that picks them, so that every weight has its turn.
         """
-        names = [*self.shapes]
+        names, dice = [*self.shapes], random.Random(self.version)
         picked = [*names[:3], *names[-3:], *self.aliases]
-        start = zlib.crc32(str(self.version).encode())
-        picked += [names[(start + 7 * i) % len(names)] for i in range(READ_BACK - len(picked))]
-        widths = {name: self.shapes[self.aliases.get(name, name)] for name in picked}
-        return {name: zlib.crc32(f"{name}{self.version}".encode()) % shape[-1] for name, shape in widths.items()}
+        picked += dice.sample(names, min(len(names), max(0, READ_BACK - len(picked))))
+        widths = {name: self.shapes[self.aliases.get(name, name)][-1] for name in picked}
+        return {name: dice.randrange(width) for name, width in widths.items()}
 
     def compare(self, columns: dict[str, int], values: dict[str, list[float]]) -> None:
         """Compare what the engine reads from its own weights with what was sent.
@@ -180,7 +179,29 @@ def column_of(weight: Tensor, column: int) -> Tensor:
         tensor([2., 4.])
     """
     values = weight[:, column] if weight.ndim == 2 else weight.flatten()
-    return values[:: max(1, len(values) // READ_BACK_ROWS)]
+    return values[:: thinning(len(values))]
+
+
+def thinning(rows: int) -> int:
+    """Every how many-th value of a column of so many rows is compared."""
+    return max(1, rows // READ_BACK_ROWS)
+
+
+def joined(of_workers: Iterable[dict[str, Sequence[Any]]]) -> dict[str, list[float]]:
+    """What the workers of a tensor-parallel engine have of each weight, in the order of its rows.
+
+    Args:
+        of_workers: By name, the place of a worker's first value and its values; several may have the same.
+
+    Example:
+        >>> joined([{"a": (0, [1.0, 2.0]), "b": (0, [5.0])}, {"a": (2, [3.0]), "b": (0, [5.0])}])
+        {'a': [1.0, 2.0, 3.0], 'b': [5.0]}
+    """
+    parts: dict[str, dict[int, list[float]]] = {}
+    for worker in of_workers:
+        for name, (place, values) in worker.items():
+            parts.setdefault(name, {})[place] = values
+    return {name: [x for place in sorted(found) for x in found[place]] for name, found in parts.items()}
 
 
 class HostSender:

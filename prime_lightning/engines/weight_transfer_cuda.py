@@ -1,7 +1,8 @@
 """Weights from GPU to GPU, by the trainer's side of vLLM's own backends; imports vLLM into the trainer.
 
-Written from vLLM 0.32's interfaces. Its bookkeeping is tested against stand-ins; CUDA IPC and NCCL themselves have been
-run by no machine of ours. `transfer: host` does without this file.
+Written from vLLM 0.32's interfaces, and tested with vLLM's own classes on both sides, on a CPU; only the memory of two
+processes and the broadcast are stood in for. CUDA IPC and NCCL themselves have been run by no machine of ours.
+`transfer: host` does without this file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
 
 from prime_lightning.engines.weight_transfer import TransferClient, WeightCopy, verify
 
-PIECE = 256 * 2**20  # bytes of device memory through which weights go by CUDA IPC
+PIECE = 256 * 2**20  # bytes of device memory through which weights go at a time
 
 
 def sender_of(
@@ -54,13 +55,12 @@ class IPCSender:
             RuntimeError: if the engine's weights are then not those that were sent.
         """
         device = torch.cuda.current_device()
-        largest = max(tensor.nbytes for tensor in self.copy.tensors.values())
         self.client.start_weight_update()
         for piece in packed_ipc_producer(
             on_device(weights, self.copy.dtype),
             gpu_uuid=str(torch.cuda.get_device_properties(device).uuid),
             post_iter_func=lambda item: item[1],
-            buffer_size_bytes=max(PIECE, largest),
+            buffer_size_bytes=bytes_at_a_time(self.copy),
         ):
             self.client.update_weights(
                 {
@@ -87,7 +87,11 @@ class NCCLSender:
         self.client, self.copy = client, copy
         self.source = _Source(copy)
         init = NCCLTrainerInitInfo(
-            rank=0, master_address=address, master_port=free_port(), world_size=1 + world_size, packed=True
+            rank=0,
+            master_address=address,
+            master_port=free_port(),
+            world_size=1 + world_size,
+            packed_buffer_size_bytes=bytes_at_a_time(copy),
         )
         self.engine = NCCLTrainerWeightTransferEngine.trainer_init(
             init, client=_Versioned(client, copy), source=self.source
@@ -100,6 +104,7 @@ class NCCLSender:
             RuntimeError: if the engine's weights are then not those that were sent.
         """
         self.source.weights = iter(weights)
+        torch.cuda.synchronize()  # vLLM packs on streams of its own, which do not wait for the optimizer's
         self.engine.send_weights()
         verify(self.client, self.copy)
 
@@ -135,6 +140,11 @@ class _Versioned:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Take the weights into use."""
         self.client.finish_weight_update(str(self.copy.version))
+
+
+def bytes_at_a_time(copy: WeightCopy) -> int:
+    """Bytes that go at a time, no fewer than the largest weight has."""
+    return max(PIECE, *(tensor.nbytes for tensor in copy.tensors.values()))
 
 
 def on_device(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

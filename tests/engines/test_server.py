@@ -1,21 +1,32 @@
-"""`ServerEngine` with two real vLLM servers on loopback, started once for the file; one is killed and comes back."""
+"""`ServerEngine` with two real vLLM servers on loopback, one of them by https, started once for the file.
+
+One is killed and comes back.
+"""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 import torch
 
+if find_spec("vllm"):  # which brings it
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import NameOID
+
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.engines import Engine
+from prime_lightning.engines import Engine, vllm_group
 from prime_lightning.engines.hf import HFEngine, truncate
 from prime_lightning.engines.server import ServerEngine
 from prime_lightning.engines.server_client import ServerClient
@@ -32,12 +43,12 @@ SAMPLING = Sampling(samples=4, max_tokens=24, seed=3)
 class Serving:
     """A `vllm serve` process with the options in docs/vllm.md."""
 
-    def __init__(self, model: str, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: str, folder: Path, tls: tuple[Path, Path] | None = None) -> None:
+        self.model, self.folder, self.tls = model, folder, tls
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
@@ -54,6 +65,7 @@ class Serving:
             "max-num-seqs": 16,
             "kv-cache-memory-bytes": 2**27,
             "block-size": 32,
+            **(dict(zip(("ssl-certfile", "ssl-keyfile"), self.tls, strict=True)) if self.tls else {}),
         }
         flags = ["--enforce-eager", "--no-enable-chunked-prefill"]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
@@ -75,8 +87,27 @@ class Serving:
             )
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        vllm_group.end(self.process.pid)
         self.process.wait()
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a server of a test")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, SHA256())
+    )
+    (folder / "certificate.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(*form))
+    return folder / "certificate.pem", folder / "key.pem"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +119,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def servings(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Serving]]:
     folder = tmp_path_factory.mktemp("servers")
-    made = [Serving(model, folder), Serving(model, folder)]
+    made = [Serving(model, folder), Serving(model, folder, tls=self_signed(folder))]
     yield made
     for serving in made:
         if serving.process.poll() is None:
@@ -98,7 +129,13 @@ def servings(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
 @pytest.fixture(scope="module")
 def engine(model: str, servings: list[Serving]) -> Iterator[ServerEngine]:
     os.environ["PRIME_TEST_KEY"] = KEY
-    made = ServerEngine([s.url for s in servings], api_key_variable="PRIME_TEST_KEY", in_flight=16, start_timeout=500)
+    made = ServerEngine(
+        [s.url for s in servings],
+        api_key_variable="PRIME_TEST_KEY",
+        certificate=str(servings[1].tls[0]),
+        in_flight=16,
+        start_timeout=500,
+    )
     made.start(model)
     yield made
     made.close()
@@ -225,10 +262,13 @@ def test_wrong_weights_and_long_prompts_are_refused(engine, model, prompts):
         ({"api_key_variable": "NO_SUCH_VARIABLE"}, "refused \\(401\\)"),
         ({"urls": ["http://127.0.0.1:9"], "start_timeout": 0.1}, "Expected a vLLM server at http://127.0.0.1:9"),
         ({"urls": ["127.0.0.1:8000"]}, "server URLs such as"),
+        ({"urls": "https", "start_timeout": 0.1}, "certificate verify failed"),
         ({"transfer": "disk"}, "`shared_folder` with transfer `disk`"),
     ],
 )
 def test_servers_that_do_not_fit_are_refused(engine, model, servings, options, message):
+    if options.get("urls") == "https":
+        options = options | {"urls": [servings[1].url]}
     with pytest.raises(ValueError, match=message):
         ServerEngine(**{"urls": [servings[0].url], "api_key_variable": "PRIME_TEST_KEY", **options}).start(model)
 

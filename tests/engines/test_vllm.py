@@ -12,7 +12,7 @@ import torch
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.engines import Engine, check_truncated_logprobs
 from prime_lightning.engines.hf import HFEngine, truncate
-from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm import CPU_ARGUMENTS, VLLMEngine
 from prime_lightning.lora import merged_parameters, with_adapters
 from prime_lightning.options import Lora
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
@@ -74,8 +74,12 @@ def largest_gap(model: str, named: list, prompts: list[Prompt], groups: dict, sa
 
 
 def test_greedy_tokens_and_logprobs_equal_the_hf_engine_over_weight_updates(engine, model, prompts):
+    """Also behind prompts of more than one block, whose keys and values are cached and belong to the old weights."""
     hf = HFEngine()
     hf.start(model)
+    tokenizer, source = load_tokenizer(model), ArithmeticPrompts(seed=6, operations=36)
+    prompts = prompts + [source.prompt(draw, tokenizer) for draw in range(100, 104)]
+    assert len(prompts[-1].token_ids) > 2 * CPU_ARGUMENTS["block_size"]
     for version in range(4):  # the first without having seen an update of other numbers, then three
         named = weights(model, noise=version)
         engine.load_weights(iter(named), version)

@@ -1,5 +1,6 @@
 """Starting and ending the vLLM engine's process: what it leaves behind, what it says when it cannot start."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.engines import Engine
+from prime_lightning.engines import Engine, vllm_group
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_errors import explain
@@ -220,6 +221,60 @@ def test_a_missing_model_is_a_value_error(monkeypatch):
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         VLLMEngine(**options)
+
+
+def test_shared_memory_of_a_group_ends_with_it_but_not_what_we_use():
+    paths = [Path(f"/dev/shm/prime_lightning_{os.getpid()}_{name}") for name in ("theirs", "ours")]
+    for path in paths:
+        path.write_bytes(b"0" * 4096)
+    code = "import mmap, sys, time; files = [open(p, 'r+b') for p in sys.argv[1:]]; "
+    code += "kept = [mmap.mmap(f.fileno(), 0) for f in files]; print(1, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    with paths[1].open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        process.stdout.readline()
+        assert vllm_group.shared_memory(process.pid) == sorted(map(str, paths))
+        vllm_group.end(process.pid)
+        assert process.wait() == -signal.SIGKILL
+        assert [path.exists() for path in paths] == [False, True]
+    paths[1].unlink()
+
+
+class Sleeping:
+    """An engine's process on a GPU, as far as sleep and wake see it."""
+
+    def __init__(self) -> None:
+        self.info, self.calls = {"max_model_len": 128}, []
+
+    def wait_ready(self, timeout):
+        pass
+
+    def call(self, method, timeout, **arguments):
+        self.calls.append((method, arguments))
+
+
+@pytest.mark.parametrize(
+    ("options", "slept", "version"),
+    [
+        ({}, [("sleep", {"level": 2}), ("wake", {})], -1),
+        ({"sleep_level": 1}, [("sleep", {"level": 1}), ("wake", {})], 3),
+        ({"lora_rank": 8}, [("sleep", {"level": 1}), ("wake", {})], 3),
+        ({"sleep_level": 0}, [], 3),
+        ({"devices": [1]}, [], 3),
+        ({"device": "cpu"}, [], 3),
+    ],
+)
+def test_an_engine_sleeps_on_the_trainers_gpu_alone(options, slept, version):
+    """With sleep level 2 its weights are lost, so it wants new ones before it samples."""
+    engine = VLLMEngine(**{"device": "cuda", **options})
+    engine.process, engine.version = Sleeping(), 3
+    for action in (engine.sleep, engine.sleep, engine.wake, engine.wake):
+        action()
+    assert engine.process.calls == slept
+    assert engine.version == version
+    if version < 0:
+        with pytest.raises(ValueError, match="`wake` or sync it"):
+            next(engine.stream([], Sampling()))
 
 
 def test_the_engine_inherits_nothing_of_the_trainers_launcher(monkeypatch):
