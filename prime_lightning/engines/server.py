@@ -3,7 +3,8 @@
 Each sample is one streamed request to `/v1/completions`, given to the server with the fewest. A server that dies is
 left out, its samples are drawn again elsewhere, and it is taken back with the present weights when it is well again.
 During a weight update nothing is in flight: what was, is cut there and goes on from its last token with the new
-weights, so that each token's version is known.
+weights, so that each token's version is known. Several ranks may share the servers: the first one sends the weights,
+and all of them wait for it.
 
 The servers need vLLM's development routes, which no API key guards: keep them on a private network (docs/vllm.md).
 """
@@ -16,6 +17,7 @@ import queue
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from transformers import GenerationConfig
 from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.server_client import SampleCall, ServerClient, ServerDownError
-from prime_lightning.engines.server_fleet import Fleet, Server
+from prime_lightning.engines.server_fleet import Fleet, Server, first_rank, told_by_first
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Request, Work, sampling_arguments
 from prime_lightning.pretrained import load_tokenizer
@@ -46,7 +48,7 @@ class ServerEngine:
         api_key_variable: Environment variable with the API key, if the servers want one.
         certificate: File with the authority of `https` servers; None is the system's.
         dtype: Of the servers' weights (their `--dtype`).
-        in_flight: Samples that a server has at a time.
+        in_flight: Samples of one rank that a server has at a time.
         transfer: How weights come: `host` (servers on this machine), `disk` (`shared_folder`), `nccl` (GPUs).
         shared_folder: A folder that trainer and servers see under the same path, for `disk`.
         address: Of this machine, as the servers reach it, for `nccl`.
@@ -117,7 +119,7 @@ class ServerEngine:
         threading.Thread(target=self._probe, args=(self._closed,), daemon=True).start()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Send all weights to all servers that are well, and compare a sample of what they have then.
+        """Send all weights to all servers that are well, and compare a sample of what they have then; on all ranks.
 
         Raises:
             ValueError: if a name or a shape does not fit, or one is missing.
@@ -127,7 +129,11 @@ class ServerEngine:
         with self._weights:
             self._hold()
             try:
-                self._sender_of_all().send(self.copy.passing(weights, version))
+                if first_rank():
+                    self._sender_of_all().send(self.copy.passing(weights, version))
+                deque(weights, maxlen=0)  # which all ranks gather together
+                for server, well in zip(self.servers, told_by_first([s.well for s in self.servers]), strict=True):
+                    server.well = well
                 self.version = version
             finally:
                 self._release()
@@ -273,15 +279,19 @@ class ServerEngine:
         with self._turn:
             self._turn.wait_for(lambda: not self._updating)
             self._updating = True
-        Fleet(self.servers).pause()
+        told_by_first(None)  # no rank begins a sample from here on
+        if first_rank():
+            Fleet(self.servers).pause()
         with self._turn:
             self._turn.wait_for(lambda: not self._calls, timeout=LETTING_GO)
         self._cut(list(self._calls))
         with self._turn:
             self._turn.wait_for(lambda: not self._calls, timeout=LETTING_GO)
+        told_by_first(None)  # and none of any rank is in flight
 
     def _release(self) -> None:
-        Fleet(self.servers).resume()
+        if first_rank():
+            Fleet(self.servers).resume()
         with self._turn:
             self._updating = False
             self._turn.notify_all()
@@ -311,11 +321,16 @@ class ServerEngine:
                         self._take_back(server)
 
     def _take_back(self, server: Server) -> None:
-        """Give a server that is well again the present weights."""
+        """Give a server that is well again the present weights; ranks that do not send any wait for them."""
         try:
-            if self.copy is None or (self.version >= 0 and self.copy.version is None):
-                return  # closed, or there are no whole weights
-            if self.version >= 0:
+            if self.copy is None:
+                return  # closed
+            if self.version >= 0 and not first_rank():
+                if server.client.get("/weight_info")["weight_version"] != str(self.version):
+                    return
+            elif self.version >= 0:
+                if self.copy.version is None:
+                    return  # there are no whole weights
                 HostSender(Fleet([server], patient=True), self.copy).resend()
         except (ServerDownError, RuntimeError) as error:
             server.why = str(error)

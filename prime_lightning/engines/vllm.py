@@ -99,6 +99,11 @@ class VLLMEngine:
         self.transfer = self._choose(transfer)
         self._can_sleep = self.cuda and devices is None and sleep_level > 0
         self._room = None if lora_rank is None else room_for(lora_rank)
+        if lora_rank is not None and tensor_parallel > 1:
+            raise ValueError(
+                f"Expected `lora_rank` null with `tensor_parallel` {tensor_parallel}, got {lora_rank}: adapters of an "
+                "engine in parts cannot be compared after a sync, merged weights can."
+            )
         if lora_rank is not None and self.args.get("load_format") == "dummy":
             raise ValueError(
                 "Expected an engine with `lora_rank` to read its weights from disk, got `load_format: dummy`: only "

@@ -311,3 +311,13 @@ def test_a_server_dies_and_comes_back_with_the_present_weights(engine, model, se
     alone.limit, alone.version = engine.limit, engine.version
     assert collect(alone, prompts, GREEDY) == before
     assert ServerClient(servings[0].url).get("/weight_info")["weight_version"] == "6"
+
+
+@pytest.mark.timeout(1500)
+def test_two_ranks_share_the_servers(engine, model, servings, tmp_path, monkeypatch):
+    """The last one here: the servers then have the weights of other trainers."""
+    import vllm_ranks  # needs DeepSpeed, as all test environments have it
+
+    monkeypatch.setenv("PRIME_TEST_CERTIFICATE", str(servings[1].tls[0]))
+    vllm_ranks.run(model, tmp_path, *(serving.url for serving in servings))
+    assert [server.client.get("/weight_info")["weight_version"] for server in engine.servers] == ["2", "2"]

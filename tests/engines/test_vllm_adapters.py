@@ -139,6 +139,8 @@ def test_a_run_trains_on_samples_of_its_own_adapters(engine, model, tmp_path, st
 def test_options_that_do_not_go_together_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="read its weights from disk"):
         VLLMEngine(device="cpu", lora_rank=4, args={"load_format": "dummy"})
+    with pytest.raises(ValueError, match="`lora_rank` null with `tensor_parallel` 2, got 4"):
+        VLLMEngine(device="cpu", lora_rank=4, tensor_parallel=2)
     with pytest.raises(ValueError, match="`lora_rank` between 1 and 512, got 0"):
         VLLMEngine(device="cpu", lora_rank=0)
     assert VLLMEngine(device="cuda", lora_rank=20).sleep_level == 1

@@ -1,8 +1,12 @@
-"""What two processes of a test run: `python vllm_ranks.py MODEL FOLDER`, each a rank with a vLLM engine of its own."""
+"""Two ranks of a test: `python vllm_ranks.py MODEL FOLDER`, each with a vLLM engine of its own; with URLs behind, they
+share these servers.
+"""
 
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import lightning.pytorch as pl
 import tiny
 
 from prime_lightning.arithmetic import ArithmeticPrompts
+from prime_lightning.engines.server import ServerEngine
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.strategy import PrimeDeepSpeedStrategy
 
@@ -21,15 +26,20 @@ class Blow(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         engine = trainer.datamodule.engine
-        if trainer.global_rank == 1 and trainer.global_step == 0 and engine.deaths == 0:
+        own = isinstance(engine, VLLMEngine)
+        if own and trainer.global_rank == 1 and trainer.global_step == 0 and engine.deaths == 0:
             os.kill(engine.process.process.pid, signal.SIGKILL)
 
 
-def main(model: str, folder: Path) -> None:
+def main(model: str, folder: Path, urls: list[str]) -> None:
     strategy = PrimeDeepSpeedStrategy(stage=3, logging_level=40)
     strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
     history = tiny.History()
-    rollouts = tiny.data(model, engine=VLLMEngine(device="cpu"), train=ArithmeticPrompts(seed=3, operations=2))
+    engine = VLLMEngine(device="cpu")
+    if urls:
+        certificate = os.environ["PRIME_TEST_CERTIFICATE"]
+        engine = ServerEngine(urls, api_key_variable="PRIME_TEST_KEY", certificate=certificate)
+    rollouts = tiny.data(model, engine=engine, train=ArithmeticPrompts(seed=3, operations=2))
     trainer = tiny.trainer(folder, 2, Blow(), history=history, devices=2, strategy=strategy)
     trainer.fit(tiny.module(model, policy_optimizer=tiny.adam(1e-2)), rollouts)
     batches = [out["batch"] for out in history.outputs]
@@ -37,10 +47,48 @@ def main(model: str, folder: Path) -> None:
         "draws": [[rollout.prompt.draw for rollout in batch.rollouts] for batch in batches],
         "versions": [sorted(set(batch.version_BT[batch.mask_BT].tolist())) for batch in batches],
         "apart": [row["importance/abs_diff"] for row in history.rows],
-        "deaths": rollouts.engine.deaths,
+        "deaths": getattr(engine, "deaths", 0),
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
+def run(model: str, folder: Path, *urls: str) -> tuple[list[dict], list[str]]:
+    """Start both ranks as torchrun does; returns what each found, which is checked, and what it said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(2):
+        with (folder / f"log{rank}").open("w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, model, str(folder), *urls],
+                    env=os.environ
+                    | launcher
+                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
+                    | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / f"built{rank}")},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [rank.wait(1200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = [(folder / f"log{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], "\n".join(text[-4000:] for text in said)
+    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert found[0]["apart"] == found[1]["apart"]
+    assert max(found[0]["apart"]) < 1e-4  # each token's log-prob is the policy's, at all iterations and on both ranks
+    for one in found:
+        assert one["versions"] == [[0], [1]]
+    draws = [draw for one in found for batch in one["draws"] for draw in batch]
+    assert sorted(set(draws)) == list(range(8))
+    assert len(draws) == 8 * 4
+    return found, said
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
