@@ -1,5 +1,6 @@
 """Fixtures of all tests: no network, no caches outside of pytest's folder, and one tiny model as a folder."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported
@@ -10,6 +11,7 @@ import tiny
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
@@ -24,6 +26,17 @@ def _datasets_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield
     datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_before():
+    """Commands that run in the tests' process quieten other packages."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, bars = [logger.level for logger in loggers], transformers_logging.is_progress_bar_enabled()
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
 
 
 @pytest.fixture(scope="session")
