@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from prime_lightning.arithmetic import write_model
-from prime_lightning.cli import PrimeCLI, lightning
+from prime_lightning.cli import PrimeCLI, lightning, parsed
 from prime_lightning.prm import credit
 from prime_lightning.report import write_report
 from prime_lightning.shipped import shipped
@@ -34,8 +34,9 @@ def main(args: Sequence[str]) -> int:
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"Expected a new or empty folder, got {options.out!r} with files in it. Choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
     quiet()
+    parsed(layered(out, options))  # a mistake in a layer shows now, not behind the warm start
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     summary = run(out, options)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -66,9 +67,7 @@ def parser() -> argparse.ArgumentParser:
 def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All steps; returns what `summary.json` holds."""
     started = time.perf_counter()
-    folder = ["--trainer.default_root_dir", str(out), "--seed_everything", str(options.seed)]
-    layers = [word for layer in (str(config("quickstart.yaml")), *options.config) for word in ("--config", layer)]
-    prime = [*layers, *folder]
+    prime, folder = layered(out, options), placed(out, options)
     write_model(out / "init", seed=options.seed)
 
     def measure(model: Path) -> float:
@@ -95,6 +94,17 @@ def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def placed(out: Path, options: argparse.Namespace) -> list[str]:
+    """Where all steps write, and their seed."""
+    return ["--trainer.default_root_dir", str(out), "--seed_everything", str(options.seed)]
+
+
+def layered(out: Path, options: argparse.Namespace) -> list[str]:
+    """The configuration of the steps behind the warm start: conf/quickstart.yaml and the user's layers."""
+    layers = [str(config("quickstart.yaml")), *options.config]
+    return [*(word for layer in layers for word in ("--config", layer)), *placed(out, options)]
 
 
 def told(args: list[str]) -> PrimeCLI:

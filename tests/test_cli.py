@@ -219,6 +219,15 @@ def test_bars_are_there_before_other_callbacks_work(warm_model, rows, tmp_path):
     assert len(cli.trainer.callbacks) > 5
 
 
+def test_a_mistake_in_a_layer_of_the_quickstart_shows_before_it_works(tmp_path, capsys):
+    (tmp_path / "layer.yaml").write_text("data: {no_such_option: 3}")
+    for layer, words in (("layer.yaml", "no_such_option"), ("none.yaml", "none.yaml")):
+        with pytest.raises(SystemExit):
+            main(["quickstart", "--out", str(tmp_path / "out"), "--config", str(tmp_path / layer)])
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_layers_of_the_quickstart_come_behind_its_own(monkeypatch, tmp_path):
     asked = []
 
