@@ -304,6 +304,8 @@ def test_what_the_configuration_says(warm_model):
     assert (strategy.name, strategy.masters, strategy.replicate_frozen) == ("ZeRO-3", True, True)
     assert setup(warm_model, "--config=conf/strategy/fsdp2.yaml", "--trainer.devices=2").sharding.name == "FSDP2"
     assert setup(warm_model, "--config=conf/engine/vllm.yaml").sampler.fraction == 0.4
+    shared = setup(warm_model, "--config=conf/engine/vllm_shared.yaml").sampler
+    assert (shared.tensor_parallel, shared.beside) == (2, True)
     assert not setup(warm_model, "--config=conf/engine/server.yaml").sampler.beside
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from prime_lightning.engines import Kept
+from prime_lightning.engines.ranks import of_all_ranks, rank
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.server_client import SampleCall, ServerClient, ServerDownError
-from prime_lightning.engines.server_fleet import Fleet, Server, first_rank, told_by_first
+from prime_lightning.engines.server_fleet import Fleet, Server
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Request, Work, sampling_arguments
 from prime_lightning.pretrained import load_tokenizer
@@ -129,10 +130,10 @@ class ServerEngine:
         with self._weights:
             self._hold()
             try:
-                if first_rank():
+                if rank() == 0:
                     self._sender_of_all().send(self.copy.passing(weights, version))
                 deque(weights, maxlen=0)  # which all ranks gather together
-                for server, well in zip(self.servers, told_by_first([s.well for s in self.servers]), strict=True):
+                for server, well in zip(self.servers, of_all_ranks([s.well for s in self.servers])[0], strict=True):
                     server.well = well
                 self.version = version
             finally:
@@ -279,18 +280,18 @@ class ServerEngine:
         with self._turn:
             self._turn.wait_for(lambda: not self._updating)
             self._updating = True
-        told_by_first(None)  # no rank begins a sample from here on
-        if first_rank():
+        of_all_ranks()  # no rank begins a sample from here on
+        if rank() == 0:
             Fleet(self.servers).pause()
         with self._turn:
             self._turn.wait_for(lambda: not self._calls, timeout=LETTING_GO)
         self._cut(list(self._calls))
         with self._turn:
             self._turn.wait_for(lambda: not self._calls, timeout=LETTING_GO)
-        told_by_first(None)  # and none of any rank is in flight
+        of_all_ranks()  # and none of any rank is in flight
 
     def _release(self) -> None:
-        if first_rank():
+        if rank() == 0:
             Fleet(self.servers).resume()
         with self._turn:
             self._updating = False
@@ -325,7 +326,7 @@ class ServerEngine:
         try:
             if self.copy is None:
                 return  # closed
-            if self.version >= 0 and not first_rank():
+            if self.version >= 0 and rank() > 0:
                 if server.client.get("/weight_info")["weight_version"] != str(self.version):
                     return
             elif self.version >= 0:

@@ -8,24 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.engines.server_client import ServerClient, ServerDownError
-
-
-def first_rank() -> bool:
-    """Whether this rank is the one that sends weights to servers that all ranks share."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def told_by_first(thing: Any) -> Any:
-    """What the first rank has, on all ranks, once all are here."""
-    things = [thing]
-    if distributed.is_initialized():
-        things *= distributed.get_world_size()
-        distributed.all_gather_object(things, thing)
-    return things[0]
 
 
 class Server:

@@ -1,10 +1,10 @@
 """Sampling with vLLM in a process of its own, on CPU or GPU.
 
 A crash of the engine is never the trainer's: it is started again with the weights it had, and unfinished samples are
-drawn once more from the same seeds. One rank owns one engine. `vllm_process.py` holds the process, in which
-`vllm_child.py` runs; nothing here imports vLLM, and on CPU the trainer never does.
+drawn once more from the same seeds. One rank has one engine; `vllm_shared.py` lets several use one. `vllm_process.py`
+holds the process, in which `vllm_child.py` runs; nothing here imports vLLM, and on CPU the trainer never does.
 
-It leaves out engines that several ranks share, and speculative decoding.
+It leaves out speculative decoding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,9 +24,9 @@ from transformers import AutoConfig, GenerationConfig
 from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.vllm_adapters import Adapters, room_for
-from prime_lightning.engines.vllm_devices import check_devices
+from prime_lightning.engines.vllm_devices import check_devices, transfer_of, visible
 from prime_lightning.engines.vllm_errors import MISSING, explain
-from prime_lightning.engines.vllm_process import EngineDiedError, EngineProcess, ProcessClient
+from prime_lightning.engines.vllm_process import Channel, EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Work, sampling_arguments
 from prime_lightning.pretrained import load_tokenizer
@@ -96,7 +95,8 @@ class VLLMEngine:
         self.sleep_level = sleep_level if lora_rank is None else min(sleep_level, 1)  # nobody would send the weights
         self.args, self.env = args or {}, env or {}
         self.cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        self.transfer = self._choose(transfer)
+        self._check_tensor_parallel()
+        self.transfer = transfer_of(transfer, self.cuda, devices)
         self._can_sleep = self.cuda and devices is None and sleep_level > 0
         self._room = None if lora_rank is None else room_for(lora_rank)
         if lora_rank is not None and tensor_parallel > 1:
@@ -115,22 +115,16 @@ class VLLMEngine:
         self._sender: tuple[EngineProcess, Any] | None = None
         self._asleep = self._hollow = False  # hollow: without weights that one could sample with
         self._lock = threading.RLock()  # one sync, restart or sleep at a time
-        self._streams = itertools.count()
+        self._streams, self._prefix = itertools.count(), "s"
 
-    def _choose(self, transfer: str) -> str:
-        """The way of the weights."""
+    def _check_tensor_parallel(self) -> None:
+        """Refuse a model in more parts than there are GPUs for them."""
         if self.cuda and self.tensor_parallel > 1 and len(self.devices or ()) != self.tensor_parallel:
             raise ValueError(
                 f"Expected `devices` with {self.tensor_parallel} GPUs of the engine's own for tensor_parallel "
-                f"{self.tensor_parallel}, got {self.devices}."
+                f"{self.tensor_parallel}, got {self.devices}. To share the GPUs of as many ranks, take "
+                "engines.vllm_shared.SharedVLLMEngine."
             )
-        if transfer in ("ipc", "nccl") and not self.cuda:
-            raise ValueError(f"Expected transfer `host` or `auto` on CPU, got {transfer!r}, which is for GPUs.")
-        if transfer == "ipc" and self.devices is not None:
-            raise ValueError(f"Expected transfer `nccl` or `host` for GPUs of the engine's own, got {transfer!r}.")
-        if transfer != "auto":
-            return transfer
-        return "host" if not self.cuda else "ipc" if self.devices is None else "nccl"
 
     # ---- the Engine protocol
 
@@ -145,10 +139,8 @@ class VLLMEngine:
         self.close()
         if self.cuda:
             check_devices(self._devices())
-        self.model, self.tokenizer = model, load_tokenizer(model)
-        self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
+        self._read(model)
         self.copy = WeightCopy(model, self.dtype)
-        self._hollow = self.args.get("load_format") == "dummy"
         self.deaths, self.process = 0, self._spawn()
         if self.cuda:
             self.ready()  # vLLM measures the GPU's free memory, which must stand still for that
@@ -168,7 +160,7 @@ class VLLMEngine:
             except EngineDiedError as death:
                 for _ in passing:
                     pass  # the copy must be whole, for the process that follows
-                self._revive(process, death)
+                self.revive(process, death)
             self.version, self._hollow = version, False
 
     def load_adapters(self, config: Mapping[str, Any], adapters: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -186,18 +178,18 @@ class VLLMEngine:
             try:
                 self._send_adapters(process, self.adapters)
             except EngineDiedError as death:
-                self._revive(process, death)
+                self.revive(process, death)
             self.version = version
 
     def stream(
         self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
-        process = self.ready()
+        process = self.channel()
         check_fits(prompts, sampling, process.info["max_model_len"])
         if self._asleep or self._hollow:
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
-        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
+        work = Work(f"{self._prefix}{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         try:
             process.open(work.name)
             while work.unfinished:
@@ -206,7 +198,7 @@ class VLLMEngine:
                     yield from self._take(process, work)
                 except EngineDiedError as death:
                     work.give_back()
-                    process = self._revive(process, death)
+                    process = self.channel(process, death)
                     process.open(work.name)
         finally:
             process.close_stream(work.name)
@@ -237,7 +229,7 @@ class VLLMEngine:
         try:
             process.call(method, self.stall_timeout, **arguments)
         except EngineDiedError as death:
-            self._revive(process, death)  # awake, with the last weights
+            self.revive(process, death)  # awake, with the last weights
             if method == "sleep":
                 self.ready().call(method, self.stall_timeout, **arguments)
 
@@ -252,14 +244,14 @@ class VLLMEngine:
 
     # ---- samples
 
-    def _feed(self, process: EngineProcess, work: Work) -> None:
+    def _feed(self, process: Channel, work: Work) -> None:
         """Keep twice as many samples in flight as are computed at a time: the engine never waits for the trainer."""
         requests = work.take(2 * self.max_sequences)
         if requests:
             plain = [(request.name, list(work.prompts[request.prompt].token_ids), request.seed) for request in requests]
             process.send("add", plain, sampling_arguments(work.sampling, self.end_ids))
 
-    def _take(self, process: EngineProcess, work: Work) -> Iterator[tuple[Prompt, list[Completion]]]:
+    def _take(self, process: Channel, work: Work) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Wait for a finished sample; yield its group if it was the last."""
         kind, name, *rest = process.next(work.name, self.stall_timeout)
         if kind == "rejected":
@@ -284,10 +276,20 @@ class VLLMEngine:
             raise ValueError(explain(str(death))) from None
         return self.process
 
+    def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
+        """What draws samples: the process, or the one in the place of one that died."""
+        return self.ready() if died is None or death is None else self.revive(died, death)
+
+    def _read(self, model: str) -> None:
+        """What a rank that samples needs of the model."""
+        self.model, self.tokenizer = model, load_tokenizer(model)
+        self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
+        self._hollow = self.args.get("load_format") == "dummy"
+
     def _spawn(self) -> EngineProcess:
         return EngineProcess(self._arguments(), self._environment())
 
-    def _revive(self, died: EngineProcess, death: EngineDiedError) -> EngineProcess:
+    def revive(self, died: Channel, death: EngineDiedError) -> EngineProcess:
         """The process in a dead one's place, with the last weights; whoever needs it first starts it.
 
         Raises:
@@ -305,7 +307,7 @@ class VLLMEngine:
                 f"{self.restarts} that a run survives); its unfinished samples are drawn again.",
                 stacklevel=2,
             )
-            died.close(0)
+            self.process.close(0)
             self.process, self._asleep = self._spawn(), False
             self.process.wait_ready(self.start_timeout)
             if self.adapters is not None:
@@ -331,7 +333,8 @@ class VLLMEngine:
             else:
                 from prime_lightning.engines.weight_transfer_cuda import sender_of  # imports vLLM into the trainer
 
-                sender = sender_of(self.transfer, client, self.copy, process.info["world_size"])
+                workers = process.info["world_size"]
+                sender = sender_of(self.transfer, client, self.copy, workers, devices=self._devices())
             self._sender = process, sender
         return self._sender[1]
 
@@ -368,10 +371,7 @@ class VLLMEngine:
     def _environment(self) -> dict[str, str]:
         """Environment of the engine's process, besides what it inherits."""
         if self.cuda:
-            devices = self._devices()
-            named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-            visible = ",".join(named[device] if named else str(device) for device in devices)
-            return {"CUDA_VISIBLE_DEVICES": visible, **self.env}
+            return {"CUDA_VISIBLE_DEVICES": visible(self._devices()), **self.env}
         cores = "|".join(map(str, range(self.tensor_parallel)))
         return {
             "TORCHDYNAMO_DISABLE": "1",  # else the first log-probs wait half a minute for a compiler

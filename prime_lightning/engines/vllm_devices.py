@@ -1,12 +1,41 @@
-"""Which GPUs the engines of all ranks use: no two of them the same."""
+"""Which GPUs the engines of all ranks use, no two of them the same, and how weights get there."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import distributed
+
+from prime_lightning.engines.ranks import of_all_ranks
+
+
+def transfer_of(transfer: str, cuda: bool, devices: Sequence[int] | None) -> str:
+    """The way of the weights to an engine: `host`, `ipc` or `nccl`.
+
+    Args:
+        transfer: What the user wants; `auto` leaves it to us.
+        cuda: Whether the engine is on GPUs.
+        devices: GPUs of its own, or None.
+
+    Example:
+        >>> transfer_of("auto", cuda=True, devices=None), transfer_of("auto", cuda=True, devices=[2])
+        ('ipc', 'nccl')
+    """
+    if transfer in ("ipc", "nccl") and not cuda:
+        raise ValueError(f"Expected transfer `host` or `auto` on CPU, got {transfer!r}, which is for GPUs.")
+    if transfer == "ipc" and devices is not None:
+        raise ValueError(f"Expected transfer `nccl` or `host` for GPUs of the engine's own, got {transfer!r}.")
+    if transfer != "auto":
+        return transfer
+    return "host" if not cuda else "ipc" if devices is None else "nccl"
+
+
+def visible(devices: Sequence[int]) -> str:
+    """`CUDA_VISIBLE_DEVICES` of a process that is to see these alone, as this process numbers them."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return ",".join(named[device] if named else str(device) for device in devices)
 
 
 def shared_devices(devices_of_rank: Sequence[Sequence[str]]) -> dict[str, list[int]]:
@@ -27,15 +56,12 @@ def check_devices(devices: Sequence[int]) -> None:
     """Refuse engines of two ranks on one GPU; all ranks call it.
 
     Args:
-        devices: Those of this rank's engine, as torch numbers them.
+        devices: Those of this rank's engine, as torch numbers them; none if it has no engine of its own.
 
     Raises:
         ValueError: on all ranks, if two of them name the same GPU.
     """
-    if not distributed.is_initialized():
-        return
-    everyone: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(everyone, [str(torch.cuda.get_device_properties(i).uuid) for i in devices])
+    everyone = of_all_ranks([str(torch.cuda.get_device_properties(device).uuid) for device in devices])
     for device, ranks in shared_devices(everyone).items():
         raise ValueError(
             f"Expected each rank's engine on GPUs of its own, got the engines of ranks {ranks} on GPU {device}.\n"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import prime_lightning
 from prime_lightning.engines import vllm_group
@@ -35,6 +35,29 @@ TAIL = 25  # lines of the log in an error
 
 class EngineDiedError(ChildProcessError):
     """The engine's process is gone or hangs; what it was sampling is lost."""
+
+
+class Channel(Protocol):
+    """What draws samples, as `EngineProcess` does."""
+
+    info: dict[str, Any]
+    """`max_model_len` and more."""
+
+    def open(self, name: str) -> None:
+        """Make room for the news of samples whose id begins with this name and a dot."""
+        ...
+
+    def close_stream(self, name: str) -> None:
+        """Forget such samples."""
+        ...
+
+    def next(self, name: str, stall: float) -> tuple[Any, ...]:
+        """The next news of a stream."""
+        ...
+
+    def send(self, *message: Any) -> None:
+        """Send a message."""
+        ...
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:

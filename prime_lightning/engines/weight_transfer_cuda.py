@@ -7,8 +7,9 @@ processes and the broadcast are stood in for. CUDA IPC and NCCL themselves have 
 
 from __future__ import annotations
 
+import itertools
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ PIECE = 256 * 2**20  # bytes of device memory through which weights go at a time
 
 
 def sender_of(
-    transfer: str, client: TransferClient, copy: WeightCopy, world_size: int, address: str = "127.0.0.1"
+    transfer: str,
+    client: TransferClient,
+    copy: WeightCopy,
+    world_size: int,
+    address: str = "127.0.0.1",
+    devices: Sequence[int] = (),
 ) -> IPCSender | NCCLSender:
     """The sender for `ipc` or `nccl`, which has shaken hands.
 
@@ -32,20 +38,23 @@ def sender_of(
         client: Control calls of the engine, or of all engines at once.
         copy: Keeps what is sent.
         world_size: Workers that receive.
-        address: Of this machine, as the workers reach it.
+        address: Of this machine, as the workers reach it, for `nccl`.
+        devices: GPUs of the workers, as this process numbers them, for `ipc`.
     """
-    return IPCSender(client, copy) if transfer == "ipc" else NCCLSender(client, copy, world_size, address)
+    if transfer == "ipc":
+        return IPCSender(client, copy, devices)
+    return NCCLSender(client, copy, world_size, address)
 
 
 class IPCSender:
-    """To an engine on the same GPU: the tensors go through one buffer that both processes map.
+    """To an engine on GPUs of this process: the tensors go through a buffer on each, which its worker maps.
 
     It does without vLLM's `IPCTrainerWeightTransferEngine`, which joins all ranks of the trainer in each transfer: here
-    each rank has an engine of its own, and one that was restarted gets its weights while other ranks compute.
+    one rank owns an engine, and one that was restarted gets its weights while other ranks compute.
     """
 
-    def __init__(self, client: TransferClient, copy: WeightCopy) -> None:
-        self.client, self.copy = client, copy
+    def __init__(self, client: TransferClient, copy: WeightCopy, devices: Sequence[int]) -> None:
+        self.client, self.copy, self.devices = client, copy, devices
         client.init_weight_transfer_engine({"packed": True})
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -54,21 +63,16 @@ class IPCSender:
         Raises:
             RuntimeError: if the engine's weights are then not those that were sent.
         """
-        device = torch.cuda.current_device()
         self.client.start_weight_update()
-        for piece in packed_ipc_producer(
-            on_device(weights, self.copy.dtype),
-            gpu_uuid=str(torch.cuda.get_device_properties(device).uuid),
-            post_iter_func=lambda item: item[1],
-            buffer_size_bytes=bytes_at_a_time(self.copy),
-        ):
+        every = itertools.tee(weights, len(self.devices))  # which keeps as many as fit into a buffer
+        for pieces in zip(*map(self._pieces, self.devices, every), strict=True):
             self.client.update_weights(
                 {
-                    "names": piece.names,
-                    "dtype_names": piece.dtype_names,
-                    "shapes": piece.shapes,
-                    "ipc_handles": piece.ipc_handle,
-                    "tensor_sizes": piece.tensor_sizes,
+                    "names": pieces[0].names,
+                    "dtype_names": pieces[0].dtype_names,
+                    "shapes": pieces[0].shapes,
+                    "ipc_handles": {uuid: handle for piece in pieces for uuid, handle in piece.ipc_handle.items()},
+                    "tensor_sizes": pieces[0].tensor_sizes,
                 }
             )
         self.client.finish_weight_update(str(self.copy.version))
@@ -78,6 +82,22 @@ class IPCSender:
     def resend(self) -> None:
         """Send the copy as it is."""
         self.send(self.copy.tensors.items())
+
+    def _pieces(self, device: int, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Any]:
+        """The weights in a buffer on a GPU, as many as fit at a time."""
+        with torch.cuda.device(device):
+            pieces = packed_ipc_producer(
+                on_device(weights, self.copy.dtype),
+                gpu_uuid=str(torch.cuda.get_device_properties(device).uuid),
+                post_iter_func=lambda item: item[1],
+                buffer_size_bytes=bytes_at_a_time(self.copy),
+            )
+        while True:
+            with torch.cuda.device(device):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
 
 class NCCLSender:

@@ -166,7 +166,7 @@ def sampler_of(engine: Any) -> Sampler:
     """The engine's share of the GPU."""
     options, name = engine.get("init_args") or {}, engine.class_path.rsplit(".", 1)[-1]
     width = WIDTH.get(options.get("dtype", "float32"), 4)
-    if name == "VLLMEngine":
+    if name in ("VLLMEngine", "SharedVLLMEngine"):
         return Sampler(
             name=name,
             width=width,

@@ -22,11 +22,11 @@ PIECE = 40_000  # bytes: a model of 112,000 parameters comes in pieces
 class Receiver:
     """The engine's end of the control calls, with vLLM's receiving class; it keeps what that loads."""
 
-    def __init__(self, engine_class, copy):
+    def __init__(self, engine_class, copy, gpu=0):
         self.loaded, self.calls, self.copy = {}, [], copy
         model = SimpleNamespace(load_weights=lambda weights: self.loaded.update((n, w.clone()) for n, w in weights))
         config = SimpleNamespace(parallel_config=None, model_config=None)
-        self.engine = engine_class(None, config, torch.device("cpu", 0), model)
+        self.engine = engine_class(None, config, torch.device("cpu", gpu), model)
 
     def init_weight_transfer_engine(self, init_info):
         self.engine.init_transfer_engine(self.engine.parse_init_info(init_info))
@@ -57,7 +57,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **(k | {"device": "cpu"})))
     for name, stand_in in {
         "current_device": lambda: 0,
-        "get_device_properties": lambda device: SimpleNamespace(uuid="GPU-1"),
+        "device": lambda device: nullcontext(),
+        "get_device_properties": lambda device: SimpleNamespace(uuid=f"GPU-{device}"),
         "current_stream": lambda: stream,
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda: None,
@@ -94,18 +95,35 @@ def arrives(sender, receiver, copy, model):
             torch.testing.assert_close(tensor, named[name].detach().to(copy.dtype), rtol=0, atol=0)
 
 
-def test_vllm_takes_the_pieces_that_go_by_ipc(cuda, copy, model, monkeypatch):
+class OnAllGPUs:
+    """The control calls, to the worker of each GPU."""
+
+    def __init__(self, receivers):
+        self.receivers = receivers
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            answers = [getattr(receiver, name)(*arguments) for receiver in self.receivers]
+            return answers[0]
+
+        return call
+
+
+@pytest.mark.parametrize("devices", [[0], [0, 1, 2]])
+def test_vllm_takes_the_pieces_that_go_by_ipc(cuda, copy, model, devices, monkeypatch):
     from torch.multiprocessing import reductions
     from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
     shared = []  # what `reduce_tensor` exports on a GPU, and `rebuild_cuda_tensor` opens in the other process
     monkeypatch.setattr(packed_tensor, "reduce_tensor", lambda t: (None, (shared.append(t) or len(shared) - 1,) * 7))
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda number, *_: shared[number])
-    receiver = Receiver(ipc_engine.IPCWeightTransferEngine, copy)
-    sender = cuda.sender_of("ipc", receiver, copy, 1)
-    assert receiver.calls == ["init"]
-    arrives(sender, receiver, copy, model)
-    assert receiver.calls.count("update") > 3
+    receivers = [Receiver(ipc_engine.IPCWeightTransferEngine, copy, device) for device in devices]
+    sender = cuda.sender_of("ipc", OnAllGPUs(receivers), copy, len(devices), devices=devices)
+    assert all(receiver.calls == ["init"] for receiver in receivers)
+    for receiver in receivers:
+        arrives(sender, receiver, copy, model)
+        assert receiver.calls.count("update") > 3
+    assert len(shared) == len(devices) * len(devices) * 2  # a buffer on each GPU, for two transfers a receiver
     assert all(buffer.nbytes >= max(t.nbytes for t in copy.tensors.values()) for buffer in shared)
 
 

@@ -1,4 +1,4 @@
-"""Two ranks under ZeRO-3, each with a vLLM engine of its own, as torchrun starts them; one engine is killed."""
+"""Two ranks under ZeRO-3, as torchrun starts them: each with a vLLM engine of its own, or with one that both share."""
 
 from importlib.util import find_spec
 
@@ -17,3 +17,10 @@ def test_each_rank_samples_from_the_sharded_policy_with_its_own_engine(tmp_path)
     found, said = vllm_ranks.run(str(write_model(tmp_path / "model", hidden_size=128)), tmp_path)
     assert [one["deaths"] for one in found] == [0, 1]
     assert "It is started again with the weights of version 1" in said[1]
+
+
+@pytest.mark.timeout(1500)
+def test_both_ranks_sample_from_the_sharded_policy_with_one_engine_that_is_killed(tmp_path):
+    found, said = vllm_ranks.run(str(write_model(tmp_path / "model", hidden_size=128)), tmp_path, "shared")
+    assert [one["deaths"] for one in found] == [1, 0]
+    assert "It is started again with the weights of version 1" in said[0]

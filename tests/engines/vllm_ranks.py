@@ -1,12 +1,10 @@
-"""Two ranks of a test: `python vllm_ranks.py MODEL FOLDER`, each with a vLLM engine of its own; with URLs behind, they
-share these servers.
+"""Two ranks of a test: `python vllm_ranks.py MODEL FOLDER`, each with a vLLM engine of its own; with `shared` behind,
+they share one, and with URLs these servers.
 """
 
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,20 +12,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning.pytorch as pl
 import tiny
+import two_ranks
 
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.engines.server import ServerEngine
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_shared import SharedVLLMEngine
 from prime_lightning.strategy import PrimeDeepSpeedStrategy
 
 
 class Blow(pl.Callback):
-    """The engine of rank 1 is killed while the trainer works at its first iteration."""
+    """An engine is killed while the trainer works at its first iteration: that of rank 1, or the one of both."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         engine = trainer.datamodule.engine
-        own = isinstance(engine, VLLMEngine)
-        if own and trainer.global_rank == 1 and trainer.global_step == 0 and engine.deaths == 0:
+        own = isinstance(engine, VLLMEngine) and trainer.global_rank == getattr(engine, "owner", 1)
+        if own and trainer.global_step == 0 and engine.deaths == 0:
             os.kill(engine.process.process.pid, signal.SIGKILL)
 
 
@@ -36,7 +36,9 @@ def main(model: str, folder: Path, urls: list[str]) -> None:
     strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
     history = tiny.History()
     engine = VLLMEngine(device="cpu")
-    if urls:
+    if urls == ["shared"]:
+        engine = SharedVLLMEngine(device="cpu", tensor_parallel=2)
+    elif urls:
         certificate = os.environ["PRIME_TEST_CERTIFICATE"]
         engine = ServerEngine(urls, api_key_variable="PRIME_TEST_KEY", certificate=certificate)
     rollouts = tiny.data(model, engine=engine, train=ArithmeticPrompts(seed=3, operations=2))
@@ -54,30 +56,7 @@ def main(model: str, folder: Path, urls: list[str]) -> None:
 
 def run(model: str, folder: Path, *urls: str) -> tuple[list[dict], list[str]]:
     """Start both ranks as torchrun does; returns what each found, which is checked, and what it said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = []
-    for rank in range(2):
-        with (folder / f"log{rank}").open("w") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, model, str(folder), *urls],
-                    env=os.environ
-                    | launcher
-                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
-                    | {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / f"built{rank}")},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        codes = [rank.wait(1200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    said = [(folder / f"log{rank}").read_text() for rank in range(2)]
+    codes, said = two_ranks.launch(__file__, folder, model, str(folder), *urls)
     assert codes == [0, 0], "\n".join(text[-4000:] for text in said)
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert found[0]["apart"] == found[1]["apart"]
