@@ -76,7 +76,8 @@ def _run(command: str, rest: list[str]) -> int:
 
 
 def _complain(error: Any) -> int:
-    print(f"prime-lightning: {error}\n({TRACEBACK}=1 shows where it comes from.)", file=sys.stderr)
+    words, _, _ = str(error).partition("\nGiven value type: ")  # jsonargparse then prints the whole configuration
+    print(f"prime-lightning: {words}\n({TRACEBACK}=1 shows where it comes from.)", file=sys.stderr)
     return 2
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,8 +66,8 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         kwargs: As for Lightning's `DeepSpeedStrategy`; its `config` replaces all other options.
 
     Raises:
-        ValueError: if parameters of an optimizer belong to several models or to none, `roles` names none of the models,
-            or the combination is impossible.
+        ValueError: if DeepSpeed is not installed, parameters of an optimizer belong to several models or to none,
+            `roles` names none of the models, or the combination is impossible.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         overlap_comm: bool = True,
         **kwargs: Any,
     ) -> None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError('Expected DeepSpeed, got no module `deepspeed`: pip install "prime-lightning[deepspeed]".')
         super().__init__(stage=stage, overlap_comm=overlap_comm, **kwargs)
         self.roles, self.frozen = roles or {}, frozen
         self.engines: dict[str, Any] = {}
@@ -393,8 +396,7 @@ def _has_master(parameter: Tensor) -> bool:
 
 def _flats(optimizer: Any) -> list[Tensor]:
     """The float32 tensors that this rank's part of the optimizer works on."""
-    names = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"
-    for name in names:
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return list(parameters(optimizer))

@@ -1,5 +1,6 @@
 """The command: every shipped configuration builds, layers resolve, options are golden, mistakes get clear words."""
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,15 @@ def test_a_config_for_gpus_without_a_gpu(warm_model, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "No supported gpu backend found" in said
     assert "Traceback" not in said
+
+
+def test_a_strategy_without_its_package(warm_model, tmp_path, capsys, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *name: None if name[0] == "deepspeed" else there(*name))
+    assert fit(tmp_path, warm_model, "--config", str(CONF / "strategy" / "zero3.yaml")) == 2
+    said = capsys.readouterr().err
+    assert 'got no module `deepspeed`: pip install "prime-lightning[deepspeed]"' in said
+    assert len(said) < 700, said  # jsonargparse's own words hold the whole configuration
 
 
 def test_a_checkpoint_that_is_not_there(warm_model, tmp_path, capsys):

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -70,12 +70,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.engine is None and options.completions is None:
         raise ValueError("Expected an --engine to sample with, or --completions to grade, got neither.")
     out = options.out or f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', options.model.strip('/'))}"
-    folder = ResultsFolder(out, options.model, fingerprint(options.model))
-    todo = [Evaluation(name, options, folder) for name in options.benchmark]
     workers = Verifiers(workers=options.workers, allow_unsafe_sandbox=options.allow_unsafe_sandbox)
-    with workers as verifiers, engine_of(options, todo, verifiers) as source:
-        for evaluation in todo:
-            evaluation.run(source, verifiers)
+    with closing(ResultsFolder(out, options.model, fingerprint(options.model))) as folder, workers as verifiers:
+        todo = [Evaluation(name, options, folder) for name in options.benchmark]
+        with engine_of(options, todo, verifiers) as source:
+            for evaluation in todo:
+                evaluation.run(source, verifiers)
     sys.stdout.write(table({"model": options.model, "benchmarks": {e.benchmark.name: e.result for e in todo}}))
     print(f"\nEverything: {out}")
     return 0

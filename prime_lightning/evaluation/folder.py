@@ -2,14 +2,16 @@
 
 `settings.json` says which model and which settings; `<benchmark>.jsonl` are the samples; `results.json` and
 `results.md` are derived from them. Nothing is written before there is a sample, so that a call that could not begin
-does not claim the folder.
+does not claim the folder. One process at a time writes to it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -32,13 +34,14 @@ class ResultsFolder:
         fingerprint: Of its files.
 
     Raises:
-        ValueError: if the folder belongs to another model, or is no results folder.
+        ValueError: if the folder belongs to another model or process, or is no results folder.
     """
 
     def __init__(self, path: str, model: str, fingerprint: str) -> None:
         self.path = Path(path)
         self.settings: dict[str, Any] = {"model": model, "fingerprint": fingerprint, "benchmarks": {}}
         self._begun: dict[str, dict[int, list[records.Record]]] = {}
+        self._held: int | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Expected a folder for the results, got the file {path!r}. Choose another --out.")
         known = self._read("settings.json")
@@ -53,7 +56,8 @@ class ResultsFolder:
                 f"Expected a results folder of {model!r}, got {path!r}, which holds results of {known['model']!r}"
                 f"{' with other weights' if known['model'] == model else ''}. Choose another --out."
             )
-        self.settings = known
+        self._hold()
+        self.settings = self._read("settings.json") or known  # as they are when nobody else writes
 
     def begin(self, benchmark: str, settings: dict[str, Any], samples: int) -> dict[int, list[records.Record]]:
         """Take up a benchmark: returns the problems that are done already.
@@ -80,12 +84,37 @@ class ResultsFolder:
 
     def add(self, benchmark: str, group: Sequence[records.Record]) -> None:
         """Write the samples of a problem; before the first one, the settings."""
+        if self._held is None:
+            self._hold()
+            if (self.path / "settings.json").is_file():
+                raise ValueError(f"Expected {str(self.path)!r} to stay as it was, got results meanwhile. Start again.")
         done = self._begun.pop(benchmark, None)
         if done is not None:
             records.replace(self.path / "settings.json", json.dumps(self.settings, indent=2) + "\n")
             lines = [records.dumps(row) + "\n" for rows in done.values() for row in rows]
             records.replace(self.samples(benchmark), "".join(lines))  # without a problem that was cut off
         records.append(self.samples(benchmark), group)
+
+    def _hold(self) -> None:
+        """Keep other processes out, where the file system has locks."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(
+                f"Expected a results folder to ourselves, got {str(self.path)!r}, where another `evaluate` is at work. "
+                "Wait for it, or choose another --out."
+            ) from None
+        except OSError:  # some network file systems have none for folders
+            pass
+
+    def close(self) -> None:
+        """Let others in; a process that ends does so, too."""
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
 
     def samples(self, benchmark: str) -> Path:
         """The records of a benchmark."""

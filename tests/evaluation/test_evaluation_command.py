@@ -11,7 +11,7 @@ from test_evaluation_benchmark import own
 from transformers import AutoModelForCausalLM
 
 from prime_lightning.__main__ import main
-from prime_lightning.evaluation.folder import fingerprint
+from prime_lightning.evaluation.folder import ResultsFolder, fingerprint
 
 MATHS = [{"id": f"q{i}", "problem": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]
 
@@ -66,6 +66,23 @@ def test_a_call_that_could_not_begin_does_not_claim_the_folder(warm_model, tmp_p
     assert not out.exists()
     assert evaluate("--model", warm_model, *args) == 0
     assert f"Everything: {out}" in capsys.readouterr().out
+
+
+def test_one_call_at_a_time_writes_to_a_folder(warm_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ("--model", warm_model, "--benchmark", "arithmetic", "--limit", 2, "--out", out)
+    late = ResultsFolder(str(out), str(warm_model), fingerprint(str(warm_model)))  # begins before there is anything
+    late.begin("arithmetic", {}, 1)
+    assert evaluate(*args) == 0
+    before = (out / "arithmetic.jsonl").read_text()
+    with pytest.raises(ValueError, match="got results meanwhile"):
+        late.add("arithmetic", [])
+    assert (out / "arithmetic.jsonl").read_text() == before
+    capsys.readouterr()
+    assert evaluate(*args) == 2  # the other one is still there
+    assert f"got {str(out)!r}, where another `evaluate` is at work. Wait for it" in capsys.readouterr().err
+    late.close()
+    assert evaluate(*args) == 0
 
 
 def test_models_that_differ_in_one_matrix_are_told_apart(chat_model, tmp_path):
