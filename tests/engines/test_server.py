@@ -3,6 +3,7 @@
 One is killed and comes back.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -321,3 +322,38 @@ def test_two_ranks_share_the_servers(engine, model, servings, tmp_path, monkeypa
     monkeypatch.setenv("PRIME_TEST_CERTIFICATE", str(servings[1].tls[0]))
     vllm_ranks.run(model, tmp_path, *(serving.url for serving in servings))
     assert [server.client.get("/weight_info")["weight_version"] for server in engine.servers] == ["2", "2"]
+
+
+@pytest.mark.timeout(900)
+def test_a_server_that_ranks_share_dies_and_comes_back_for_all_of_them(engine, model, servings, tmp_path, monkeypatch):
+    import server_ranks
+    import two_ranks
+
+    engine.close()  # or it would give the server that comes back weights of its own
+    monkeypatch.setenv("PRIME_TEST_CERTIFICATE", str(servings[1].tls[0]))
+
+    def strike() -> None:
+        wait_for_files(tmp_path, "kill")
+        servings[0].kill()
+        (tmp_path / "killed").touch()
+        wait_for_files(tmp_path, "start")
+        servings[0].start()
+
+    hand = threading.Thread(target=strike, daemon=True)
+    hand.start()
+    urls = [serving.url for serving in servings]
+    codes, said = two_ranks.launch(server_ranks.__file__, tmp_path, model, str(tmp_path), *urls, seconds=600)
+    assert codes == [0, 0], "\n".join(text[-4000:] for text in said)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["survived"] == found["draws"] == [*range(rank, 12, 2)]
+        assert found["well"] == [False, True]
+        assert "A server is left out, and its samples are drawn elsewhere" in found["said"][0]
+        assert found["same"]
+        assert found["versions"] == ["3", "3"]
+
+
+def wait_for_files(folder: Path, name: str) -> None:
+    """Until each rank has written its own."""
+    while not all((folder / f"{name}{rank}").exists() for rank in range(2)):
+        time.sleep(0.1)
