@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import distributed
@@ -24,3 +25,28 @@ def of_all_ranks(thing: Any = None) -> list[Any]:
         things *= distributed.get_world_size()
         distributed.all_gather_object(things, thing)
     return things
+
+
+def together(act: Callable[[], Any]) -> list[Any]:
+    """Do it on all ranks, wait for all, and give what each returned; a rank that failed stops all of them.
+
+    Raises:
+        ValueError: where a rank's `act` raised one; on other ranks the message begins with its number.
+        RuntimeError: likewise, for all other exceptions.
+
+    Example:
+        >>> together(lambda: "done")
+        ['done']
+    """
+    mine: Exception | None = None
+    result = None
+    try:
+        result = act()
+    except Exception as error:
+        mine = error
+    kind = ValueError if isinstance(mine, ValueError) else RuntimeError
+    outcomes = of_all_ranks((result, mine and (kind, str(mine))))
+    for number, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise mine or failure[0](f"Rank {number}: {failure[1]}")
+    return [result for result, _ in outcomes]

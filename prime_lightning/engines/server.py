@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from prime_lightning.engines import Kept
-from prime_lightning.engines.ranks import of_all_ranks, rank
+from prime_lightning.engines.ranks import of_all_ranks, rank, together
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.server_client import SampleCall, ServerClient, ServerDownError
 from prime_lightning.engines.server_fleet import Fleet, Server
@@ -123,18 +123,16 @@ class ServerEngine:
         """Send all weights to all servers that are well, and compare a sample of what they have then; on all ranks.
 
         Raises:
-            ValueError: if a name or a shape does not fit, or one is missing.
-            RuntimeError: if a server does not have what was sent.
+            ValueError: on all of them, if a name or a shape does not fit, or one is missing.
+            RuntimeError: on all of them, if a server does not have what was sent.
         """
         assert self.copy is not None, "call `start` first"
         with self._weights:
             self._hold()
             try:
-                if rank() == 0:
-                    self._sender_of_all().send(self.copy.passing(weights, version))
-                deque(weights, maxlen=0)  # which all ranks gather together
-                for server, well in zip(self.servers, of_all_ranks([s.well for s in self.servers])[0], strict=True):
-                    server.well = well
+                well = together(lambda: self._send(iter(weights), version))[0]
+                for server, is_well in zip(self.servers, well, strict=True):
+                    server.well = is_well
                 self.version = version
             finally:
                 self._release()
@@ -296,6 +294,16 @@ class ServerEngine:
         with self._turn:
             self._updating = False
             self._turn.notify_all()
+
+    def _send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> list[bool]:
+        """Send them, if this rank is the one that does; returns which servers are well then."""
+        assert self.copy is not None
+        try:
+            if rank() == 0:
+                self._sender_of_all().send(self.copy.passing(weights, version))
+        finally:
+            deque(weights, maxlen=0)  # which all ranks gather together
+        return [server.well for server in self.servers]
 
     def _sender_of_all(self) -> Any:
         """The weight transfer to all servers that are well; a change among them needs a new hand-shake."""

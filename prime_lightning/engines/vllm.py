@@ -134,12 +134,8 @@ class VLLMEngine:
         Raises:
             ValueError: if vLLM is not installed, there is no such model, or (on GPUs) it does not fit.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise ValueError(MISSING)
         self.close()
-        if self.cuda:
-            check_devices(self._devices())
-        self._read(model)
+        self._prepare(model)
         self.copy = WeightCopy(model, self.dtype)
         self.deaths, self.process = 0, self._spawn()
         if self.cuda:
@@ -280,8 +276,12 @@ class VLLMEngine:
         """What draws samples: the process, or the one in the place of one that died."""
         return self.ready() if died is None or death is None else self.revive(died, death)
 
-    def _read(self, model: str) -> None:
-        """What a rank that samples needs of the model."""
+    def _prepare(self, model: str) -> None:
+        """What every rank does that samples."""
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError(MISSING)
+        if self.cuda:
+            check_devices(self._devices())
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
         self._hollow = self.args.get("load_format") == "dummy"

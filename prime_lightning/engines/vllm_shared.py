@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prime_lightning.engines.ranks import of_all_ranks, rank
+from prime_lightning.engines.ranks import of_all_ranks, rank, together
 from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_devices import check_devices
 from prime_lightning.engines.vllm_process import Channel, EngineDiedError
 from prime_lightning.engines.vllm_remote import Line, ProcessProxy, ProcessServer
 
@@ -65,7 +64,7 @@ class SharedVLLMEngine(VLLMEngine):
         """
         self.close()
         self._meet()
-        told = self._together(lambda: self._begin(model))
+        told = together(lambda: self._begin(model))
         if not self.owns:
             address, key = told[self.owner]
             self._line = Line(address, key, self.owner)
@@ -78,21 +77,21 @@ class SharedVLLMEngine(VLLMEngine):
             RuntimeError: on all of them, if an engine does not have what was sent.
         """
         weights = iter(weights)
-        self._together(lambda: self._send(weights, version))
+        together(lambda: self._send(weights, version))
         self.version, self._hollow = version, False
 
     def sleep(self) -> None:
         """Give up memory of the ranks' GPUs, once none of them samples."""
         if self._can_sleep:
             of_all_ranks()
-            self._together(super().sleep)
+            together(super().sleep)
 
     def wake(self) -> None:
         """Take GPU memory back, once none of the ranks holds it for later."""
-        if self._can_sleep:
+        if self._asleep:
             torch.cuda.empty_cache()
             of_all_ranks()
-            self._together(super().wake)
+            together(super().wake)
 
     def close(self) -> None:
         """End the process, at the rank that owns it."""
@@ -148,9 +147,7 @@ class SharedVLLMEngine(VLLMEngine):
             super().start(model)
             self._server = ProcessServer(self)
             return self._server.address, self._server.key
-        if self.cuda:
-            check_devices([])
-        self._read(model)
+        self._prepare(model)
         return None
 
     def _send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
@@ -164,22 +161,9 @@ class SharedVLLMEngine(VLLMEngine):
         if self.owns:
             super()._call(method, **arguments)
 
-    def _together(self, act: Callable[[], Any]) -> list[Any]:
-        """Do it on all ranks, wait for all, and give what each returned; who failed says so to all."""
-        mine: Exception | None = None
-        result = None
-        try:
-            result = act()
-        except Exception as error:
-            mine = error
-        kind = ValueError if isinstance(mine, ValueError) else RuntimeError
-        outcomes = of_all_ranks((result, mine and (kind, str(mine))))
-        for number, (_, failure) in enumerate(outcomes):
-            if failure is not None:
-                raise mine or failure[0](f"Rank {number}: {failure[1]}")
-        return [result for result, _ in outcomes]
-
     def _devices(self) -> list[int]:
+        if not self.owns:
+            return []
         return self._places if self.devices is None else self.devices
 
     def _check_tensor_parallel(self) -> None:

@@ -20,7 +20,7 @@ from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Prompt, Sampling
 
 GREEDY = Sampling(samples=1, max_tokens=24, temperature=0.0)
-SAMPLING = Sampling(samples=6, max_tokens=60, seed=3)
+SAMPLING = Sampling(samples=16, max_tokens=60, seed=3)
 
 
 class Watched(SharedVLLMEngine):
@@ -78,6 +78,7 @@ def visit(engine: Watched, model: str) -> dict:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found["survived"] = samples(itertools.chain(first, groups))
+        of_all_ranks()
     found["deaths"], found["warnings"] = engine.deaths, [str(w.message)[-200:] for w in said]
 
     # One rank breaks off, and has to finish before the engine sleeps; the other one is there long before.

@@ -159,4 +159,6 @@ def test_an_engine_lies_on_the_gpus_of_its_ranks(rank, owner, devices, monkeypat
     assert (engine.owner, engine.owns) == (owner, rank == owner)
     assert engine.transfer == "ipc"
     assert engine._can_sleep
-    assert engine._environment() == {"CUDA_VISIBLE_DEVICES": ",".join(str(4 + device) for device in devices)}
+    assert engine._devices() == (devices if engine.owns else [])
+    if engine.owns:
+        assert engine._environment() == {"CUDA_VISIBLE_DEVICES": ",".join(str(4 + device) for device in devices)}
