@@ -298,9 +298,8 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
 
     def _shard(self, parameter: Any, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that is sharded like a parameter under ZeRO-3."""
-        size = parameter.ds_tensor.numel()
-        flat = pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
-        return flat.narrow(0, size * self.global_rank, size)
+        size, flat = parameter.ds_tensor.numel(), whole.flatten()
+        return pad(flat, (0, size * self.world_size - flat.numel())).narrow(0, size * self.global_rank, size)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights by the names that they have without engines."""
@@ -321,10 +320,9 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         known = optimizer.state.get(flats[0], {})
         spread = [name for name, value in known.items() if getattr(value, "shape", None) == flats[0].shape]
         single = {name: value for name, value in known.items() if name not in spread}
+        get: Callable[[Any, str], Tensor] = safe_get_full_optimizer_state
         if not self.engines[role].zero_optimization():
-            get: Callable[[Any, str], Tensor] = lambda p, name: optimizer.state[p][name]  # noqa: E731
-        else:
-            get = safe_get_full_optimizer_state
+            get = lambda p, name: optimizer.state[p][name]  # noqa: E731
         states = {
             i: {n: own(v) for n, v in single.items()} | {n: partial(get, parameter, n) for n in spread}
             for i, parameter in enumerate(self._order[role])

@@ -183,12 +183,7 @@ def test_engines_of_two_ranks_on_one_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}"))
     check_devices([0])  # one process: nobody to share with
 
-    def gather(everyone, mine):
-        everyone[:] = [mine, ["GPU-7"], ["GPU-4"]]
-
-    monkeypatch.setattr(vllm_devices.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(vllm_devices.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(vllm_devices.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(vllm_devices, "of_all_ranks", lambda mine: [mine, ["GPU-7"], ["GPU-4"]])
     check_devices([5, 6])
     with pytest.raises(ValueError, match=r"engines of ranks \[0, 2\] on GPU GPU-4\.\nLeave the engine's `devices` out"):
         check_devices([4, 5])
