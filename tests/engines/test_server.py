@@ -326,8 +326,8 @@ def test_two_ranks_share_the_servers(engine, model, servings, tmp_path, monkeypa
 
 @pytest.mark.timeout(900)
 def test_a_server_that_ranks_share_dies_and_comes_back_for_all_of_them(engine, model, servings, tmp_path, monkeypatch):
+    import launching
     import server_ranks
-    import two_ranks
 
     engine.close()  # or it would give the server that comes back weights of its own
     monkeypatch.setenv("PRIME_TEST_CERTIFICATE", str(servings[1].tls[0]))
@@ -342,7 +342,7 @@ def test_a_server_that_ranks_share_dies_and_comes_back_for_all_of_them(engine, m
     hand = threading.Thread(target=strike, daemon=True)
     hand.start()
     urls = [serving.url for serving in servings]
-    codes, said = two_ranks.launch(server_ranks.__file__, tmp_path, model, str(tmp_path), *urls, seconds=600)
+    codes, said = launching.launch(server_ranks.__file__, tmp_path, model, str(tmp_path), *urls, seconds=600)
     assert codes == [0, 0], "\n".join(text[-4000:] for text in said)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

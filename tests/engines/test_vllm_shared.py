@@ -5,10 +5,10 @@ import os
 import time
 from importlib.util import find_spec
 
+import launching
 import pytest
 import shared_ranks
 import torch
-import two_ranks
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
@@ -19,7 +19,7 @@ with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not in
 
 def visit(model: str, folder, victim: int = -1) -> tuple[list[int], dict[int, dict]]:
     """Run both ranks; their exit codes, and what those that lived to say it found."""
-    codes, said = two_ranks.launch(shared_ranks.__file__, folder, model, str(folder), str(victim), seconds=400)
+    codes, said = launching.launch(shared_ranks.__file__, folder, model, str(folder), str(victim), seconds=400)
     assert [code for rank, code in enumerate(codes) if rank != victim] == [0] * (2 - (victim >= 0)), "\n".join(said)
     return codes, {rank: json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1) if rank != victim}
 

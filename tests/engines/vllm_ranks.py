@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import launching
 import lightning.pytorch as pl
 import tiny
-import two_ranks
 
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.engines.server import ServerEngine
@@ -56,7 +56,7 @@ def main(model: str, folder: Path, urls: list[str]) -> None:
 
 def run(model: str, folder: Path, *urls: str) -> tuple[list[dict], list[str]]:
     """Start both ranks as torchrun does; returns what each found, which is checked, and what it said."""
-    codes, said = two_ranks.launch(__file__, folder, model, str(folder), *urls)
+    codes, said = launching.launch(__file__, folder, model, str(folder), *urls)
     assert codes == [0, 0], "\n".join(text[-4000:] for text in said)
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert found[0]["apart"] == found[1]["apart"]
