@@ -1,4 +1,4 @@
-"""Starts a script as two ranks, as torchrun does."""
+"""Starts a script as two ranks or more, as torchrun does."""
 
 import os
 import socket
@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 
-def launch(script: str, folder: Path, *arguments: str, seconds: float = 1200) -> tuple[list[int], list[str]]:
-    """Run both to their end; returns their exit codes and what they said."""
+def launch(
+    script: str, folder: Path, *arguments: str, seconds: float = 1200, world: int = 2
+) -> tuple[list[int], list[str]]:
+    """Run all of them to their end; returns their exit codes and what they said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    size = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    launcher = {**size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = []
-    for rank in range(2):
+    for rank in range(world):
         with (folder / f"log{rank}").open("w") as log:
             ranks.append(
                 subprocess.Popen(
@@ -32,4 +35,4 @@ def launch(script: str, folder: Path, *arguments: str, seconds: float = 1200) ->
     finally:
         for rank in ranks:
             rank.kill()
-    return codes, [(folder / f"log{rank}").read_text() for rank in range(2)]
+    return codes, [(folder / f"log{rank}").read_text() for rank in range(world)]

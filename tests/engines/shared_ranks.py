@@ -41,9 +41,9 @@ def weights(model: str, version: int) -> list[tuple[str, torch.Tensor]]:
     return [(name, p.detach() + 0.03 * torch.randn_like(p)) for name, p in lm.named_parameters()]
 
 
-def prompts_of(rank: int, model: str) -> list[Prompt]:
+def prompts_of(rank: int, model: str, world: int = 2) -> list[Prompt]:
     source, tokenizer = ArithmeticPrompts(seed=5, operations=6), load_tokenizer(model)
-    return [source.prompt(draw, tokenizer) for draw in range(rank, 12, 2)]
+    return [source.prompt(draw, tokenizer) for draw in range(rank, 12, world)]
 
 
 def samples(groups) -> dict[int, list[dict]]:
@@ -105,9 +105,16 @@ def visit(engine: Watched, model: str) -> dict:
 def main(model: str, folder: Path, victim: int) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    engine = Watched(device="cpu", tensor_parallel=2 if victim < 0 else 1, ranks=2, max_sequences=16, restarts=1)
+    world = distributed.get_world_size()
+    parts = 2 if world == 2 and victim < 0 else 1
+    engine = Watched(device="cpu", tensor_parallel=parts, ranks=2, max_sequences=16, restarts=1)
     engine.start(model)
-    if victim < 0:
+    if world > 2:
+        engine.load_weights(iter(weights(model, 0)), 0)
+        greedy = samples(engine.stream(prompts_of(rank(), model, world), GREEDY))
+        found = {"owner": engine.owner, "pid": engine.channel().pid if not engine.owns else 0, "greedy0": greedy}
+        of_all_ranks()
+    elif victim < 0:
         found = visit(engine, model)
     else:
         engine.load_weights(iter(weights(model, 0)), 0)

@@ -13,15 +13,18 @@ import torch
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.engines.vllm_shared import SharedVLLMEngine
+from prime_lightning.rollout import Prompt
 
 with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
 
 
-def visit(model: str, folder, victim: int = -1) -> tuple[list[int], dict[int, dict]]:
-    """Run both ranks; their exit codes, and what those that lived to say it found."""
-    codes, said = launching.launch(shared_ranks.__file__, folder, model, str(folder), str(victim), seconds=400)
-    assert [code for rank, code in enumerate(codes) if rank != victim] == [0] * (2 - (victim >= 0)), "\n".join(said)
-    return codes, {rank: json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1) if rank != victim}
+def visit(model: str, folder, victim: int = -1, world: int = 2) -> dict[int, dict]:
+    """Run the ranks; what each of those found that lived to say it."""
+    arguments = model, str(folder), str(victim)
+    codes, said = launching.launch(shared_ranks.__file__, folder, *arguments, seconds=400, world=world)
+    alive = [rank for rank in range(world) if rank != victim]
+    assert all(codes[rank] == 0 for rank in alive), "\n".join(text[-4000:] for text in said)
+    return {rank: json.loads((folder / f"rank{rank}.json").read_text()) for rank in alive}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def ranks(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
-    return visit(model, tmp_path_factory.mktemp("ranks"))[1]
+    return visit(model, tmp_path_factory.mktemp("ranks"))
+
+
+def equal(ours: dict[str, list[dict]], hf: HFEngine, prompts: list[Prompt]) -> None:
+    """Greedy samples of these prompts are those of the other engine, with its log-probs."""
+    assert set(ours) == {str(prompt.draw) for prompt in prompts}
+    for draw, (theirs,) in shared_ranks.samples(hf.stream(prompts, shared_ranks.GREEDY)).items():
+        (mine,) = ours[str(draw)]
+        assert mine["token_ids"] == theirs["token_ids"]
+        assert set(mine["versions"]) == {hf.version}
+        expected = torch.tensor(theirs["logprobs"])
+        torch.testing.assert_close(torch.tensor(mine["logprobs"]), expected, atol=1e-4, rtol=0)
 
 
 @with_vllm
@@ -42,16 +56,20 @@ def test_both_ranks_sample_what_the_hf_engine_does_over_weight_updates(ranks, mo
     for version in range(2):
         hf.load_weights(shared_ranks.weights(model, version), version)
         for rank, found in ranks.items():
-            prompts = shared_ranks.prompts_of(rank, model)
-            theirs = shared_ranks.samples(hf.stream(prompts, shared_ranks.GREEDY))
-            ours = found[f"greedy{version}"]
-            assert set(ours) == {str(prompt.draw) for prompt in prompts}
-            for draw, (sample,) in theirs.items():
-                (mine,) = ours[str(draw)]
-                assert mine["token_ids"] == sample["token_ids"]
-                assert set(mine["versions"]) == {version}
-                expected = torch.tensor(sample["logprobs"])
-                torch.testing.assert_close(torch.tensor(mine["logprobs"]), expected, atol=1e-4, rtol=0)
+            equal(found[f"greedy{version}"], hf, shared_ranks.prompts_of(rank, model))
+
+
+@with_vllm
+@pytest.mark.timeout(600)
+def test_four_ranks_share_two_engines(model, tmp_path):
+    hf = HFEngine()
+    hf.start(model)
+    hf.load_weights(shared_ranks.weights(model, 0), 0)
+    ranks = visit(model, tmp_path, world=4)
+    assert [found["owner"] for found in ranks.values()] == [0, 0, 2, 2]
+    assert ranks[1]["pid"] != ranks[3]["pid"]
+    for rank, found in ranks.items():
+        equal(found["greedy0"], hf, shared_ranks.prompts_of(rank, model, 4))
 
 
 @with_vllm
@@ -87,7 +105,7 @@ def test_both_ranks_hear_of_what_is_wrong(ranks):
 @pytest.mark.timeout(600)
 def test_a_rank_whose_engine_is_gone_says_so_and_nothing_is_left(model, tmp_path):
     before = set(os.listdir("/dev/shm"))
-    _, found = visit(model, tmp_path, victim=0)
+    found = visit(model, tmp_path, victim=0)
     assert found[1]["error"] == "EngineDiedError: Rank 0, which owns the vLLM engine, is gone."
     for _ in range(200):
         if not _group_lives(found[1]["pid"]):
@@ -108,7 +126,7 @@ def _group_lives(pid: int) -> bool:
 @with_vllm
 @pytest.mark.timeout(600)
 def test_the_rank_that_owns_the_engine_goes_on_without_the_other(model, tmp_path):
-    _, found = visit(model, tmp_path, victim=1)
+    found = visit(model, tmp_path, victim=1)
     assert found[0]["error"] == ""
 
 
