@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig
 from prime_lightning.engines import Kept
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.vllm_adapters import Adapters, room_for
-from prime_lightning.engines.vllm_devices import check_devices, transfer_of, visible
+from prime_lightning.engines.vllm_devices import check_devices, own_gpu, transfer_of, visible
 from prime_lightning.engines.vllm_errors import MISSING, explain
 from prime_lightning.engines.vllm_process import Channel, EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
@@ -366,7 +366,7 @@ class VLLMEngine:
 
     def _devices(self) -> list[int]:
         """CUDA devices of the engine."""
-        return [torch.cuda.current_device()] if self.devices is None else self.devices
+        return [own_gpu()] if self.devices is None else self.devices
 
     def _environment(self) -> dict[str, str]:
         """Environment of the engine's process, besides what it inherits."""

@@ -32,6 +32,20 @@ def transfer_of(transfer: str, cuda: bool, devices: Sequence[int] | None) -> str
     return "host" if not cuda else "ipc" if devices is None else "nccl"
 
 
+def own_gpu() -> int:
+    """The GPU of this rank, as torch numbers it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected a GPU for an engine with `device: cuda`, got none ({error}). Set it to auto or cpu."
+        ) from None
+
+
 def visible(devices: Sequence[int]) -> str:
     """`CUDA_VISIBLE_DEVICES` of a process that is to see these alone, as this process numbers them."""
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

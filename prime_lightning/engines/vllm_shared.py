@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prime_lightning.engines.ranks import of_all_ranks, rank, together
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_devices import own_gpu
 from prime_lightning.engines.vllm_process import Channel, EngineDiedError
 from prime_lightning.engines.vllm_remote import Line, ProcessProxy, ProcessServer
 
@@ -119,7 +120,7 @@ class SharedVLLMEngine(VLLMEngine):
         Raises:
             ValueError: on all ranks, if they cannot be divided, or those of an engine are not on one machine.
         """
-        places = of_all_ranks((socket.gethostname(), torch.cuda.current_device() if self.cuda else -1))
+        places = of_all_ranks((socket.gethostname(), own_gpu() if self.cuda else -1))
         if len(places) % self.ranks:
             raise ValueError(
                 f"Expected a number of ranks that {self.ranks} divides (`ranks` of an engine), got {len(places)}."

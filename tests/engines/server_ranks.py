@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from shared_ranks import GREEDY, SAMPLING, prompts_of, samples, weights
+from shared_ranks import GREEDY, SAMPLING, error_of, prompts_of, samples, weights
 from torch import distributed
 
 from prime_lightning.engines.ranks import of_all_ranks, rank
@@ -57,6 +57,8 @@ def main(model: str, folder: Path, urls: list[str]) -> None:
     of_all_ranks()
     engine.load_weights(iter(weights(model, 3)), 3)
     found["versions"] = [server.client.get("/weight_info")["weight_version"] for server in engine.servers]
+    found["wrong"] = error_of(lambda: engine.load_weights(iter(weights(model, 4)[:-1]), 4))
+    found["after"] = len(samples(engine.stream(mine, GREEDY)))
     engine.close()
     (folder / f"rank{rank()}.json").write_text(json.dumps(found))
 

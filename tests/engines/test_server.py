@@ -351,6 +351,8 @@ def test_a_server_that_ranks_share_dies_and_comes_back_for_all_of_them(engine, m
         assert "A server is left out, and its samples are drawn elsewhere" in found["said"][0]
         assert found["same"]
         assert found["versions"] == ["3", "3"]
+        assert found["wrong"].startswith("ValueError: " + "Rank 0: " * rank + "Expected all weights of the policy")
+        assert found["after"] == 6  # and the servers go on
 
 
 def wait_for_files(folder: Path, name: str) -> None:

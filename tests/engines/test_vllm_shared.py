@@ -12,6 +12,7 @@ import torch
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
+from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_shared import SharedVLLMEngine
 from prime_lightning.rollout import Prompt
 
@@ -162,6 +163,15 @@ def test_ranks_that_cannot_share(places, message, monkeypatch):
     monkeypatch.setattr(vllm_shared, "of_all_ranks", lambda thing=None: places)
     with pytest.raises(ValueError, match=message):
         SharedVLLMEngine(device="cuda", tensor_parallel=2).start("nowhere")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_engines_for_gpus_without_a_gpu():
+    words = "Expected a GPU for an engine with `device: cuda`, got none .* Set it to auto or cpu"
+    with pytest.raises(ValueError, match=words):
+        SharedVLLMEngine(device="cuda").start("nowhere")
+    with pytest.raises(ValueError, match=words):
+        VLLMEngine(device="cuda")._environment()
 
 
 @pytest.mark.parametrize(("rank", "owner", "devices"), [(0, 0, [0, 1]), (1, 0, [0, 1]), (2, 2, [2, 3]), (3, 2, [2, 3])])
