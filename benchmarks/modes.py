@@ -65,9 +65,9 @@ def run(mode: str, seed: int, folder: Path, iterations: int) -> dict[str, float 
     warm = ["--model.policy", str(folder / "warm" / "policy")]
     layers = [f"--config={config(name)}" for name in ("quickstart.yaml", *MODES[mode])]
     common = [*layers, "--trainer.default_root_dir", str(here), "--seed_everything", str(seed)]
-    exported = "--trainer.callbacks=[{class_path: prime_lightning.callbacks.WeightSync}]"
+    alone = "--trainer.callbacks=[]"
     start = time.process_time()
-    fitted = lightning(["fit", *common, *warm, "--trainer.max_steps", str(iterations), exported])
+    fitted = lightning(["fit", *common, *warm, "--trainer.max_steps", str(iterations), alone])
     seconds = time.process_time() - start
     (result,) = fitted.trainer.validate(fitted.model, fitted.datamodule, verbose=False)
     with next((here / "csv").glob("version_*/metrics.csv")).open() as file:

@@ -32,7 +32,6 @@ from transformers import AutoModelForCausalLM
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.batch import Batch
-from prime_lightning.callbacks import WeightSync
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine
@@ -44,6 +43,7 @@ from prime_lightning.loader import TrainingLoader
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import Update
 from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.sync import PolicyWeights
 
 SHAPES = {1: (128, 5), 50: (768, 7), 500: (2048, 9)}  # million parameters: hidden size, layers
 Draw = Callable[[list[Prompt]], int]
@@ -249,7 +249,7 @@ def sync(millions: int, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 
 class Clock(Callback):
-    """When training steps begin and end, as seen from its place among the callbacks."""
+    """When training steps begin and end, the sync at their end included."""
 
     def __init__(self) -> None:
         self.begun: list[float] = []
@@ -263,11 +263,13 @@ class Clock(Callback):
 
 
 class TimedData(RolloutDataModule):
-    """Takes down how long each batch was sampled and graded, in whatever thread."""
+    """Takes down how long each batch was sampled and graded, in whatever thread, and each sync."""
+
+    syncs: list[float]
 
     def training_loader(self, rank: int, world: int) -> TrainingLoader:
         loader = super().training_loader(rank, world)
-        collect, self.seconds = loader.collect, []
+        collect, self.seconds, self.syncs = loader.collect, [], []
 
         def timed(**options: Any) -> Batch:
             begun = time.perf_counter()
@@ -277,6 +279,11 @@ class TimedData(RolloutDataModule):
 
         loader.collect = timed  # type: ignore[method-assign]
         return loader
+
+    def sync(self, weights: PolicyWeights, version: int) -> None:
+        begun = time.perf_counter()
+        super().sync(weights, version)
+        self.syncs.append(time.perf_counter() - begun)
 
 
 def iterations(millions: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -310,13 +317,13 @@ def iterate(model: str, staleness: int, options: argparse.Namespace) -> dict[str
         accuracy_filter=AccuracyFilter(low=0.0, high=1.0),
         max_staleness=staleness,
     )
-    step, whole = Clock(), Clock()
+    clock = Clock()
     first = 1 + staleness  # batches that were begun before the first update are out of step
     trainer = pl.Trainer(
         max_steps=options.turns + first,
         accelerator="cpu" if options.device == "cpu" else "gpu",
         devices=1,
-        callbacks=[step, WeightSync(), whole],
+        callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -329,11 +336,13 @@ def iterate(model: str, staleness: int, options: argparse.Namespace) -> dict[str
         policy_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
     )
     trainer.fit(prime, data)
+    syncs = data.syncs[1 + first :]  # one before the first iteration
+    steps = zip(clock.begun[first:], clock.ended[first:], syncs, strict=True)
     parts = {
         "sampling": data.seconds[first : first + options.turns],
-        "training": [ended - begun for begun, ended in zip(step.begun[first:], step.ended[first:], strict=True)],
-        "sync": [after - before for before, after in zip(step.ended[first:], whole.ended[first:], strict=True)],
-        "iteration": [after - before for before, after in itertools.pairwise(whole.ended[first - 1 :])],
+        "training": [ended - begun - sync for begun, ended, sync in steps],
+        "sync": syncs,
+        "iteration": [after - before for before, after in itertools.pairwise(clock.ended[first - 1 :])],
     }
     return {name: statistics.mean(seconds) for name, seconds in parts.items()}
 

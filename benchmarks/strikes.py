@@ -29,7 +29,6 @@ trainer:
   max_steps: {iterations}
   logger: false
   callbacks:
-    - class_path: prime_lightning.callbacks.WeightSync
     - class_path: drill.Struck
       init_args: {{folder: {folder}}}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint

@@ -1,10 +1,9 @@
-"""What happens between iterations: weights to the engine, rollouts to disk, models to folders."""
+"""What happens between iterations: rollouts to disk, models to folders."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from prime_lightning.batch import Batch
-from prime_lightning.engines import AdapterEngine, Engine
 from prime_lightning.evaluation import records
 from prime_lightning.facts import run_facts
 from prime_lightning.logprobs import causal_lm
-from prime_lightning.lora import adapter_config, adapter_parameters, merged_parameters
-from prime_lightning.module import PrimeModule
+from prime_lightning.lora import merged_parameters
 from prime_lightning.pretrained import save
 from prime_lightning.prm.folder import describe
 from prime_lightning.rollout import Rollout
@@ -27,77 +24,10 @@ from prime_lightning.stepping import devices
 
 
 class WeightSync(Callback):
-    """Sends the policy's weights to the engine before it samples; version n is the policy after n iterations.
+    """Does nothing: `PrimeModule` sends its weights itself. For configurations that still name it."""
 
-    Where sampling and training take turns, the engine sleeps while the trainer works, so that both have the memory.
-    """
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start, and resume, with the policy's weights."""
-        self._send(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """The batch is there; an engine that does not sample ahead has nothing to do for now."""
-        assert isinstance(pl_module, PrimeModule)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if data.max_staleness == 0:
-            with pl_module.timed_between("sync"):
-                data.engine.sleep()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After each iteration."""
-        self._send(trainer, pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before a validation outside of `fit`."""
-        self._send(trainer, pl_module)
-
-    on_test_start = on_validation_start
-    on_predict_start = on_validation_start
-
-    def _send(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, PrimeModule)
-        engine = trainer.datamodule.engine  # type: ignore[attr-defined]
-        adapters, stale = _adapters_for(engine, pl_module), engine.version != trainer.global_step
-        weights: Iterator[tuple[str, Tensor]] = iter(())
-        if stale and adapters is None:
-            weights = policy_weights(pl_module)
-        elif stale:
-            weights = adapter_parameters(pl_module.policy.model, pl_module.devices.whole)
-        try:
-            with pl_module.timed_between("sync"):
-                engine.wake()
-                if stale and adapters is None:
-                    engine.load_weights(weights, version=trainer.global_step)
-                elif stale:
-                    engine.load_adapters(adapters, weights, version=trainer.global_step)
-        finally:
-            deque(weights, maxlen=0)  # an engine that gave up must not leave other ranks waiting for this one
-
-
-def _adapters_for(engine: Engine, module: PrimeModule) -> dict[str, Any] | None:
-    """What an engine that computes with adapters is told of them; None for one that wants them merged."""
-    if not isinstance(engine, AdapterEngine) or engine.lora_rank is None:
-        return None
-    config = adapter_config(module.policy.model)
-    if config is None:
-        raise ValueError(
-            f"Expected a policy with adapters for an engine with `lora_rank` {engine.lora_rank}, got one without. "
-            "Add --config conf/model/lora.yaml, or leave `lora_rank` out."
-        )
-    return config
-
-
-def policy_weights(module: PrimeModule) -> Iterator[tuple[str, Tensor]]:
-    """The policy's whole weights by their Hugging Face names, tied ones once, adapters merged, one after another.
-
-    Where they are sharded each is gathered when it is asked for, by all ranks together.
-    """
-    return merged_parameters(module.policy.model, module.devices.whole)
+    def __init__(self) -> None:
+        warnings.warn("Take WeightSync out of `trainer.callbacks`: PrimeModule sends its weights itself.", stacklevel=2)
 
 
 Steps = Callable[[Rollout, list[str]], list[tuple[int, int, bool]]]

@@ -1,6 +1,6 @@
 """`RolloutDataModule`: prompts, engine, verifiers and filter as one Lightning data module that yields `Batch`es.
 
-It knows nothing of the algorithm; who sends weights to the engine is a callback.
+It knows nothing of the algorithm; a `PrimeModule` sends it the policy's weights through `sync`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prime_lightning.loader import Collecting, EvaluationLoader, RolloutSource, 
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
+from prime_lightning.sync import PolicyWeights, send
 from prime_lightning.verifiers import GoldReport, Verifiers
 
 
@@ -123,6 +124,15 @@ class RolloutDataModule(pl.LightningDataModule):
             return self.verifiers.check_golds(part.references())
         report = self.verifiers.check_golds(part.references()) if self.trainer.is_global_zero else None
         return self.trainer.strategy.broadcast(report)  # type: ignore[return-value]
+
+    def sync(self, weights: PolicyWeights, version: int) -> None:
+        """Sample with these weights from now on."""
+        send(self.engine, weights, version)
+
+    def rest(self) -> None:
+        """Let the engine give its memory up until the next `sync`, where it does not sample ahead."""
+        if self.max_staleness == 0:
+            self.engine.sleep()
 
     def source(self, prompts: Prompts) -> RolloutSource:
         """These prompts through this module's engine and verifiers."""

@@ -1,7 +1,7 @@
 """`PrimeModule`: policy, implicit PRM and reference, and one PRIME iteration as one Lightning training step.
 
 PRIME is arXiv 2502.01456. Read `training_step` beside its Algorithm 1; the maths stands in `algorithms`, sampling and
-grading in `data.py`, and what happens between iterations in `callbacks.py`.
+grading in `data.py`, how its weights come back to the engine in `sync.py`.
 
 Shapes: B responses, T response tokens, b and t those of a micro-batch.
 """
@@ -26,6 +26,7 @@ from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessRe
 from prime_lightning.panel import PanelModule
 from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
 from prime_lightning.replay import Replay, share
+from prime_lightning.sync import PolicyWeights, WeightReceiver
 
 ROLES = ("prm", "policy", "critic")
 
@@ -102,7 +103,8 @@ class PrimeModule(PanelModule):
         self._step_ends: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """One iteration of Algorithm 1, from its rollouts on."""
+        """One iteration of Algorithm 1, from its rollouts on, until the engine has the new policy."""
+        self.rest()
         with self.one_step():
             proximal_BT = self.score(self.policy, batch, batch.temperature)
             reference_BT = self.reference_logprobs(batch, proximal_BT)
@@ -120,6 +122,7 @@ class PrimeModule(PanelModule):
             advantage_BT = self.whitened(batch, advantage_BT)
             self.update_policy(batch, advantage_BT, proximal_BT, reference_BT)
         numbers = self.log_iteration(batch)
+        self.send_weights()
         return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
 
     def reference_logprobs(self, batch: Batch, proximal_BT: Tensor) -> Tensor:
@@ -267,6 +270,43 @@ class PrimeModule(PanelModule):
             self._step_ends = torch.tensor([self.reward.step_separator in word for word in words])
         ends_BT = self._step_ends.to(self.device)[batch.response_tokens()]
         return ends_BT.long().cumsum(1) - ends_BT.long()
+
+    # ---- what samples
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data module that would go on sampling with the weights it began with.
+
+        Raises:
+            ValueError: if it has no doors for the policy's weights, or the strategy takes all models for one.
+        """
+        super().setup(stage)
+        if not isinstance(data := getattr(self.trainer, "datamodule", None), WeightReceiver):
+            raise ValueError(
+                "Expected a data module that takes the policy's weights, by `sync(weights, version)` and `rest()` "
+                f"(prime_lightning.sync), got {'none' if data is None else type(data).__name__}."
+            )
+
+    def send_weights(self) -> None:
+        """Let the next rollouts be the present policy's; its version is the number of finished iterations."""
+        weights = PolicyWeights(self.policy.model, self.devices.whole)
+        with self.timed_between("sync"):
+            self.trainer.datamodule.sync(weights, self.trainer.global_step)  # type: ignore[attr-defined]
+
+    def rest(self) -> None:
+        """The rollouts are there; the memory of what drew them is the trainer's for now."""
+        with self.timed_between("sync"):
+            self.trainer.datamodule.rest()  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        """Start, and resume, with the policy's weights."""
+        self.send_weights()
+
+    def on_validation_start(self) -> None:
+        """Outside of `fit`, too."""
+        super().on_validation_start()
+        self.send_weights()
+
+    on_test_start = on_predict_start = on_train_start
 
     # ---- what is evaluated and predicted
 

@@ -42,7 +42,7 @@ FLOORS = [
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
     {"stepping", "ahead", "lora", "plan.shape"}
     | {"prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
-    {"panel", "placement"},
+    {"panel", "placement", "sync"},
     {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"} | {"prm.train"},
     {"cli", "plan"} | {"prm.score", "evaluation.callback"},

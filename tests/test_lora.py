@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from prime_lightning.callbacks import HuggingFaceExport, policy_weights
+from prime_lightning.callbacks import HuggingFaceExport
 from prime_lightning.lora import adapter_config, adapter_parameters, merged_parameters, with_adapters
 from prime_lightning.options import Loading, Lora
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
 from prime_lightning.rollout import Prompt, Sampling, Verdict
+from prime_lightning.sync import PolicyWeights
 from prime_lightning.verifiers import Verifiers
 
 LORA = Lora(rank=4, alpha=8.0)
@@ -247,7 +248,8 @@ def test_merged_folders_of_plain_models_are_as_before(tmp_path, warm_model):
 def test_the_policys_weights_are_the_merged_ones(warm_model):
     prime = tiny.module(warm_model, policy_lora=LORA)
     prime.configure_model()
-    assert dict(policy_weights(prime)).keys() == dict(load_causal_lm(str(warm_model)).named_parameters()).keys()
+    names = dict(load_causal_lm(str(warm_model)).named_parameters()).keys()
+    assert dict(PolicyWeights(prime.policy.model).merged()).keys() == names
     assert isinstance(prime.policy.model, peft.PeftModel)
 
 

@@ -24,7 +24,6 @@ trainer:
   max_steps: 3
   logger: false
   callbacks:
-    - class_path: prime_lightning.callbacks.WeightSync
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{dirpath: "{folder}/checkpoints", every_n_train_steps: 1, save_last: true, save_top_k: 0}}
     {trouble}

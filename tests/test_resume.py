@@ -132,7 +132,6 @@ OVERLAY = """
 trainer:
   max_steps: 12
   callbacks:
-    - class_path: prime_lightning.callbacks.WeightSync
     - class_path: prime_lightning.callbacks.RolloutLog
       init_args: {folder: "${trainer.default_root_dir}"}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint

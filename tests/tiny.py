@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.arithmetic import ArithmeticLessons, ArithmeticPrompts, write_model
-from prime_lightning.callbacks import HuggingFaceExport, WeightSync
+from prime_lightning.callbacks import HuggingFaceExport
 from prime_lightning.checkpoint import AtomicCheckpointIO
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines.hf import HFEngine
@@ -103,7 +103,7 @@ def trainer(
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "plugins": [AtomicCheckpointIO()],
-        "callbacks": [WeightSync(), Outputs(), *callbacks],
+        "callbacks": [Outputs(), *callbacks],
     }
     return pl.Trainer(**(settings | options))
 

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
-from prime_lightning.callbacks import WeightSync
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
@@ -117,7 +116,7 @@ class Benchmarks(Callback):
         if self._done == trainer.global_step:
             return
         self._done = trainer.global_step
-        WeightSync().on_validation_start(trainer, pl_module)  # wherever WeightSync stands in the list of callbacks
+        pl_module.send_weights()  # type: ignore[operator]
         with isolate_rng(), torch.no_grad():
             for benchmark, prompts in self.loaded:
                 self._evaluate(trainer, pl_module, benchmark, prompts)

@@ -22,9 +22,9 @@ import torch
 
 from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
-from prime_lightning.callbacks import policy_weights
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.parallel import Sharded
+from prime_lightning.sync import PolicyWeights
 
 STEPS = 20
 SAVED = 14
@@ -89,7 +89,7 @@ def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> 
     saving = pl.callbacks.ModelCheckpoint(folder / name, "at{step}", every_n_train_steps=SAVED, save_top_k=-1)
     trainer = tiny.trainer(
         folder, STEPS, history=history, devices=world, strategy=strategy(name),
-        callbacks=[tiny.WeightSync(), tiny.Outputs(), *([] if after else [saving])], enable_checkpointing=not after,
+        callbacks=[tiny.Outputs(), *([] if after else [saving])], enable_checkpointing=not after,
     )  # fmt: skip
     trainer.fit(prime, rollouts, ckpt_path=after)
     draws = prime.gather([[row.prompt.draw for row in out["batch"].rollouts] for out in history.outputs])
@@ -103,7 +103,7 @@ def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> 
 def engine_gap(prime: tiny.PrimeModule, rollouts: tiny.RolloutDataModule) -> float:
     """Greatest difference between a weight of the policy and of the engine that samples from it."""
     own, before, gap = dict(rollouts.engine.model.named_parameters()), None, 0.0
-    for name, weight in policy_weights(prime):
+    for name, weight in PolicyWeights(prime.policy.model, prime.devices.whole).merged():
         gap = max(gap, float((own[name] - weight).abs().max()))
         if isinstance(prime.trainer.strategy, Sharded):
             assert before is None or before() is None, "two gathered weights at a time"
@@ -183,7 +183,7 @@ def varied(
             spread.frozen, spread.roles = "replicate", {"prm": {"zero_optimization": {"stage": 1}}}
     trainer = tiny.trainer(
         folder, 2, history=history, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=spread,
-        precision="bf16-mixed" if option == "bf16" else "32-true", callbacks=[tiny.WeightSync(), *callbacks],
+        precision="bf16-mixed" if option == "bf16" else "32-true", callbacks=[*callbacks],
         enable_checkpointing=bool(callbacks),
     )  # fmt: skip
     return prime, rollouts, trainer

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.callbacks import WeightSync
 from prime_lightning.engines import AdapterEngine
 from prime_lightning.engines.hf import truncate
 from prime_lightning.engines.vllm import VLLMEngine
@@ -19,6 +18,7 @@ from prime_lightning.lora import adapter_config, adapter_parameters, with_adapte
 from prime_lightning.options import Lora
 from prime_lightning.pretrained import load_causal_lm
 from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.sync import PolicyWeights
 
 real = pytest.mark.skipif(
     find_spec("vllm") is None or find_spec("peft") is None, reason="vLLM or peft is not installed (docs/vllm.md)"
@@ -136,7 +136,7 @@ def test_a_run_trains_on_samples_of_its_own_adapters(engine, model, tmp_path, st
     assert max(t.abs().max() for n, t in adapter_parameters(prime.policy.model) if "lora_B" in n) > 1e-2
 
 
-def test_options_that_do_not_go_together_are_refused(model, tmp_path):
+def test_options_that_do_not_go_together_are_refused(model):
     with pytest.raises(ValueError, match="read its weights from disk"):
         VLLMEngine(device="cpu", lora_rank=4, args={"load_format": "dummy"})
     with pytest.raises(ValueError, match="`lora_rank` null with `tensor_parallel` 2, got 4"):
@@ -144,9 +144,6 @@ def test_options_that_do_not_go_together_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="`lora_rank` between 1 and 512, got 0"):
         VLLMEngine(device="cpu", lora_rank=0)
     assert VLLMEngine(device="cuda", lora_rank=20).sleep_level == 1
-    trainer = tiny.trainer(tmp_path, 1)
-    prime = tiny.module(model)
-    prime.configure_model()
-    trainer.datamodule = tiny.data(model, engine=VLLMEngine(device="cpu", lora_rank=8))
+    data = tiny.data(model, engine=VLLMEngine(device="cpu", lora_rank=8))
     with pytest.raises(ValueError, match=r"a policy with adapters.*Add --config conf/model/lora\.yaml"):
-        WeightSync().on_validation_start(trainer, prime)
+        data.sync(PolicyWeights(load_causal_lm(model)), 0)

@@ -5,7 +5,7 @@ import tiny
 from lightning.pytorch.loggers import CSVLogger
 
 from prime_lightning.arithmetic import written_steps
-from prime_lightning.callbacks import RolloutLog, WeightSync
+from prime_lightning.callbacks import RolloutLog
 from report.lines import HOSTILE, row, write_rollouts
 
 
@@ -13,7 +13,7 @@ from report.lines import HOSTILE, row, write_rollouts
 def run_folder(warm_model, tmp_path_factory):
     """Four iterations of PRIME, logged as the quickstart logs."""
     folder = tmp_path_factory.mktemp("runs") / "tiny-seed0"
-    callbacks = [WeightSync(), RolloutLog(str(folder), steps=written_steps)]
+    callbacks = [RolloutLog(str(folder), steps=written_steps)]
     logger = CSVLogger(str(folder), name="csv", flush_logs_every_n_steps=1)
     trainer = tiny.trainer(folder, 4, logger=logger, callbacks=callbacks)
     trainer.fit(tiny.module(warm_model), tiny.data(warm_model, prompts_per_batch=8))
