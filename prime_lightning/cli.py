@@ -22,6 +22,7 @@ from prime_lightning.module import PrimeModule
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
+from prime_lightning.usage import ShortErrors
 from prime_lightning.watch import RankWatch
 
 MEANT_AS_IT_IS = (
@@ -31,10 +32,14 @@ MEANT_AS_IT_IS = (
     ".*LeafSpec",  # between lightning and torch
 )
 TRAINED = {
-    "sft": (SFTModule, LessonDataModule, "supervised warm start"),
-    "prm": (PRMModule, LabelledDataModule, "train an implicit PRM on labelled responses"),
+    "sft": (SFTModule, LessonDataModule),
+    "prm": (PRMModule, LabelledDataModule),
 }
 """LightningCLI's `fit` over other modules than PRIME's."""
+
+
+class PrimeParser(ShortErrors, LightningArgumentParser):  # type: ignore[misc]
+    """LightningCLI's parser with short errors."""
 
 
 class PrimeCLI(LightningCLI):
@@ -61,6 +66,7 @@ class PrimeCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
+            parser_class=PrimeParser,
             parser_kwargs={"parser_mode": "omegaconf+"},
             trainer_defaults={
                 "callbacks": [PrimeProgress(), RankWatch()],
@@ -70,6 +76,10 @@ class PrimeCLI(LightningCLI):
                 "max_epochs": 1,
             },
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """No options by their first letters: a misspelt one is to be an error, not another one."""
+        return super().init_parser(**{"allow_abbrev": False, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data module samples from, and tokenizes for, the policy, or the one model that is trained."""
@@ -95,7 +105,7 @@ class PrimeCLI(LightningCLI):
 def lightning(args: list[str]) -> PrimeCLI:
     """Run one of LightningCLI's subcommands, or one of `TRAINED`."""
     if args[0] in TRAINED:
-        model, data, _ = TRAINED[args[0]]
+        model, data = TRAINED[args[0]]
         return PrimeCLI(model, data, ["fit", *args[1:]], command=args)
     return PrimeCLI(PrimeModule, RolloutDataModule, args)
 

@@ -9,7 +9,6 @@ import sys
 import threading
 from typing import Any, ClassVar
 
-import datasets
 import torch
 import transformers
 from rich.console import Console
@@ -88,7 +87,9 @@ def calm() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, where it is installed, warns of every CPU
     if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+        os.environ.setdefault(
+            "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
+        )  # read when `datasets` is imported, which takes seconds
     transformers.utils.logging.set_tqdm_hook(_rich)
     logger = logging.getLogger(TIPS)
     if _no_tip not in logger.filters:

@@ -13,13 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.rollout import Prompt
+
+if TYPE_CHECKING:
+    import datasets
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MATHS_USER = "{problem}\n\nPresent the answer in LaTex format: \\boxed{{Your answer}}"
@@ -332,6 +334,8 @@ def load_rows(path: str | Sequence[str], *, split: str, name: str | None, revisi
     Raises:
         ValueError: if a file is missing, or neither a file nor a data set that can be loaded.
     """
+    import datasets  # here, because it brings pandas, which takes longer than all that `plan` computes
+
     files = [path] if isinstance(path, str) else list(path)
     loader = LOADERS.get(Path(files[0].removesuffix(".gz")).suffix)
     if loader is not None:

@@ -26,6 +26,7 @@ from prime_lightning.cli import PrimeCLI, lightning, parsed
 from prime_lightning.prm import credit
 from prime_lightning.report import write_report
 from prime_lightning.shipped import shipped
+from prime_lightning.usage import Parser
 
 
 def main(args: Sequence[str]) -> int:
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    made = argparse.ArgumentParser(prog="prime-lightning quickstart", description=__doc__)
+    made = Parser(prog="prime-lightning quickstart", description=__doc__)
     made.add_argument("--out", default="runs/quickstart", help="new folder for everything that it writes")
     made.add_argument("--seed", type=int, default=0, help="of the model, the problems and the sampling")
     made.add_argument("--threads", type=int, default=1, help="of torch; matrices this small gain nothing from more")

@@ -28,6 +28,7 @@ from prime_lightning.loader import RolloutSource
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
+from prime_lightning.usage import TypedParser
 from prime_lightning.verifiers import Verifiers
 
 HF_ENGINE = "prime_lightning.engines.hf.HFEngine"
@@ -35,7 +36,7 @@ HF_ENGINE = "prime_lightning.engines.hf.HFEngine"
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = ArgumentParser(prog="prime-lightning evaluate", description=__doc__)
+    made = TypedParser(prog="prime-lightning evaluate", description=__doc__)
     made.add_argument("--model", type=str, required=True, help="Hugging Face folder or id")
     made.add_argument("--benchmark", nargs="+", type=str, required=True, help=f"YAML files, or {benchmark_names()}")
     made.add_argument(

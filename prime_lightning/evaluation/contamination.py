@@ -17,13 +17,14 @@ from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.overlap import Index, Match
 from prime_lightning.evaluation.rows import BenchmarkRows
 from prime_lightning.prompts import LOADERS, load_rows
+from prime_lightning.usage import Parser
 
 COLUMNS = ("problem", "question", "instruction", "prompt", "text")
 
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    made = argparse.ArgumentParser(prog="prime-lightning data", description=__doc__)
+    made = Parser(prog="prime-lightning data", description=__doc__)
     check = made.add_subparsers(dest="action", required=True).add_parser("check", description=__doc__)
     check.add_argument("train", help="jsonl, parquet or csv file, or hub id")
     check.add_argument("benchmarks", nargs="+", help=f"data files, benchmark YAML files, or {benchmark_names()}")

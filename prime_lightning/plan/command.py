@@ -15,6 +15,7 @@ from prime_lightning.plan.memory import GIB
 from prime_lightning.plan.report import Iteration, Memory, Rollouts, iteration_of, memory_of, switched
 from prime_lightning.plan.setup import ROLES, Setup, setup_of
 from prime_lightning.plan.timing import Hardware
+from prime_lightning.usage import Parser
 
 
 def main(args: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def main(args: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    made = argparse.ArgumentParser(prog="prime-lightning plan", description=__doc__, allow_abbrev=False)
+    made = Parser(prog="prime-lightning plan", description=__doc__)
     add = made.add_argument
     add("--gpus", type=_count, help="over all nodes; the configuration's by default")
     add("--gpu-memory", type=_positive, default=80.0, help="GiB of one GPU")

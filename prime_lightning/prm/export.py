@@ -16,11 +16,12 @@ from prime_lightning.lora import merged_parameters, with_adapters
 from prime_lightning.options import Lora
 from prime_lightning.pretrained import load_causal_lm
 from prime_lightning.prm.folder import claim, describe, write_model
+from prime_lightning.usage import TypedParser
 
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = ArgumentParser(prog="prime-lightning export", description=__doc__)
+    made = TypedParser(prog="prime-lightning export", description=__doc__)
     made.add_argument("--ckpt", type=Path, required=True, help="Checkpoint of a run: a file, or a strategy's folder.")
     made.add_argument("--role", type=Literal["policy", "prm", "reference"], required=True, help="Which of its models.")
     made.add_argument("--out", type=Path, required=True, help="New folder.")

@@ -19,6 +19,7 @@ from prime_lightning.prm.first_error import best_threshold, f1, predict
 from prime_lightning.prm.implicit import ImplicitPRM
 from prime_lightning.prm.score import add_prm, load_prm, new_file
 from prime_lightning.prompts import load_rows
+from prime_lightning.usage import TypedParser
 
 COLUMNS = ("problem", "steps", "label")
 RESAMPLES = 1000
@@ -26,7 +27,7 @@ RESAMPLES = 1000
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = ArgumentParser(prog="prime-lightning processbench", description=__doc__)
+    made = TypedParser(prog="prime-lightning processbench", description=__doc__)
     made.add_argument("--data", type=str, required=True, help="A jsonl or parquet file, or a hub id.")
     made.add_argument("--split", default="train", help="Split of a hub data set: gsm8k, math, olympiadbench, omnimath.")
     made.add_argument("--tune", type=str | None, help="File or hub id to choose the threshold on.")

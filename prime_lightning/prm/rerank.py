@@ -27,6 +27,7 @@ from prime_lightning.prm.score import add_prm, load_prm, score_all
 from prime_lightning.prm.selection import RULES, best_of_n, interval, sets_of, vote
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.usage import TypedParser
 from prime_lightning.verifiers import Verifiers, final_answer
 
 VOTED = "vote_"
@@ -65,7 +66,7 @@ class Problem:
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = ArgumentParser(prog="prime-lightning rerank", description=__doc__)
+    made = TypedParser(prog="prime-lightning rerank", description=__doc__)
     made.add_argument("--input", type=str | None, help="A jsonl, parquet or csv file with completions.")
     made.add_argument("--sample.model", type=str | None, help="Hub id or folder of the model to sample from.")
     made.add_argument(

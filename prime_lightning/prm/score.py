@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from prime_lightning.prm.implicit import ImplicitPRM, Scored
 from prime_lightning.prm.responses import Response, read_responses, without_empty
 from prime_lightning.prm.steps import StepRule
+from prime_lightning.usage import TypedParser
 
 FIELDS = {
     "response": ("reward",),
@@ -62,7 +63,7 @@ def score_all(prm: ImplicitPRM, responses: Sequence[Response], steps: StepRule |
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = ArgumentParser(prog="prime-lightning score", description=__doc__)
+    made = TypedParser(prog="prime-lightning score", description=__doc__)
     made.add_argument("--input", type=str, required=True, help="A jsonl, parquet or csv file, or a hub id.")
     made.add_argument("--output", type=Path, required=True, help="New jsonl file.")
     made.add_argument("--detail", type=Literal["response", "step", "token"], default="token", help="How much to write.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prime_lightning.report.page import write_report
 from prime_lightning.report.runs import files_of
+from prime_lightning.usage import Parser
 
 Signature = list[tuple[str, int, int]]
 
@@ -34,7 +35,7 @@ def main(args: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    made = argparse.ArgumentParser(prog="prime-lightning report", description=__doc__)
+    made = Parser(prog="prime-lightning report", description=__doc__)
     made.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its trainer.default_root_dir)")
     made.add_argument("--out", metavar="FILE", help="default: report.html in the run, or here for several runs")
     made.add_argument(

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prime_lightning.rollout import Prompt, Verdict
+from prime_lightning.usage import TypedParser
 from prime_lightning.verifiers import CodeOptions, MathOptions, SandboxLeaks, Verifiers
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="prime-lightning verify", description="Grade the completions of a JSON-lines file.")
+    parser = TypedParser(prog="prime-lightning verify", description="Grade the completions of a JSON-lines file.")
     parser.add_argument("--kind", choices=("math", "code"), required=True, help="What the completions are.")
     parser.add_argument("--input", type=Path, required=True, help="JSON lines: id, completion, and answer or tests.")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines: id, verdict, score, reason, seconds.")

@@ -1,0 +1,140 @@
+"""Mistakes on the command line and in files: a few lines that say what, where, and what comes near."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prime_lightning.__main__ import main
+from prime_lightning.usage import line_of, place_of
+
+CONF = Path(__file__).parent.parent / "conf"
+FIT = ["fit", "--config", str(CONF / "quickstart.yaml")]
+ENGINE = "data: {{engine: {{class_path: prime_lightning.engines.hf.HFEngine, init_args: {{{}}}}}}}"
+
+MISTAKES = [
+    (["--model.polcy", "x"], r"`model.polcy` is no option .* \(on the command line\)", "`model.policy`"),
+    (["--trainer.max_stepz", "3"], "`trainer.max_stepz` is no option", "`trainer.max_steps`"),
+    (["--data.sampling.sample=3"], "`data.sampling.sample` is no option", "`data.sampling.samples`"),
+    (["--model.policy_update.mini_batches=2"], "mini_batches", "`model.policy_update.minibatches`"),
+    (["--data.prompts=4"], "`data.prompts` is no option", "`data.prompts_per_batch`"),
+    (["--modle.policy=x"], "`modle.policy` is no option", "`model.policy`"),
+    (["--loading.packed=true"], "`loading.packed` is no option", "`model.loading.packed`"),
+    (["--seed=3"], "`seed` is no option", "seed"),
+    (
+        ["--data.prompts_per_batch=two"],
+        r"`data.prompts_per_batch` \(on the command line\): Expected .*int",
+        "--help data",
+    ),
+    (["--model.process_reward.update=later"], "`model.process_reward.update`", "--help model"),
+    (["--data.engine=vllm"], "`data.engine`", "--help data"),
+    (["--data.engine.init_args.batch_sise=3"], "`batch_sise` is no option of .*HFEngine", "`batch_size`"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml", "--help"),
+    (["--config", "data: {sampling: {sample: 3}}"], r"data.sampling.*sample.*layer\.yaml", ""),
+    (["--config", "model:\n  polcy: x\n"], r"`model.polcy` is no option .*layer\.yaml, line 2\)", "`model.policy`"),
+    (["--config", ENGINE.format("batch_sise: 3")], r"batch_sise.*layer\.yaml, line 1\)", "`batch_size`"),
+    (["--config", "trainer: {max_steps: many}"], r"`trainer.max_steps` \(.*layer\.yaml, line 1\)", "--help trainer"),
+    (["--config", "model: [1, 2"], r"layer\.yaml", ""),
+]
+OTHERS = [
+    (["plan", "--gpus", "none"], "gpus", "plan --help"),
+    (["quickstart", "--iteration", "3"], "`iteration` is no option", "`iterations`"),
+    (["report"], "required", "report --help"),
+    (["evaluate", "--modle", "x"], "modle", ""),
+    (["score", "--prm.folders", "x"], "prm.folders", ""),
+    (["export", "--ckpt"], "ckpt", "export --help"),
+    (["verify", "--knd", "math"], "knd", ""),
+]
+
+
+def said(arguments, capsys):
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "words", "hint"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_a_mistake_in_fit_is_six_lines_with_a_hint(arguments, words, hint, tmp_path, capsys):
+    if arguments[0] == "--config" and "{" in arguments[1] + "{" * (":" in arguments[1]):
+        (tmp_path / "layer.yaml").write_text(arguments[1])
+        arguments = ["--config", str(tmp_path / "layer.yaml")]
+    text = said([*FIT, *arguments], capsys)
+    assert re.search(words, text, re.DOTALL), text
+    assert hint in text
+    assert text.count("\n") <= 6, text
+
+
+@pytest.mark.parametrize(("arguments", "words", "hint"), OTHERS, ids=lambda x: str(x)[:40])
+def test_a_mistake_in_another_command(arguments, words, hint, capsys):
+    text = said(arguments, capsys)
+    assert words in text
+    assert hint in text
+    assert text.count("\n") <= 6, text
+
+
+def test_help_of_one_group(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--help", "data"])
+    text = capsys.readouterr().out
+    assert not ended.value.code
+    assert "--data.prompts_per_batch" in text
+    assert "--model" not in text
+    with pytest.raises(SystemExit):
+        main(["fit", "--help", "date"])
+    assert "There are" in capsys.readouterr().err
+
+
+def test_the_place_of_an_option(tmp_path):
+    early, late = tmp_path / "early.yaml", tmp_path / "late.yaml"
+    early.write_text("model:\n  policy: x\n  loading:\n    packed: true\n")
+    late.write_text("# nothing\nmodel: {policy: y}\n")
+    layers = ["fit", "--config", str(early), f"--config={late}"]
+    assert line_of("model.loading.packed", str(early)) == 4
+    assert line_of("model.loading.dtype", str(early)) is None
+    assert place_of("model.policy", layers) == f" ({late}, line 2)"  # the last one wins, there as here
+    assert place_of("model.loading.packed", layers) == f" ({early}, line 4)"
+    assert place_of("model.policy", [*layers, "--model.policy=z"]) == " (on the command line)"
+    assert place_of("model.prm", layers) == ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fitt"]])
+def test_help_versions_and_misspelt_commands_import_nothing_heavy(words):
+    code = (
+        "import sys; from prime_lightning.__main__ import main; main(sys.argv[1:]); "
+        "print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    heavy = {
+        "torch",
+        "lightning",
+        "transformers",
+        "numpy",
+        "jsonargparse",
+        "omegaconf",
+        "yaml",
+        "sympy",
+        "datasets",
+        "vllm",
+    }
+    assert not heavy & set(ran.stderr.splitlines()[-1].split())
+
+
+def test_planning_imports_neither_data_sets_nor_vllm():
+    heavy = "{'datasets', 'vllm', 'deepspeed', 'evaluate'}"
+    code = f"import sys, prime_lightning.plan.command; print({heavy} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
+
+
+def test_versions_name_what_a_report_needs(capsys):
+    assert main(["--version"]) == 0
+    text = capsys.readouterr().out
+    assert all(
+        re.search(rf"^{name} (\S+)", text, re.MULTILINE) for name in ("prime-lightning", "python", "torch", "vllm")
+    )
+    assert "NVIDIA driver" in text
