@@ -8,10 +8,15 @@ Shapes: B responses, L prompt and response tokens, T response tokens, N response
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from prime_lightning.attention import check_packed, packed_arguments
+from prime_lightning.packing import pack
 
 SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
@@ -52,11 +57,12 @@ class ScoringLM(nn.Module):
     Args:
         model: A Hugging Face causal LM (or a PEFT model around one).
         chunk_tokens: Response tokens projected onto the vocabulary at a time.
-        packed: Put all rows one behind another without padding (position ids restart at each row). Faster with flash
-            attention; with other attention kinds it costs a mask of (all tokens)^2.
+        packed: Put all rows one behind another without padding (position ids restart at each row). For the attention
+            kind `varlen` or flash attention; with others it costs a mask of (all tokens)^2.
 
     Raises:
-        ValueError: for models whose head does more than a projection and a soft cap.
+        ValueError: for models whose head does more than a projection and a soft cap, or that cannot be
+            packed.
     """
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
@@ -68,6 +74,8 @@ class ScoringLM(nn.Module):
                     f"Expected a model whose head is a projection, got {type(model).__name__} with {name}="
                     f"{getattr(config, name)}. Its log-probs would be wrong; take another architecture."
                 )
+        if packed:
+            check_packed(causal_lm(model))
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.packed = packed
@@ -129,6 +137,8 @@ class ValueLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
         super().__init__()
+        if packed:
+            check_packed(causal_lm(model))
         self.model = causal_lm(model).base_model
         self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)  # a critic that knows nothing says 0
@@ -155,15 +165,16 @@ def hidden_states(
 
     Padding stands on the right and attention is causal, so no real token sees it and no mask is needed.
     """
-    decoder = causal_lm(model).base_model
+    decoder: Any = causal_lm(model).base_model
     if not packed:
         states_BLH = decoder(input_ids=tokens_BL, use_cache=False).last_hidden_state
         return states_BLH[rows_N, places_N]
-    row_X, place_X = response_index(length_B, length_B)
-    packed_1X, positions_1X = tokens_BL[row_X, place_X][None], place_X[None]
-    states_XH = decoder(input_ids=packed_1X, position_ids=positions_1X, use_cache=False).last_hidden_state[0]
-    start_B = length_B.cumsum(0) - length_B
-    return states_XH[start_B[rows_N] + places_N]
+    row = pack(tokens_BL, length_B)
+    arguments = packed_arguments(decoder.config.get_text_config()._attn_implementation, row.sequences)
+    states_1XH = decoder(
+        input_ids=row.tokens_X[None], position_ids=row.positions_X[None], use_cache=False, **arguments
+    ).last_hidden_state
+    return states_1XH[0, row.place_BL[rows_N, places_N]]
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

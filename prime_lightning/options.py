@@ -16,13 +16,18 @@ class Loading:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights. float32 masters with `trainer.precision: bf16-mixed` are PRIME's choice."""
     attention: str = "sdpa"
-    """Attention kind of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+    """`varlen` for packed rows (torch's own flash attention on CUDA, no package needed), or a kind of transformers:
+    `sdpa`, `eager`, `flash_attention_2` (package flash-attn), a kernel of the hub (package kernels)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     packed: bool = False
-    """Put responses one behind another without padding; for flash attention."""
+    """Put responses one behind another without padding; for `varlen` and flash attention."""
     chunk_tokens: int = 4096
     """Response tokens projected onto the vocabulary at a time."""
+
+    def __post_init__(self) -> None:
+        if self.attention == "varlen" and not self.packed:
+            raise ValueError("Expected `loading.packed: true` with `loading.attention: varlen`, got false.")
 
 
 @dataclass(frozen=True, kw_only=True)

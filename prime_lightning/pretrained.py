@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prime_lightning.attention import check_attention
 from prime_lightning.guests import GuestBar
 
 
@@ -22,14 +23,18 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
     A token's log-prob must not differ between two passes: ratios and rewards are differences of such passes.
 
     Raises:
-        ValueError: if there is no such folder or hub id, or it holds no causal LM.
+        ValueError: if there is no such folder or hub id, or it holds no causal LM; if a package is missing that the
+            attention needs, or the model needs more than this attention.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation=attention, tqdm_class=GuestBar
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except ImportError as error:
+        raise ValueError(_not_installed(attention, error)) from error
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(_missing("causal language model", name, error)) from error
+    check_attention(model, attention)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -75,6 +80,14 @@ def save(
     """Write a model, with these weights or its own, and its tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+
+
+def _not_installed(attention: str, error: ImportError) -> str:
+    return (
+        f"Expected the packages that this model and `attention: {attention}` need, got: {str(error).splitlines()[0]} "
+        "flash_attention_2 is in the package flash-attn, which is compiled at its installation; the package kernels "
+        "fetches kinds with a slash. `attention: varlen` with `packed: true` needs neither."
+    )
 
 
 def _missing(what: str, name: str, error: Exception) -> str:

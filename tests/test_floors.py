@@ -14,6 +14,7 @@ FLOORS = [
         "facts",
         "shipped",
         "usage",
+        "packing",
         "evaluation",
         "evaluation.statistics",
         "evaluation.overlap",
@@ -27,6 +28,7 @@ FLOORS = [
         "measures",
         "acceptance",
         "guests",
+        "attention",
     },
     {
         "algorithms",

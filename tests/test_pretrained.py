@@ -1,5 +1,6 @@
 """Models and tokenizers from folders: what goes out comes back, and what is not there is named."""
 
+import importlib.util
 import shutil
 
 import pytest
@@ -75,8 +76,18 @@ def test_a_folder_with_a_broken_file_is_refused(folder, name, content, message):
 def test_an_attention_that_is_not_installed_is_refused(folder):
     with pytest.raises(ValueError, match="nonsense"):
         load_causal_lm(str(folder), attention="nonsense")
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="FlashAttention2"):
-            load_causal_lm(str(folder), attention="flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("attention", "package"),
+    [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_3"), ("a/kernel", "kernels")],
+)
+def test_a_package_that_attention_needs_is_named(folder, attention, package):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(
+        ValueError, match=rf"packages .* `attention: {attention}` need, got: .*{package[:5]}(?i:)"
+    ) as raised:
+        load_causal_lm(str(folder), attention=attention)
+    assert "`attention: varlen` with `packed: true` needs neither" in str(raised.value)
+    assert "no such folder" not in str(raised.value)

@@ -112,7 +112,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
     half = trainer.precision in HALF or (sharding.masters and "32" not in str(trainer.precision))
     longest = data.max_prompt_tokens + data.sampling.max_tokens
     updates = {role: model[f"{role}_update"] for role in trained}
-    shapes = {role: shape_of(made[role]) for role in made}
+    shapes = {role: shape_of(config, model.loading.attention) for role, config in made.items()}
     adapters = {role: model.get(f"{role}_lora") for role in trained if model.get(f"{role}_lora")}
     adapted = {r: adapter_parameters(made[r], lora.rank, lora.target_modules) for r, lora in adapters.items()}
     unit = {"prm": data.sampling.samples if _whole_groups(model.prm_loss) else 1}

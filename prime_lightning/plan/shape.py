@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from prime_lightning.attention import check_attention
 from prime_lightning.logprobs import ScoringLM, chosen_logprobs
 
 ROW = 128  # tokens; attention in blocks keeps the same for many short rows as for few long ones
@@ -64,8 +65,11 @@ def read_config(name: str, file: str | None = None) -> PretrainedConfig:
         ) from error
 
 
-def shape_of(config: PretrainedConfig) -> Shape:
+def shape_of(config: PretrainedConfig, attention: str | None = None) -> Shape:
     """Count a model on the meta device.
+
+    Raises:
+        ValueError: if this kind of attention is given, and not enough for the model.
 
     Example:
         >>> from transformers import Qwen2Config
@@ -77,6 +81,8 @@ def shape_of(config: PretrainedConfig) -> Shape:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    if attention is not None:
+        check_attention(model, attention)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -167,6 +167,8 @@ def varied(
 ) -> tuple[tiny.PrimeModule, tiny.RolloutDataModule, pl.Trainer]:
     """A run with an option."""
     options: dict[str, Any] = {"loading": Loading(gradient_checkpointing=True)}
+    if option == "packed":
+        options["loading"] = Loading(gradient_checkpointing=True, attention="varlen", packed=True)
     if option == "lora":
         options |= {role: Lora(rank=2, alpha=4.0) for role in ("policy_lora", "prm_lora")}
     if option == "still":

@@ -84,9 +84,10 @@ def test_the_papers_run_is_built_on_a_meta_device(warm_model, tmp_path, monkeypa
             return AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention).train()
 
     monkeypatch.setattr("prime_lightning.module.load_causal_lm", without_weights)
-    cli = cli_of("--model.policy", tmp_path / "7b", "--model.loading.attention", "sdpa")  # flash needs its package
+    cli = cli_of("--model.policy", tmp_path / "7b")
     module, strategy = cli.model, cli.trainer.strategy
     module.configure_model()
+    assert module.policy.model.config._attn_implementation == "varlen"  # which needs no package
     for model in (module.policy, module.prm, module.reference):
         assert sum(p.numel() for p in model.parameters() if p.is_meta) == 7_615_616_512
     optimizers = [made["optimizer"] for made in module.configure_optimizers()]

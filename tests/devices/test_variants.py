@@ -8,11 +8,11 @@ import ranks
 import torch
 
 pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
-OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan"]
+OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan", "packed"]
 EXACT = ("loss", "grad_norm", "entropy", "ce")  # in bfloat16, differences of small numbers are noise
 SCENES = [
     "lora:zero3", "lora:fsdp2", "offload:zero3", "bf16:zero3", "still:zero3", "roles:zero3",
-    "nan:zero2", "nan:zero3", "nan:fsdp2",
+    "nan:zero2", "nan:zero3", "nan:fsdp2", "packed:zero3", "packed:fsdp2",
 ]  # fmt: skip
 TOLERANCE = {"bf16": 0.05}  # relative to 1 + |x|; others 1e-5. docs/scaling.md has what was measured
 
