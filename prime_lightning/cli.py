@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from prime_lightning.alarms import Alarms
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
+from prime_lightning.options import precision_of
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
@@ -93,7 +94,11 @@ class PrimeCLI(LightningCLI):
         self.model.command = shlex.join(["prime-lightning", *self.command])
 
     def instantiate_trainer(self, **options: Any) -> pl.Trainer:
-        """Put the progress bars first, which are to be there before another callback begins long work."""
+        """Put the progress bars first, which are to be there before another callback begins long work.
+
+        A precision that no run may have is refused here, before an engine starts.
+        """
+        precision_of(self._get(self.config_init, "trainer").precision)
         trainer = super().instantiate_trainer(**options)
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PrimeProgress))  # type: ignore[attr-defined]
         return trainer

@@ -8,13 +8,38 @@ from typing import Literal
 from prime_lightning.algorithms.loss import Aggregation, Estimator
 from prime_lightning.algorithms.reward import Granularity, Normalisation
 
+PRECISIONS = {"32-true": "32-true", "32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed"}
+"""Lightning's names of the precisions that runs may have, and its short ones."""
+
+
+def precision_of(name: str | int | None) -> str:
+    """The full name of a precision.
+
+    Log-probs, advantages and labels are never cast: Lightning's others do that, or scale gradients, which clipping and
+    sums over micro-batches would have to know.
+
+    Raises:
+        ValueError: for a precision that runs may not have.
+
+    Example:
+        >>> precision_of(32), precision_of("bf16")
+        ('32-true', 'bf16-mixed')
+    """
+    if name is not None and str(name) not in PRECISIONS:
+        raise ValueError(
+            f"Expected `trainer.precision` 32-true or bf16-mixed, got {name!r}. For weights in bfloat16 take "
+            "32-true with `model.loading.dtype: bfloat16`."
+        )
+    return PRECISIONS[str(name)] if name is not None else "32-true"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """How models are loaded and run."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights. float32 masters with `trainer.precision: bf16-mixed` are PRIME's choice."""
+    """Of the weights. float32 masters with `trainer.precision: bf16-mixed` are PRIME's choice; with
+    bfloat16 weights, steps as small as PRIME's are mostly rounded away."""
     attention: str = "sdpa"
     """`varlen` for packed rows (torch's own flash attention on CUDA, no package needed), or a kind of transformers:
     `sdpa`, `eager`, `flash_attention_2` (package flash-attn), a kernel of the hub (package kernels)."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from prime_lightning.batch import pad
 from prime_lightning.facts import run_facts
 from prime_lightning.logprobs import ScoringLM
-from prime_lightning.options import Loading
+from prime_lightning.options import Loading, precision_of
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.prompts import Template, check_filled, load_rows, permutation
 from prime_lightning.stepping import devices
@@ -199,6 +199,10 @@ class SFTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what a reader of the model has to know."""
         checkpoint["prime"] = {"facts": run_facts(self)}
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions that runs may not have."""
+        precision_of(self.trainer.precision)
 
     def configure_model(self) -> None:
         """Load the model, once."""

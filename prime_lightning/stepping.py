@@ -25,7 +25,7 @@ from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import run_facts
 from prime_lightning.measures import Measures
-from prime_lightning.options import Update
+from prime_lightning.options import Update, precision_of
 
 Terms = Callable[[Batch, Tensor], Tensor]
 """`(micro-batch, its rows in the batch) -> sum of the loss terms`."""
@@ -90,11 +90,12 @@ class SteppingModule(pl.LightningModule):
         return devices(self._trainer)
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that take all models for one.
+        """Refuse strategies that take all models for one, and precisions that cast what must stay float32.
 
         Raises:
-            ValueError: on several devices under a strategy of Lightning's own.
+            ValueError: on several devices under a strategy of Lightning's own, or for such a precision.
         """
+        precision_of(self.trainer.precision)
         if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, RoleStrategy):
             raise ValueError(
                 "Expected a strategy that keeps several models apart on several devices, got "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from prime_lightning.options import precision_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
@@ -17,7 +18,6 @@ TRAINED = ("policy", "prm", "critic")
 ROLES = (*TRAINED, "reference")
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
-HALF = ("bf16-true", "16-true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         files: config.json by role; that of "" is for all roles.
 
     Raises:
-        ValueError: if a model's configuration cannot be read, the number of GPUs is not known, or the prompts of an
-            iteration cannot be shared among them.
+        ValueError: if a run would refuse the precision or a model, a configuration cannot be read, the number of
+            GPUs is not known, or the prompts of an iteration cannot be shared among them.
     """
     model, data, trainer = config.model, config.data, config.trainer
     named = {role: model.get(role) for role in ROLES if model.get(role)}
@@ -109,7 +109,8 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
             f"Expected `data.prompts_per_batch` to be divisible by the number of GPUs, got {data.prompts_per_batch} "
             f"prompts on {sharding.gpus} GPUs."
         )
-    half = trainer.precision in HALF or (sharding.masters and "32" not in str(trainer.precision))
+    mixed = precision_of(trainer.precision) == "bf16-mixed"
+    half = sharding.masters and mixed
     longest = data.max_prompt_tokens + data.sampling.max_tokens
     updates = {role: model[f"{role}_update"] for role in trained}
     shapes = {role: shape_of(config, model.loading.attention) for role, config in made.items()}
@@ -124,7 +125,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         moments={role: _moments(model[f"{role}_optimizer"]) for role in trained},
         sharding=sharding,
         weights=torch.bfloat16 if half else getattr(torch, model.loading.dtype),
-        autocast=str(trainer.precision).endswith("mixed") and not half,
+        autocast=mixed and not half,
         checkpointing=model.loading.gradient_checkpointing,
         chunk_tokens=model.loading.chunk_tokens,
         micro_tokens={role: max(updates[role].micro_tokens, longest * unit.get(role, 1)) for role in trained},
