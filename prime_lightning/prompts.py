@@ -1,17 +1,17 @@
 """Rows of a data set -> `Prompt`s, in an endless seeded order in which a position is one integer.
 
 `prompts.prompt(draw, tokenizer)` is the draw-th prompt of the run. Nothing else has to be saved to resume, and nothing
-depends on how fast rows are consumed. Data sets are read by Hugging Face `datasets`: jsonl, parquet or csv files (gzip
-too) or a hub id.
+depends on how fast rows are consumed. `rows.py` reads the files, and `template.py` makes rows into prompts.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,58 +19,27 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.rollout import Prompt
+from prime_lightning.rows import at, check_filled, is_conversation, load_rows, missing_rows
+from prime_lightning.template import CODE_USER, MATHS_USER, Template
+from prime_lightning.verifiers.references import boxed, reference_text, structure
 
-if TYPE_CHECKING:
-    import datasets
-
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-MATHS_USER = "{problem}\n\nPresent the answer in LaTex format: \\boxed{{Your answer}}"
-CODE_USER = (
-    "{prompt}\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """How a row becomes the text that the model sees.
-
-    Example:
-        >>> Template(user="{problem} =", chat=False).messages({"problem": "1+1"})
-        [{'role': 'user', 'content': '1+1 ='}]
-    """
-
-    user: str = MATHS_USER
-    """Format string over the row's fields. The default is the one of PRIME's authors for mathematics."""
-    system: str | None = None
-    """System message; None leaves it out."""
-    chat: bool = True
-    """Use the tokenizer's chat template; False gives the user text as it is."""
-
-    def messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The row as chat messages."""
-        try:
-            user = self.user.format_map(row)
-        except KeyError as error:
-            raise ValueError(
-                f"Expected the row to have the field {error} that the template {self.user!r} names, "
-                f"got the fields {sorted(row)}. Change `template.user` or the data."
-            ) from None
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": user}]
-
-    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[int, ...]]:
-        """The text that the model sees, and its tokens."""
-        messages = self.messages(row)
-        if not self.chat:
-            text = "".join(message["content"] for message in messages)
-            return text, tuple(tokenizer(text)["input_ids"])
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"Expected a tokenizer with a chat template, got {tokenizer.name_or_path!r} without one. "
-                "Set `template.chat: false` (`--chat false` of `evaluate`), or take an instruct model's tokenizer."
-            )
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+__all__ = [
+    "CODE_USER",
+    "MATHS_USER",
+    "DatasetPrompts",
+    "MixedPrompts",
+    "Prompts",
+    "Template",
+    "check_filled",
+    "load_rows",
+    "permutation",
+]
+OURS = ("math", "exact")
+"""Kinds that compare an answer with a reference."""
+TALKS = ("prompt", "messages", "conversations")
+"""Columns that are taken as chat messages, where they hold such and there is no `problem`."""
+BOXED = "boxed"
+"""The `answer_pattern` that takes the last box."""
 
 
 class Prompts(ABC):
@@ -115,7 +84,12 @@ class Prompts(ABC):
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """The reference answer of this row."""
-        return str(row.get("answer") or "")
+        answer = row.get("answer")
+        return "" if answer is None else str(answer)
+
+    def hidden(self) -> tuple[str, ...]:
+        """Fields, or paths of such, that hold the reference, which no template shows unasked."""
+        return ("answer",)
 
     def kind_of(self, row: Mapping[str, Any]) -> str:
         """Which verifier grades this row."""
@@ -124,7 +98,7 @@ class Prompts(ABC):
     def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The prompt at this position, tokenized."""
         row = self.row(draw)
-        text, token_ids = self.template.encode(row, tokenizer)
+        text, token_ids = self.template.encode(row, tokenizer, self.hidden())
         return Prompt(
             draw=draw,
             token_ids=token_ids,
@@ -146,15 +120,18 @@ class DatasetPrompts(Prompts):
         split: Split of a hub data set.
         name: Configuration of a hub data set.
         revision: Commit of a hub data set; pin it, since data sets change.
-        answer_field: Field with the reference answer. Every row needs it, but for `code`.
-        answer_pattern: Regular expression whose first group is the answer inside that field; None takes all of it.
+        answer_field: Field with the reference answer, or its path (`reward_model.ground_truth`). Every row needs it,
+            but for `code`. A list of answers means all of them, in any order.
+        answer_pattern: Regular expression whose first group is the answer inside that field; `boxed` takes the last
+            box, and None all of it.
         source: Name for counts per source; by default the file's or data set's name.
         shuffle: Permute each pass; False keeps the file's order.
         seed: Of the permutation.
         limit: Only the first rows; None takes all.
+        drop_unanswered: Leave rows out that have no answer, or none that the pattern finds, instead of an error.
 
     Raises:
-        ValueError: if the data set is missing, empty, or has a row without an answer.
+        ValueError: if the data set is missing, empty, or has a row without a problem or an answer.
     """
 
     def __init__(
@@ -171,36 +148,104 @@ class DatasetPrompts(Prompts):
         shuffle: bool = True,
         seed: int = 0,
         limit: int | None = None,
+        drop_unanswered: bool = False,
     ) -> None:
         self.kind, self.shuffle, self.seed = kind, shuffle, seed
         self.answer_field, self.answer_pattern = answer_field, answer_pattern
-        self.template = template or Template(user=CODE_USER if kind == "code" else MATHS_USER)
         first = path if isinstance(path, str) else path[0]
         self.source = source or Path(first.removesuffix(".gz")).stem
-        self.rows = load_rows(path, split=split, name=name, revision=revision)
+        self.rows = load_rows(path, split=split, name=name, revision=revision, exact=answer_field)
         if limit is not None:
             self.rows = self.rows.select(range(min(limit, len(self.rows))))
-        self._check(first)
+        self.template = template or self._usual_template()
+        self._check(first, drop=drop_unanswered)
 
-    def _check(self, path: str) -> None:
+    def _usual_template(self) -> Template:
+        """That of PRIME's authors; the messages themselves, where rows have a `prompt` of messages and no `problem`."""
+        if "problem" not in self.rows.column_names and len(self.rows):
+            talks = (name for name in TALKS if is_conversation(structure(self.rows[0].get(name))))
+            for name in talks:
+                return Template(user=f"{{{name}}}")
+        return Template(user=CODE_USER if self.kind == "code" else MATHS_USER)
+
+    def _check(self, path: str, *, drop: bool = False) -> None:
         if len(self.rows) == 0:
             raise ValueError(f"Expected at least one row in {path!r}, got an empty data set.")
         if self.kind != "code":
+            self._check_answers(path, drop)
+        self._check_template(path)
+
+    def _check_template(self, path: str) -> None:
+        """Every row must give a prompt, and no prompt the answer."""
+        row = self.flat(self.rows[0])
+        for name in dict.fromkeys(self.template.fields(row)):
+            check_filled(self.rows, name, path, option="template.user", blank=True)
+        self.template.messages(row, self.hidden())
+        if strangers := self.template.strangers(row):
+            warnings.warn(
+                f"{strangers} in the template of {path!r} are no fields of its rows and stand for themselves; "
+                "double the braces if this is meant.",
+                stacklevel=2,
+            )
+
+    def _check_answers(self, path: str, drop: bool) -> None:
+        """Every row must have an answer, or is left out."""
+        missing = missing_rows(self.rows, self.answer_field)
+        if missing is None or (missing and not drop):
             check_filled(self.rows, self.answer_field, path, option="answer_field")
-        if self.answer_pattern is not None:
-            for answer in self.rows[self.answer_field]:
-                self.answer_of({self.answer_field: answer})
+        bad = dict.fromkeys(missing or (), "no answer")
+        for i, row in enumerate(self.rows.select_columns(self._answer_columns())):
+            if i not in bad and (reason := self._unread(row)):
+                bad[i] = reason
+        if not bad:
+            return
+        named = ", ".join(f"row {i}: {reason}" for i, reason in list(bad.items())[:5])
+        said = f"in {len(bad)} of {len(self.rows)} rows of {path!r} (counted from 0; {named}{' ...' * (len(bad) > 5)})"
+        if not drop or len(bad) == len(self.rows):
+            raise ValueError(
+                f"Expected an answer in `{self.answer_field}`, got none {said}. Set `answer_field` or "
+                "`answer_pattern`, or leave these rows out with `drop_unanswered: true`."
+            )
+        warnings.warn(f"Left out, for want of an answer: {said}.", stacklevel=2)
+        self.keep([i for i in range(len(self.rows)) if i not in bad])
+
+    def _answer_columns(self) -> list[str]:
+        names = self.rows.column_names
+        return [self.answer_field if self.answer_field in names else re.split(r"[.\[]", self.answer_field)[0]]
+
+    def _unread(self, row: Mapping[str, Any]) -> str:
+        """Why a row has no answer; empty if it has one."""
+        try:
+            self.answer_of(row)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
-        """The answer's field, or what the pattern finds in it."""
-        answer = row.get(self.answer_field)
-        text = "" if answer is None else str(answer)
+        """The answer's field, or what the pattern finds in it.
+
+        A verifier of one's own gets a mapping as JSON text.
+
+        Raises:
+            ValueError: if it is no answer, or the pattern does not find one.
+        """
+        try:
+            answer = at(row, self.answer_field)
+        except KeyError:
+            return ""
+        if isinstance(answer, Mapping) and self.kind not in OURS:
+            return json.dumps(answer)
+        text = "" if answer is None and self.kind == "code" else reference_text(answer)
         if self.answer_pattern is None:
             return text
-        found = re.search(self.answer_pattern, text)
-        if found is None:
-            raise ValueError(f"Expected an answer that matches `answer_pattern` {self.answer_pattern!r}, got {text!r}.")
-        return found.group(1)
+        found = boxed(text) if self.answer_pattern == BOXED else _first_group(self.answer_pattern, text)
+        if not found:
+            raise ValueError(f"nothing that matches `answer_pattern` {self.answer_pattern!r} in {text[-80:]!r}")
+        return found
+
+    def hidden(self) -> tuple[str, ...]:
+        """The answer's field; and `answer`, whatever it is called."""
+        return tuple(dict.fromkeys((self.answer_field, "answer")))
 
     def references(self) -> Iterator[Prompt]:
         """All rows in the order of the file."""
@@ -312,46 +357,6 @@ def permutation(n: int, seed: int, lap: int) -> np.ndarray:
     return np.random.default_rng([seed, lap]).permutation(n)
 
 
-def check_filled(rows: datasets.Dataset, field: str, path: str, *, option: str) -> None:
-    """Refuse rows that lack a field.
-
-    Raises:
-        ValueError: if no row has it, or it is empty in some.
-    """
-    if field not in rows.column_names:
-        raise ValueError(f"Expected the field {field!r} in {path!r}, got {sorted(rows.column_names)}. Set `{option}`.")
-    missing = [i for i, value in enumerate(rows[field]) if value is None or not str(value).strip()]
-    if missing:
-        raise ValueError(
-            f"Expected `{field}` in every row of {path!r}, got none in {len(missing)} of {len(rows)} "
-            f"(rows {missing[:5]} ..., counted from 0). Drop or fill these rows."
-        )
-
-
-def load_rows(path: str | Sequence[str], *, split: str, name: str | None, revision: str | None) -> datasets.Dataset:
-    """Read files (by their ending) or a hub data set.
-
-    Raises:
-        ValueError: if a file is missing, or neither a file nor a data set that can be loaded.
-    """
-    import datasets  # here, because it brings pandas, which takes longer than all that `plan` computes
-
-    files = [path] if isinstance(path, str) else list(path)
-    loader = LOADERS.get(Path(files[0].removesuffix(".gz")).suffix)
-    if loader is not None:
-        missing = [file for file in files if "://" not in file and not Path(file).is_file()]
-        if missing:
-            raise ValueError(f"Expected a data file, got {missing[0]!r}, which does not exist.")
-        try:
-            return datasets.load_dataset(loader, data_files=files, split="train")
-        except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(
-                f"Expected rows in {files}, got a file that is empty or cannot be read: {error.__cause__ or 'no rows'}."
-            ) from error
-    try:
-        return datasets.load_dataset(files[0], name, split=split, revision=revision)
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"Expected a {'/'.join(LOADERS)} file or a data set of the hub, got {files[0]!r}: {error}. Where "
-            "the hub cannot be reached, give a file."
-        ) from error
+def _first_group(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return (found.group(1) or "").strip() if found else ""

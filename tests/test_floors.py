@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "prime_lightning"
 FLOORS = [
     {
         "rollout",
+        "rows",
         "algorithms.masked",
         "facts",
         "shipped",
@@ -29,6 +30,7 @@ FLOORS = [
         "acceptance",
         "guests",
         "attention",
+        "template",
     },
     {
         "algorithms",
@@ -70,7 +72,7 @@ DOORS = {
     "jinja2": {"report.page"},
     "rich": {"guests", "progress", "verifiers.*", "evaluation.command"},
     "tqdm": {"guests"},
-    "datasets": {"prompts", "evaluation.metrics"},
+    "datasets": {"rows", "evaluation.metrics"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
     "lightning": {
@@ -93,8 +95,8 @@ DOORS = {
         "cli",
         "__main__",
     },
-    "torch": {"*", "!verifiers.*", "!report.*", "!rollout", "!tally", "!prompts"},
-    "transformers": {"*", "!verifiers.*", "!algorithms.*", "!rollout", "!batch"},
+    "torch": {"*", "!verifiers.*", "!report.*", "!rollout", "!tally", "!prompts", "!rows", "!template"},
+    "transformers": {"*", "!verifiers.*", "!algorithms.*", "!rollout", "!batch", "!rows"},
 }
 
 

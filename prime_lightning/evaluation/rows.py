@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from prime_lightning.prompts import DatasetPrompts, Template
 
 NEEDED = {"math": ("problem", "answer"), "code": ("prompt",)}
@@ -59,7 +56,7 @@ class BenchmarkRows(DatasetPrompts):
             shuffle=False,
         )
 
-    def _check(self, path: str) -> None:
+    def _check(self, path: str, *, drop: bool = False) -> None:
         for column, wanted in self.where.items():
             if column in self.rows.column_names:
                 chosen = [i for i, value in enumerate(self.rows[column]) if value == wanted]
@@ -77,10 +74,8 @@ class BenchmarkRows(DatasetPrompts):
                 f"Expected the columns {missing} in {path!r}"
                 f"{f' (or, on the hub, {other})' if other else ''}, got {sorted(columns)}."
             )
-        super()._check(path)
+        super()._check(path, drop=drop)
 
-    def answer_of(self, row: Mapping[str, Any]) -> str:
-        """The answer; a list of answers is one, with commas."""
-        answer = row.get(self.answer_field)
-        joined = ", ".join(map(str, answer)) if isinstance(answer, list) else answer
-        return super().answer_of({self.answer_field: joined})
+    def hidden(self) -> tuple[str, ...]:
+        """The answer, by its name on the hub too."""
+        return (*super().hidden(), *([self.fields["answer"]] if "answer" in self.fields else []))

@@ -19,7 +19,7 @@ from typing import Any
 from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.verifiers.code_answer import CodeGrader, SandboxLeaks
 from prime_lightning.verifiers.counts import VerdictCounts
-from prime_lightning.verifiers.golds import BadGold, GoldReport
+from prime_lightning.verifiers.golds import BadGold, GoldReport, of_maths
 from prime_lightning.verifiers.math_answer import MathGrader, answer_of
 from prime_lightning.verifiers.math_text import normalise
 from prime_lightning.verifiers.options import CodeOptions, MathOptions, UserOptions
@@ -217,9 +217,10 @@ class Verifiers:
             yield waiting.popleft().result()
 
     def check_golds(self, prompts: Iterable[Prompt]) -> GoldReport:
-        """Check every reference against itself.
+        """Check of every reference that an answer could be graded as right against it.
 
-        Maths is checked by the workers that will compare it, code by running the reference solution.
+        Maths is read for what is no answer, then checked by the workers that will compare it; code by running the
+        reference solution.
         Kinds that we do not grade ourselves are taken as they are. A failure of ours is no fault of a reference.
         """
         waiting: list[tuple[int, str, Future[str]]] = []
@@ -233,7 +234,7 @@ class Verifiers:
                 continue
             grader = self._grader(prompt.kind)
             if isinstance(grader, MathGrader):
-                waiting.append((row, prompt.source, grader.check(prompt.answer)))
+                waiting.append((row, prompt.source, of_maths(grader, prompt.answer)))
             elif isinstance(grader, CodeGrader):
                 waiting.append((row, prompt.source, grader.check(prompt)))
         for row, source, found in waiting:

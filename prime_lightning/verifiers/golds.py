@@ -1,9 +1,18 @@
-"""Are the references of a data set usable: checked once, when it is loaded, with the graders that will use them."""
+"""Are the references of a data set usable: checked once, when it is loaded, with the graders that will use them.
+
+Usable is a reference that a model could meet by writing the answer it stands for. That a text equals itself says
+little: a whole solution does so, too, and no answer equals it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+
+from prime_lightning.rollout import Label, Verdict
+from prime_lightning.verifiers.math_answer import MathGrader
+from prime_lightning.verifiers.references import BOXED, boxed, complaint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +58,23 @@ class GoldReport:
         listed = ", ".join(f"{gold.source or 'unnamed'} row {gold.row} ({gold.reason})" for gold in self.bad[:20])
         more = f" and {len(self.bad) - 20} more" if len(self.bad) > 20 else ""
         return f"{len(self.bad)} of {self.checked} references cannot be used and their rows are dropped: {listed}{more}"
+
+
+def of_maths(grader: MathGrader, reference: str) -> Future[str]:
+    """Why no answer could be graded as right against a reference; empty if one could."""
+    reason, inside = complaint(reference), boxed(reference)
+    if reason:
+        found: Future[str] = Future()
+        found.set_result(reason)
+        return found
+    if not inside:
+        return grader.check(reference)
+    boxes: Future[str] = Future()
+    grader.grade(reference, rf"\boxed{{{inside}}}").add_done_callback(
+        lambda done: boxes.set_result(_met(done.result()))
+    )
+    return boxes
+
+
+def _met(verdict: Verdict) -> str:
+    return f"not what stands in its box; {BOXED}" if verdict.label is Label.WRONG else ""

@@ -62,7 +62,7 @@ def test_published_files_have_the_rows_and_fill_the_templates(name):
 HUB = {
     "gsm8k": ({"question": "1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}, "2"),
     "minerva_math": ({"question": "1+1?", "answer": "2"}, "2"),
-    "olympiadbench": ({"question": "Solve.", "final_answer": ["$2$", "$3$"], "unit": None}, "$2$, $3$"),
+    "olympiadbench": ({"question": "Solve.", "final_answer": ["$2$", "$3$"], "unit": None}, "2, 3"),
     "amc2023": ({"id": 0, "problem": "1+1?", "answer": "142.0", "url": ""}, "142"),
     "math500": ({"problem": "1+1?", "solution": "", "answer": "2", "unique_id": "test/1.json"}, "2"),
     "mbpp": (
