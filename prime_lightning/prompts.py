@@ -30,7 +30,6 @@ __all__ = [
     "MixedPrompts",
     "Prompts",
     "Template",
-    "check_filled",
     "load_rows",
     "permutation",
 ]

@@ -22,8 +22,10 @@ from prime_lightning.facts import run_facts
 from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading, precision_of
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
-from prime_lightning.prompts import Template, check_filled, load_rows, permutation
+from prime_lightning.prompts import permutation
+from prime_lightning.rows import check_filled, load_rows
 from prime_lightning.stepping import devices
+from prime_lightning.template import Template
 
 Lesson = tuple[Tensor, Tensor, Tensor]
 """`tokens_BL`, `prompt_length_B`, `response_length_B`: ready for `ScoringLM`, padded or packed."""

@@ -16,7 +16,7 @@ from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.overlap import Index, Match
 from prime_lightning.evaluation.rows import BenchmarkRows
-from prime_lightning.prompts import LOADERS, load_rows
+from prime_lightning.rows import LOADERS, load_rows
 from prime_lightning.usage import Parser
 
 COLUMNS = ("problem", "question", "instruction", "prompt", "text")

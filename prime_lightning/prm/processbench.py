@@ -18,7 +18,7 @@ from prime_lightning.arithmetic import DIGITS, ArithmeticLessons, step_truth
 from prime_lightning.prm.first_error import best_threshold, f1, predict
 from prime_lightning.prm.implicit import ImplicitPRM
 from prime_lightning.prm.score import add_prm, load_prm, new_file
-from prime_lightning.prompts import load_rows
+from prime_lightning.rows import load_rows
 from prime_lightning.usage import TypedParser
 
 COLUMNS = ("problem", "steps", "label")

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.batch import Batch, pad
-from prime_lightning.prompts import load_rows
+from prime_lightning.rows import load_rows
 
 Prompt = str | Sequence[Mapping[str, str]]
 """The text that the model sees, or chat messages."""

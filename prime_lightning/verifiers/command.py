@@ -1,8 +1,9 @@
 """`prime-lightning verify`: grade the completions of a JSON-lines file.
 
-Input rows: `{"id", "answer", "completion"}` for maths; `{"id", "tests" or "test" + "entry_point", "setup",
-"completion"}` (or any format that `code_tests.py` reads) for code. Output rows: `{"id", "verdict", "score", "reason",
-"seconds"}`, in input order; the score of an unknown verdict is null.
+Input rows: `{"id", "answer", "completion"}` for maths, the answer being text, a number, or a list (all of them, in any
+order); `{"id", "tests" or "test" + "entry_point", "setup", "completion"}` (or any format that `code_tests.py` reads) for
+code. Output rows: `{"id", "verdict", "score", "reason", "seconds"}`, in input order; the score of an unknown verdict is
+null.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.usage import TypedParser
 from prime_lightning.verifiers import CodeOptions, MathOptions, SandboxLeaks, Verifiers
+from prime_lightning.verifiers.references import complaint, reference_text
 
 
 def _parser() -> ArgumentParser:
@@ -40,11 +43,11 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file.
+def _rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; for maths, `answer` is the reference text.
 
     Raises:
-        ValueError: A line is no object, or lacks `id` or `completion`; the message has its number.
+        ValueError: A line is no object, or lacks `id`, `completion` or (maths) an answer; the message has its number.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -56,11 +59,23 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"Expected JSON in line {number} of {path}, got {line[:60]!r}: {error}") from None
             if not isinstance(row, dict) or not isinstance(row.get("completion"), str) or "id" not in row:
                 raise ValueError(f"Expected an object with `id` and a string `completion` in line {number} of {path}.")
+            if kind == "math":
+                row = {**row, "answer": _answer(json.loads(line, parse_float=str), f"line {number} of {path}")}
             yield row
 
 
+def _answer(row: dict[str, Any], where: str) -> str:
+    """The reference of a row, its numbers as they are written."""
+    if "answer" not in row:
+        raise ValueError(f"Expected an `answer` in {where}, got the fields {sorted(row)}. Rename the one it stands in.")
+    try:
+        return reference_text(row["answer"])
+    except ValueError as error:
+        raise ValueError(f"Expected text, a number or a list as `answer` in {where}, got {error}.") from None
+
+
 def _prompt(kind: str, number: int, row: dict[str, Any]) -> Prompt:
-    answer = str(row.get("answer", "")) if kind == "math" else ""
+    answer = row["answer"] if kind == "math" else ""
     return Prompt(
         draw=number, token_ids=(), text="", kind=kind, answer=answer, source=kind, row=row if kind == "code" else {}
     )
@@ -73,7 +88,13 @@ def _written(row: dict[str, Any], verdict: Verdict) -> str:
 
 
 def _grade(arguments: Namespace, console: Console) -> Counter[str]:
-    total = sum(1 for _ in _rows(arguments.input))  # reads all of it, so a bad line is reported before work begins
+    rows = partial(_rows, arguments.input, arguments.kind)
+    complaints = [complaint(row["answer"]) if arguments.kind == "math" else "" for row in rows()]
+    total = len(complaints)  # all of it was read, so a bad line is reported before work begins
+    bad = [f"row {i} ({reason})" for i, reason in enumerate(complaints) if reason]
+    if bad:
+        said = f"No answer can meet {len(bad)} of {total} references: {', '.join(bad[:5])}{' ...' * (len(bad) > 5)}"
+        console.print(said, markup=False, highlight=False)
     labels: Counter[str] = Counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -87,8 +108,8 @@ def _grade(arguments: Namespace, console: Console) -> Counter[str]:
         arguments.output.open("w", encoding="utf-8") as output,
     ):
         bar = progress.add_task(f"Grading {arguments.kind}", total=total)
-        pairs = ((_prompt(arguments.kind, i, row), row["completion"]) for i, row in enumerate(_rows(arguments.input)))
-        for row, verdict in zip(_rows(arguments.input), verifiers.map(pairs), strict=True):
+        pairs = ((_prompt(arguments.kind, i, row), row["completion"]) for i, row in enumerate(rows()))
+        for row, verdict in zip(rows(), verifiers.map(pairs), strict=True):
             output.write(_written(row, verdict))
             labels[verdict.label.value] += 1
             progress.advance(bar)

@@ -69,12 +69,11 @@ def of_maths(grader: MathGrader, reference: str) -> Future[str]:
         return found
     if not inside:
         return grader.check(reference)
-    boxes: Future[str] = Future()
-    grader.grade(reference, rf"\boxed{{{inside}}}").add_done_callback(
-        lambda done: boxes.set_result(_met(done.result()))
-    )
-    return boxes
+    met: Future[str] = Future()
+    graded = grader.grade(reference, rf"\boxed{{{inside}}}")
+    graded.add_done_callback(lambda done: met.set_result(_unmet(done.result())))
+    return met
 
 
-def _met(verdict: Verdict) -> str:
+def _unmet(verdict: Verdict) -> str:
     return f"not what stands in its box; {BOXED}" if verdict.label is Label.WRONG else ""

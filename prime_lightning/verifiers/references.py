@@ -25,25 +25,11 @@ MOST_WORDS = 20
 """Words of an answer that a model may still be expected to write word for word."""
 _NO_ANSWERS = frozenset(
     [
-        "proof",
-        "prove",
-        "notfound",
-        "not_found",
-        "nan",
-        "null",
-        "none",
-        "n/a",
-        "na",
-        "tbd",
-        "todo",
-        "unknown",
-        "nil",
-        "missing",
-        "empty",
-        "undetermined",
-        "unanswered",
+        *("proof", "prove", "notfound", "not_found", "not found", "answer not found", "no answer", "unanswered"),
+        *("nan", "null", "none", "nil", "na", "n/a", "not available", "not applicable", "see solution", "tbd", "todo"),
+        *("empty", "missing", "unknown", "undetermined"),
     ]
-) | {"not found", "no answer", "not available", "not applicable", "see solution", "answer not found"}
+)
 _ARE_ANSWERS = frozenset({"none", "empty", "unknown", "undetermined", "missing", "na"})
 """These may be answers when written with a small letter: "which of them? none"."""
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?:\.\d+)?")
@@ -58,32 +44,28 @@ _WRAPPED = re.compile(r"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mbox)(?![A-Za-z
 _PROSE = re.compile(r"\\[A-Za-z]+|[A-Za-z]{2,}")
 
 
-class NoAnswer(ValueError):
-    """A value that is no reference; the message says what it is, and what reads it."""
-
-
 def reference_text(value: Any) -> str:
     r"""The reference that a value of a data set stands for.
 
-    Numbers keep their digits. Text that is JSON, or Python's text, of a list of strings or of a mapping is read as such.
+    Numbers keep their digits. Text that is JSON, or Python's text, of a list of strings or a mapping is read as such.
 
     Raises:
-        NoAnswer: for null, nothing, or a mapping.
+        ValueError: for null, nothing, or a mapping; the message says what it is, and what reads it.
 
     Example:
-        >>> reference_text(["$5$", "1,234"]), reference_text([[1, 2], [3, 4]]), reference_text('["7"]'), reference_text(3.0)
-        ('5, 1234', '(1, 2), (3, 4)', '7', '3')
+        >>> reference_text(["$5$", "1,234"]), reference_text([[1, 2], [3, 4]]), reference_text('["7"]')
+        ('5, 1234', '(1, 2), (3, 4)', '7')
     """
     value = structure(value)
     if isinstance(value, Mapping):
-        raise NoAnswer(f"a mapping with the fields {sorted(map(str, value))}, {_field_of(value)}")
+        raise ValueError(f"a mapping with the fields {sorted(map(str, value))}, {_field_of(value)}")
     if isinstance(value, list):
         if not value:
-            raise NoAnswer("an empty list")
+            raise ValueError("an empty list")
         return reference_text(value[0]) if len(value) == 1 else ", ".join(_elements(value))
     text = _scalar(value)
     if not text.strip():
-        raise NoAnswer("nothing" if value is None else "empty text")
+        raise ValueError("nothing" if value is None else "empty text")
     return text
 
 
@@ -131,7 +113,7 @@ def _scalar(value: Any) -> str:
         return f"{value:f}"
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise NoAnswer(f"the number {value}")
+            raise ValueError(f"the number {value}")
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
