@@ -177,8 +177,9 @@ class DatasetPrompts(Prompts):
     def _check_template(self, path: str) -> None:
         """Every row must give a prompt, and no prompt the answer."""
         row = self.flat(self.rows[0])
-        for name in dict.fromkeys(self.template.fields(row)):
-            check_filled(self.rows, name, path, option="template.user", blank=True)
+        names = dict.fromkeys(self.template.fields(row))
+        for name in names:
+            check_filled(self.rows, name, path, option="template.user", blank=len(names) > 1)
         self.template.messages(row, self.hidden())
         if strangers := self.template.strangers(row):
             warnings.warn(

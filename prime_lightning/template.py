@@ -28,7 +28,8 @@ _BRACES = re.compile(
     r"|(?P<latex>\\(?![nt]\{)[A-Za-z]+\*?(?:\[[^\[\]{}]*\])?(?:\{[^{}]*\})+|\\[{}])"
     r"|\{(?P<field>[^{}]*)\}"
 )
-_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[-?\d+\])*")
+_STEPS = r"(?:\.\w+|\[-?\d+\])"
+_PATH = re.compile(rf"[A-Za-z_]\w*{_STEPS}*|\d+{_STEPS}+")
 _OWN = frozenset({"tokenize", "add_generation_prompt", "conversation", "return_tensors", "return_dict", "padding"})
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -73,7 +74,11 @@ class Template:
     def strangers(self, row: Mapping[str, Any]) -> list[str]:
         """Names in `user` that look like fields and are none of this row: they stand for themselves."""
         found = (match["field"] for match in _BRACES.finditer(self.user))
-        return [name for name in found if name is not None and _PATH.fullmatch(name) and not _is_field(name, row)]
+        return [
+            name
+            for name in found
+            if name is not None and _PATH.fullmatch(name) and not name[0].isdigit() and not _is_field(name, row)
+        ]
 
     def messages(self, row: Mapping[str, Any], hidden: tuple[str, ...] = ()) -> list[Message]:
         """The row as chat messages.

@@ -1,9 +1,9 @@
 """`prime-lightning verify`: grade the completions of a JSON-lines file.
 
 Input rows: `{"id", "answer", "completion"}` for maths, the answer being text, a number, or a list (all of them, in any
-order); `{"id", "tests" or "test" + "entry_point", "setup", "completion"}` (or any format that `code_tests.py` reads) for
-code. Output rows: `{"id", "verdict", "score", "reason", "seconds"}`, in input order; the score of an unknown verdict is
-null.
+order); `{"id", "tests" or "test" + "entry_point", "setup", "completion"}` (or any format that `code_tests.py` reads)
+for code. Output rows: `{"id", "verdict", "score", "reason", "seconds"}`, in input order; the score of an unknown
+verdict is null.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,39 @@ def test_a_bad_line_is_named_before_any_work(tmp_path: Path, line: str, capsys) 
 
 def test_no_rows(tmp_path: Path) -> None:
     assert run(tmp_path, "math", []) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"ground_truth": "12"}, r"an `answer` in line 2 .* got the fields \['completion', 'ground_truth', 'id'\]"),
+        ({"answer": None}, "in line 2 .* got nothing"),
+        ({"answer": ""}, "in line 2 .* got empty text"),
+        ({"answer": []}, "in line 2 .* got an empty list"),
+        ({"answer": {"value": "12"}}, "in line 2 .* got a mapping"),
+    ],
+)
+def test_a_row_without_an_answer_is_named_before_any_work(tmp_path: Path, answer: dict[str, Any], said: str, capsys):
+    rows = [{"id": 0, "answer": "1", "completion": "x"}, {"id": 1, "completion": "x", **answer}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["--kind", "math", "--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl"]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_keep_their_digits_lists_are_all_of_them_and_solutions_are_named(tmp_path: Path, capsys) -> None:
+    long = "123456789012345678901234567890"
+    (tmp_path / "in.jsonl").write_text(
+        rf"""{{"id": 1, "answer": {long}, "completion": "\\boxed{{{long}}}"}}
+{{"id": 2, "answer": {long}, "completion": "\\boxed{{{long[:-1]}1}}"}}
+{{"id": 3, "answer": 1e400, "completion": "\\boxed{{10^{{400}}}}"}}
+{{"id": 4.5, "answer": ["x=5", "x=7"], "completion": "\\boxed{{7, 5}}"}}
+{{"id": 5, "answer": ["x=5", "x=7"], "completion": "\\boxed{{7}}"}}
+{{"id": 6, "answer": "It is 5.\\n#### 5", "completion": "\\boxed{{5}}"}}
+""".replace("\\\\n", "\\n")
+    )
+    assert main(["--kind", "math", "--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl"]) == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == [1, 2, 3, 4.5, 5, 6]
+    assert [row["score"] for row in written] == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    assert "No answer can meet 1 of 6 references: row 5 (a whole solution" in capsys.readouterr().err.replace("\n", "")
