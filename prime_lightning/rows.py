@@ -12,11 +12,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from prime_lightning.verifiers.references import structure
+
+if TYPE_CHECKING:
+    import datasets
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NULLS = frozenset({"", "NULL", "null", "None", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A"})
@@ -115,6 +116,8 @@ def load_rows(
     Raises:
         ValueError: if a file is missing, or neither a file nor a data set that can be loaded.
     """
+    import datasets  # here, because it brings pandas, which takes longer than all that `plan` computes
+
     files = [path] if isinstance(path, str) else list(path)
     loader = LOADERS.get(Path(files[0].removesuffix(".gz")).suffix)
     if loader is None:
@@ -142,6 +145,8 @@ def _unless_null(text: str) -> str | None:
 
 
 def _from_hub(name: str, split: str, configuration: str | None, revision: str | None) -> datasets.Dataset:
+    import datasets
+
     try:
         return datasets.load_dataset(name, configuration, split=split, revision=revision)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
@@ -178,6 +183,8 @@ def json_rows(files: Sequence[str], *, digits: bool = True) -> Iterator[dict[str
 
 def _read_plainly(files: Sequence[str]) -> datasets.Dataset | None:
     """Rows that `datasets` cannot read, such as those with a number beyond all floats; None if Python cannot."""
+    import datasets
+
     try:
         rows = list(json_rows(files))
         return datasets.Dataset.from_list(rows) if rows else None
@@ -191,7 +198,7 @@ def _as_rows(table: datasets.Dataset, files: Sequence[str]) -> datasets.Dataset:
     if rows is None:
         return table
     warnings.warn(f"{files[0]!r} is one mapping; its lists are read as the columns of {len(rows)} rows.", stacklevel=2)
-    return datasets.Dataset.from_list(rows)
+    return type(table).from_list(rows)
 
 
 def _spread(row: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -231,7 +238,7 @@ def _with_digits(table: datasets.Dataset, files: Sequence[str], field: str | Non
     values = [_as_written(_found(row, field)) for row in rows]
     if field in table.column_names:
         table = table.remove_columns(field)
-    return table.add_column(field, values) if table.column_names else datasets.Dataset.from_dict({field: values})
+    return table.add_column(field, values) if table.column_names else type(table).from_dict({field: values})
 
 
 def _as_written(value: Any) -> str | None:
@@ -242,7 +249,8 @@ def _lossless(feature: Any) -> bool:
     """Whether values of this type are as they were written: text, or whole numbers of 64 bits."""
     if isinstance(feature, dict):
         return all(map(_lossless, feature.values()))
-    if isinstance(feature, datasets.List | list):
-        return _lossless(feature[0] if isinstance(feature, list) else feature.feature)
+    inside = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inside is not None:
+        return _lossless(inside)
     kind = getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.Value) and (kind in ("string", "large_string", "bool", "null") or "int" in kind)
+    return kind in ("string", "large_string", "bool", "null") or kind.startswith(("int", "uint"))
