@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from prime_lightning.engines import Kept
+from prime_lightning.engines.hf_cache import grown_cache
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
+BLOCK = 256  # tokens whose probabilities are summed at once
 COMPACT_BELOW = 0.8  # copy the cache without its finished rows once fewer than this share of rows is alive
 
 
@@ -129,7 +131,7 @@ class HFEngine:
             tokens[i, longest - len(prompt.token_ids) :] = prompt.token_ids
             mask[i, longest - len(prompt.token_ids) :] = 1
         mask_RL = None if mask.all() else torch.from_numpy(mask).to(self.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = grown_cache(self.model.config)
         logits_RV = self._forward(torch.from_numpy(tokens).to(self.device), cache, mask_RL)
         rows_R = torch.from_numpy(prompt_of).to(self.device)
         cache.batch_select_indices(rows_R)
@@ -156,23 +158,20 @@ class HFEngine:
         self, rows: _Rows, slots: np.ndarray, tokens_R: Tensor, logprobs_R: Tensor, sampling: Sampling
     ) -> list[int]:
         """Append the sampled tokens to the rows that are alive; return the rows that this finishes."""
-        finished = []
-        tokens, logprobs = tokens_R.tolist(), logprobs_R.tolist()
-        for place, row in enumerate(slots):
-            if rows.done[row]:
-                continue
-            rows.tokens[row].append(tokens[place])
-            rows.logprobs[row].append(logprobs[place])
-            rows.versions[row].append(self._version_of_logits)
-            stopped = tokens[place] in self.end_ids or self._stop_string(rows.tokens[row], sampling.stop)
-            if stopped or len(rows.tokens[row]) == sampling.max_tokens:
-                rows.done[row], rows.stopped[row] = True, stopped
-                finished.append(int(row))
-        return finished
+        alive = ~rows.done[slots]
+        these = slots[alive]
+        tokens = tokens_R.cpu().numpy()[alive]
+        rows.append(these, tokens, logprobs_R.cpu().numpy()[alive], self._version_of_logits)
+        stopped = np.isin(tokens, self.end_ids)
+        if sampling.stop:
+            stopped |= [
+                self._stop_string(rows.tokens[row, : rows.length[row]].tolist(), sampling.stop) for row in these
+            ]
+        rows.stopped[these] = stopped
+        rows.done[these] = stopped | (rows.length[these] == sampling.max_tokens)
+        return [int(row) for row in these[rows.done[these]]]
 
     def _stop_string(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        if not stop:
-            return False
         longest = max(len(text.encode()) for text in stop)  # byte-level tokenizers may spend a token on each byte
         tail = self.tokenizer.decode(tokens[-(longest + 4) :])
         return any(text in tail for text in stop)
@@ -185,25 +184,35 @@ class _Rows:
     keys: np.ndarray
     done: np.ndarray
     stopped: np.ndarray
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    versions: list[list[int]]
+    length: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], sampling: Sampling) -> _Rows:
         n = len(prompts) * sampling.samples
+        shape = n, sampling.max_tokens
         return cls(
             keys=sample_keys(sampling.seed, [prompt.draw for prompt in prompts], sampling.samples),
             done=np.zeros(n, bool),
             stopped=np.zeros(n, bool),
-            tokens=[[] for _ in range(n)],
-            logprobs=[[] for _ in range(n)],
-            versions=[[] for _ in range(n)],
+            length=np.zeros(n, np.int64),
+            tokens=np.zeros(shape, np.int32),
+            logprobs=np.zeros(shape, np.float32),
+            versions=np.zeros(shape, np.int32),
         )
 
+    def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, version: int) -> None:
+        """One more token for each of these rows."""
+        place = rows, self.length[rows]
+        self.tokens[place], self.logprobs[place], self.versions[place] = tokens, logprobs, version
+        self.length[rows] += 1
+
     def completion(self, row: int, tokenizer: PreTrainedTokenizerBase) -> Completion:
-        finish = "stop" if self.stopped[row] else "length"
-        return completion_of(tokenizer, self.tokens[row], self.logprobs[row], finish, self.versions[row])
+        n, finish = self.length[row], "stop" if self.stopped[row] else "length"
+        tokens, logprobs, versions = (x[row, :n].tolist() for x in (self.tokens, self.logprobs, self.versions))
+        return completion_of(tokenizer, tokens, logprobs, finish, versions)
 
 
 def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -219,15 +228,35 @@ def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: np.ndarray) -> tuple[
         (1, -0.6931)
     """
     if sampling.temperature == 0:
+        logprobs_RV = logits_RV.log_softmax(-1)
         tokens_R = logits_RV.argmax(-1)
     else:
-        logits_RV = truncate(logits_RV / sampling.temperature, sampling.top_k, sampling.top_p)
-        cumulative_RV = logits_RV.softmax(-1).double().cumsum(-1)
-        target_R1 = torch.from_numpy(uniform_R).to(logits_RV.device)[:, None] * cumulative_RV[:, -1:]
-        # right=True: a token of probability zero spans no interval, so it is never drawn
-        tokens_R = torch.searchsorted(cumulative_RV, target_R1, right=True).squeeze(-1)
-        tokens_R = tokens_R.clamp_max(logits_RV.shape[-1] - 1)
-    return tokens_R, logits_RV.log_softmax(-1).gather(-1, tokens_R[:, None]).squeeze(-1)
+        logprobs_RV = truncate(logits_RV / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
+        tokens_R = inverted(logprobs_RV.exp(), torch.from_numpy(uniform_R).to(logits_RV.device))
+    return tokens_R, logprobs_RV.gather(-1, tokens_R[:, None]).squeeze(-1)
+
+
+def inverted(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The first index at which the cumulative sum of a row exceeds `uniform * its sum`; one of weight 0 never is.
+
+    Sums are float64. They are taken over blocks first and then within the one block that is met, because a scan over a
+    whole vocabulary costs more than the softmax.
+
+    Example:
+        >>> inverted(torch.tensor([[0.0, 1.0, 1.0, 0.0]]), torch.tensor([0.75], dtype=torch.double))
+        tensor([2])
+    """
+    R, V = weights_RV.shape
+    blocks_RBb = torch.nn.functional.pad(weights_RV, (0, -V % BLOCK)).view(R, -1, BLOCK)
+    ends_RB = blocks_RBb.sum(-1, dtype=torch.double).cumsum(-1)
+    target_R1 = uniform_R[:, None] * ends_RB[:, -1:]
+    # right=True: what has weight zero spans no interval, so it is never drawn
+    met_R = torch.searchsorted(ends_RB, target_R1, right=True).squeeze(-1).clamp_max(ends_RB.shape[1] - 1)
+    weights_Rb = blocks_RBb[torch.arange(R, device=met_R.device), met_R].double()
+    before_R1 = torch.nn.functional.pad(ends_RB, (1, 0)).gather(1, met_R[:, None])
+    within_R = torch.searchsorted(weights_Rb.cumsum(-1), target_R1 - before_R1, right=True).squeeze(-1)
+    last_R = BLOCK - 1 - (weights_Rb.flip(-1) > 0).int().argmax(-1)  # where rounding leaves the target at the end
+    return met_R * BLOCK + torch.minimum(within_R, last_R)
 
 
 def truncate(logits_RV: Tensor, top_k: int, top_p: float) -> Tensor:
