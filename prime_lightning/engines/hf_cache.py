@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -12,6 +14,9 @@ CHUNK = 128  # positions that are added at a time
 
 class GrownLayer(DynamicLayer):
     """A `DynamicLayer` with room for more positions than it has; `keys` and `values` are views of the used ones."""
+
+    keys: Any
+    values: Any
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -47,5 +52,5 @@ class GrownLayer(DynamicLayer):
 def grown_cache(config: PreTrainedConfig) -> DynamicCache:
     """The cache of transformers for a model, with `GrownLayer` wherever a layer keeps all positions."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrownLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrownLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore
     return cache
