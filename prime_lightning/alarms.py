@@ -106,6 +106,12 @@ MEANINGS = {
         "lower model.credit.process_weight, raise model.process_reward.replay, read the rollouts with the highest "
         "process reward; action: cut goes on with the outcome alone",
     ),
+    "broken_prm": Meaning(
+        ("prm/nonfinite_tokens",),
+        above,
+        "the PRM gives numbers that are not finite; such iterations learn from outcomes alone",
+        "lower the PRM's learning rate, load models in float32, start again from a checkpoint before it began",
+    ),
     "prm_collapse": Meaning(
         ("prm/ce",),
         above,
@@ -180,6 +186,7 @@ class Alarms(Callback):
     Args:
         reward_hacking: Fall of `rollout/accuracy` between the two halves of the last iterations, while `prm/reward`
             rises by more than its spread.
+        broken_prm: Tokens that `prm/nonfinite_tokens` is above.
         prm_collapse: Nats that `prm/ce` is above; ln 2 and a margin, as a fresh PRM starts at ln 2.
         length_drift: Factor between `rollout/length` now and at the start, either way.
         stale_weights: Nats a token that `importance/abs_diff` is above.
@@ -195,6 +202,7 @@ class Alarms(Callback):
     def __init__(
         self,
         reward_hacking: Alarm = Alarm(threshold=0.05, iterations=20),
+        broken_prm: Alarm = Alarm(threshold=0.0, iterations=1),
         prm_collapse: Alarm = Alarm(threshold=0.7, iterations=10),
         length_drift: Alarm = Alarm(threshold=2.0, iterations=10),
         stale_weights: Alarm = Alarm(threshold=0.1, iterations=3),

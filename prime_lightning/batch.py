@@ -129,7 +129,11 @@ class Batch:
         """One row of two tokens that counts for nothing: it takes part in forwards that other ranks have work for."""
         first, one = torch.zeros(1, dtype=torch.long), self.prompt_length_B.new_ones(1)
         row = replace(self.select(first), prompt_length_B=one, response_length_B=one).select(first)
-        return replace(row, mask_BT=row.mask_BT & False, valid_B=row.valid_B & False)
+        return row.uncounted()
+
+    def uncounted(self) -> Batch:
+        """The same rows, none of which counts: for a rank that has none left while others have."""
+        return replace(self, mask_BT=self.mask_BT & False, valid_B=self.valid_B & False, rollouts=[])
 
     def minibatches(self, count: int, generator: torch.Generator, groups: int | None = None) -> list[Tensor]:
         """Shuffle the groups of all ranks into `count` parts of equal size; returns this rank's rows of each.

@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -343,7 +343,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.count, self.chunk * self.world):
             draws = range(start + self.rank, min(start + self.chunk * self.world, self.count), self.world)
-            yield self._batch(draws) if draws else _uncounted(self._batch(range(start, start + 1)))
+            yield self._batch(draws) if draws else self._batch(range(start, start + 1)).uncounted()
 
     def _batch(self, draws: range) -> Batch:
         prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
@@ -353,8 +353,3 @@ class EvaluationLoader:
         for group in groups:
             tally.add(group, None)
         return Batch.of_groups(groups, metrics=tally.measures())
-
-
-def _uncounted(batch: Batch) -> Batch:
-    """A batch for a rank that has no prompt left while others have."""
-    return replace(batch, mask_BT=batch.mask_BT & False, valid_B=batch.valid_B & False, rollouts=[])

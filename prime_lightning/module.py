@@ -8,25 +8,28 @@ Shapes: B responses, T response tokens, b and t those of a micro-batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import import_path
-from prime_lightning.logprobs import ScoringLM, ValueLM
-from prime_lightning.lora import WithoutAdapters, with_adapters
+from prime_lightning.logprobs import ValueLM
+from prime_lightning.lora import WithoutAdapters
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.panel import PanelModule
-from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.replay import Replay, share
-from prime_lightning.sync import PolicyWeights, WeightReceiver
+from prime_lightning.scoring import load_scoring
+from prime_lightning.stepping import SKIPS_IN_A_ROW
+from prime_lightning.sync import PolicyWeights, check_takes_weights
 
 ROLES = ("prm", "policy", "critic")
 
@@ -75,7 +78,7 @@ class PrimeModule(PanelModule):
         process_reward: ProcessReward = ProcessReward(),
         gate: alg.ProcessGate | None = None,
         prm_loss: Callable[..., Any] = alg.ce,
-        advantage: Callable[..., Tensor] = alg.rloo,
+        advantage: Callable[..., alg.Credit] = alg.rloo,
         credit: Credit = Credit(),
         policy_loss: PolicyLoss = PolicyLoss(),
         policy_update: Update = Update(),
@@ -90,6 +93,8 @@ class PrimeModule(PanelModule):
         super().__init__(seed)
         if policy_loss.kl != "none" and reference is None:
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
+        if critic is not None and credit.outcome_weight <= 0:
+            raise ValueError(f"Expected `credit.outcome_weight` above 0 with a critic, got {credit.outcome_weight}.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
         self.loading, self.adapters = loading, {"policy": policy_lora, "prm": prm_lora}
         self.reward, self.gate = process_reward, gate or alg.ProcessGate()
@@ -108,7 +113,8 @@ class PrimeModule(PanelModule):
         with self.one_step():
             proximal_BT = self.score(self.policy, batch, batch.temperature)
             reference_BT = self.reference_logprobs(batch, proximal_BT)
-            batch = self.finite(batch, proximal_BT, reference_BT)
+            anchor_BT = self.anchor_logprobs(batch, reference_BT)
+            batch = self.finite(batch, proximal_BT, reference_BT, anchor_BT)
 
             if self.reward.update == "before":
                 self.update_prm(batch, reference_BT)
@@ -117,10 +123,10 @@ class PrimeModule(PanelModule):
                 self.update_prm(batch, reference_BT)
 
             values_BT = self.score(self.critic, batch) if self.critic else None
-            advantage_BT = self.credit(batch, process_BT, values_BT, proximal_BT, reference_BT)
+            advantage_BT = self.credit(batch, process_BT, values_BT, proximal_BT, anchor_BT)
             self.update_critic(batch, values_BT, advantage_BT)
             advantage_BT = self.whitened(batch, advantage_BT)
-            self.update_policy(batch, advantage_BT, proximal_BT, reference_BT)
+            self.update_policy(batch, advantage_BT, proximal_BT, anchor_BT)
         numbers = self.log_iteration(batch)
         self.send_weights()
         return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
@@ -131,13 +137,22 @@ class PrimeModule(PanelModule):
             return self.score(self.reference, batch)
         return proximal_BT if batch.temperature == 1.0 else self.score(self.policy, batch)
 
+    def anchor_logprobs(self, batch: Batch, reference_BT: Tensor) -> Tensor:
+        """`log pi_ref` at the temperature of the sampling, at which the policy is, too: what its KL is taken to."""
+        at_one = self.reference is None or batch.temperature == 1.0
+        return reference_BT if at_one else self.score(self.reference, batch, batch.temperature)
+
     def process_reward(self, batch: Batch, reference_BT: Tensor) -> Tensor | None:
-        """Eq. 3 for each token, normalised; the PRM's health is measured on the way."""
+        """Eq. 3 for each token, normalised; None of a PRM that gives a number that is not finite, to any rank.
+
+        The PRM's health is measured on the way, and the gate moves.
+        """
         if self.prm is None:
             return None
         prm_BT = self.score(self.prm, batch)
         reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
-        self.judge_prm(batch, reward_BT)
+        if not self.judge_prm(batch, reward_BT):
+            return None
         reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
         reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.all_reduce)
         self.measures.add("process/scale", scale)
@@ -165,57 +180,45 @@ class PrimeModule(PanelModule):
         process_BT: Tensor | None,
         values_BT: Tensor | None,
         proximal_BT: Tensor,
-        reference_BT: Tensor,
+        anchor_BT: Tensor,
     ) -> Tensor:
-        """Advantages: Eq. 5, or whatever `advantage` computes from outcomes and token rewards."""
-        weights = self.weights
-
-        def estimated(reward_BT: Tensor | None) -> Tensor:
-            return self.advantage(
-                batch.outcome_B,
-                reward_BT,
-                batch.mask_BT,
-                batch.group_B,
-                batch.valid_B,
-                values_BT=values_BT,
-                gamma_outcome=weights.gamma_outcome,
-                gamma_process=weights.gamma_process,
-                outcome_weight=weights.outcome_weight,
-                lam=weights.lam,
-            )
-
-        penalty_BT = None
-        if self.loss.kl == "reward":
-            penalty_BT = -self.loss.kl_weight * alg.kl(proximal_BT, reference_BT, self.loss.kl_estimator)
-        without_BT = estimated(penalty_BT)
-        if process_BT is None:
-            return without_BT
+        """Advantages: Eq. 5, or what else `advantage` says of outcomes and token rewards; weighed here, only here."""
+        weights, rows = self.weights, (batch.mask_BT, batch.group_B, batch.valid_B)
         weight = weights.process_weight * self.gate.weight
-        reward_BT = weight * process_BT if penalty_BT is None else weight * process_BT + penalty_BT
-        advantage_BT = estimated(reward_BT)
-        self.measures.add("process/weight", weight)
-        self.measures.add("process/advantage_share", *alg.advantage_share(advantage_BT, without_BT, batch.mask_BT))
-        return advantage_BT
+        credit = self.advantage(
+            batch.outcome_B,
+            process_BT if weight else None,
+            *rows,
+            values_BT=None if values_BT is None else values_BT / weights.outcome_weight,
+            gamma_outcome=weights.gamma_outcome,
+            gamma_process=weights.gamma_process,
+            lam=weights.lam,
+        )
+        outcome_BT, paid_BT = alg.mixed(credit, outcome_weight=weights.outcome_weight, process_weight=weight)
+        if self.prm is not None:
+            self.measures.add("process/weight", weight)
+            self.measures.add("process/advantage_share", *alg.advantage_share(paid_BT, outcome_BT, batch.mask_BT))
+        advantage_BT = outcome_BT + paid_BT
+        if self.loss.kl != "reward":
+            return advantage_BT
+        return advantage_BT + alg.kl_credit(
+            alg.kl(proximal_BT, anchor_BT, self.loss.kl_estimator),
+            *rows,
+            weight=self.loss.kl_weight,
+            gamma=weights.gamma_process,
+            baseline=self.critic is None,  # a critic has learned the penalty
+        )
 
     def whitened(self, batch: Batch, advantage_BT: Tensor) -> Tensor:
         """Advantages of mean 0 and variance 1 over all ranks, where that is asked for."""
-        if not self.weights.whiten:
-            return advantage_BT
-        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce)
+        wanted = self.weights.whiten
+        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce) if wanted else advantage_BT
 
-    def update_policy(self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor, reference_BT: Tensor) -> None:
+    def update_policy(self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor, anchor_BT: Tensor) -> None:
         """Eq. 6, the clipped surrogate, with the optional KL, entropy and importance terms."""
-        options, weight_BT = self.loss, None
-        corrected_BT, measured = alg.importance_weight(
-            proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=options.importance_cap or 2.0
-        )
-        self.measures.add_all(measured, batch.mask_BT.sum())
-        self.compare_with_engine(batch, measured["importance/abs_diff"])
-        if self.reference is not None:
-            kl_BT = alg.kl(proximal_BT, reference_BT, "k3")
-            self.measures.add("policy/reference_kl", alg.masked_sum(kl_BT, batch.mask_BT), batch.mask_BT.sum())
-        if options.importance_cap is not None:
-            weight_BT = corrected_BT
+        options = self.loss
+        corrected_BT = self.measure_policy(batch, proximal_BT, anchor_BT, cap=options.importance_cap or 2.0)
+        weight_BT = None if options.importance_cap is None else corrected_BT
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
             policy_bt, entropy_bt = self.logprobs(self.policy, micro, batch.temperature)
@@ -233,9 +236,7 @@ class PrimeModule(PanelModule):
             )
             extra_bt = -options.entropy_weight * entropy_bt
             if options.kl == "loss":
-                extra_bt = extra_bt + options.kl_weight * alg.kl(
-                    policy_bt, reference_BT[rows, :t], options.kl_estimator
-                )
+                extra_bt = extra_bt + options.kl_weight * alg.kl(policy_bt, anchor_BT[rows, :t], options.kl_estimator)
             total = total + alg.aggregate(extra_bt, mask_bt, options.aggregate, options.constant_length)
             self.measures.add("policy/loss", total, alg.denominator(mask_bt, options.aggregate))
             self.measures.add("policy/entropy", alg.masked_sum(entropy_bt.detach(), mask_bt), mask_bt.sum())
@@ -243,6 +244,18 @@ class PrimeModule(PanelModule):
             return total
 
         self.optimise("policy", batch, terms, lambda rows: alg.denominator(batch.mask_BT[rows], options.aggregate))
+
+    def give_up(self, role: str) -> None:
+        """A PRM whose gradients stay broken does not end the run, which goes on by outcomes."""
+        if role != "prm":
+            super().give_up(role)
+        if not self.gate.closed and self.trainer.is_global_zero:
+            warnings.warn(
+                f"The PRM's gradient was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
+                f"{self.trainer.global_step}: its reward is off from now on. Lower its learning rate.",
+                stacklevel=2,
+            )
+        self.gate.close()
 
     def update_critic(self, batch: Batch, values_BT: Tensor | None, advantage_BT: Tensor) -> None:
         """The critic's clipped regression towards the returns of GAE."""
@@ -274,17 +287,9 @@ class PrimeModule(PanelModule):
     # ---- what samples
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module that would go on sampling with the weights it began with.
-
-        Raises:
-            ValueError: if it has no doors for the policy's weights, or the strategy takes all models for one.
-        """
+        """Refuse a data module that would go on sampling with the weights it began with."""
         super().setup(stage)
-        if not isinstance(data := getattr(self.trainer, "datamodule", None), WeightReceiver):
-            raise ValueError(
-                "Expected a data module that takes the policy's weights, by `sync(weights, version)` and `rest()` "
-                f"(prime_lightning.sync), got {'none' if data is None else type(data).__name__}."
-            )
+        check_takes_weights(getattr(self.trainer, "datamodule", None))
 
     def send_weights(self) -> None:
         """Let the next rollouts be the present policy's; its version is the number of finished iterations."""
@@ -293,7 +298,7 @@ class PrimeModule(PanelModule):
             self.trainer.datamodule.sync(weights, self.trainer.global_step)  # type: ignore[attr-defined]
 
     def rest(self) -> None:
-        """The rollouts are there; the memory of what drew them is the trainer's for now."""
+        """The rollouts are there: memory is the trainer's for now."""
         with self.timed_between("sync"):
             self.trainer.datamodule.rest()  # type: ignore[attr-defined]
 
@@ -337,23 +342,16 @@ class PrimeModule(PanelModule):
         """Load the models, once; strategies that shard call this inside their own context."""
         if hasattr(self, "policy"):
             return
-        loading = self.loading
 
-        def load(role: str, wrap: Callable[..., nn.Module] = ScoringLM) -> Any:
-            name = self.names[role]
-            if name is None:
-                return None
-            lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
-            if loading.gradient_checkpointing:
-                lm.gradient_checkpointing_enable({"use_reentrant": False})
-            adapted = with_adapters(lm, self.adapters.get(role), self.seed)
-            return self.devices.place(wrap(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
+        def load(role: str, **options: Any) -> Any:
+            name, lora = self.names[role], self.adapters.get(role)
+            return name and load_scoring(name, self.loading, self.devices, lora=lora, seed=self.seed, **options)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy, self.prm = load("policy"), load("prm")
         below = self.adapters["policy"] is not None and self.names["reference"] == self.names["policy"]
         self.reference = WithoutAdapters(self.policy) if below else load("reference")
-        self.critic = load("critic", ValueLM)
+        self.critic = load("critic", kind=ValueLM)
         if self.reference is not None:
             self.reference.requires_grad_(False)
         for role, name in self.names.items():

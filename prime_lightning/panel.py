@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ class PanelModule(SteppingModule):
     """The side of `PrimeModule` that measures and logs."""
 
     prm: Any
+    reference: Any
     reward: ProcessReward
     gate: alg.ProcessGate
     engine_checked = False
@@ -34,6 +36,16 @@ class PanelModule(SteppingModule):
         mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
         self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
         return replace(batch, mask_BT=mask_BT)
+
+    def measure_policy(self, batch: Batch, proximal_BT: Tensor, anchor_BT: Tensor, cap: float) -> Tensor:
+        """How far the policy is from the engine and from the reference; returns the weights that correct the first."""
+        corrected_BT, measured = alg.importance_weight(proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=cap)
+        self.measures.add_all(measured, batch.mask_BT.sum())
+        self.compare_with_engine(batch, measured["importance/abs_diff"])
+        if self.reference is not None:
+            kl_BT = alg.kl(proximal_BT, anchor_BT, "k3")
+            self.measures.add("policy/reference_kl", alg.masked_sum(kl_BT, batch.mask_BT), batch.mask_BT.sum())
+        return corrected_BT
 
     def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
         """Stop a run whose engine does not sample from the policy, at the first batch that is all on-policy.
@@ -54,15 +66,19 @@ class PanelModule(SteppingModule):
                 "not the trainer's."
             )
 
-    def judge_prm(self, batch: Batch, reward_BT: Tensor) -> None:
-        """Measure how well the PRM's rewards tell right from wrong, and tell the gate."""
-        sums = self.measure_prm(batch, reward_BT.sum(1))
+    def judge_prm(self, batch: Batch, reward_BT: Tensor) -> bool:
+        """Measure how well the PRM's rewards tell right from wrong, tell the gate, and say if all ranks' are finite."""
+        broken = (~reward_BT.isfinite()).sum()
+        self.measures.add("prm/nonfinite_tokens", broken, 0.0)
+        sums = torch.cat([self.measure_prm(batch, reward_BT.sum(1)), broken.double()[None]])
         self.measures.update(judge_rewards(reward_BT, batch, self.gather))
-        ce_sum, ce_count, hits, pair_count = self.all_reduce(sums, "sum").tolist()
-        self.gate.update(ce_sum / max(ce_count, 1), hits / pair_count if pair_count else None)
+        ce_sum, ce_count, hits, pair_count, broken_tokens = self.all_reduce(sums, "sum").tolist()
+        ce = ce_sum / max(ce_count, 1) if broken_tokens == 0 else math.nan
+        self.gate.update(ce, hits / pair_count if pair_count else None)
         for name in ("weight", "ce", "accuracy"):
             if getattr(self.gate, name) is not None:
                 self.measures.add(f"gate/{name}", getattr(self.gate, name))
+        return bool(broken_tokens == 0)
 
     def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
         """Measure the PRM on the other side of its update, too; its rewards there are not used."""

@@ -169,6 +169,21 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
     def __init__(self, timeout: timedelta | None = default_pg_timeout) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1, timeout=timeout)
 
+    def setup(self, trainer: Any) -> None:
+        """Refuse a module whose models were not placed: each rank would train its own, and nothing would say so.
+
+        Raises:
+            ValueError: with what is not spread.
+        """
+        super().setup(trainer)
+        assert self.lightning_module is not None
+        loose = [name for name, p in self.lightning_module.named_parameters() if not isinstance(p, DTensor)]
+        if loose:
+            raise ValueError(
+                f"Expected models that `configure_model` spreads over the devices, by the strategy's `place`, got "
+                f"{len(loose)} weights that are not ({', '.join(loose[:3])} ...). `scoring.load_scoring` does it."
+            )
+
     def setup_environment(self) -> None:
         """One mesh over all devices."""
         self._data_parallel_size = self.num_nodes * self.num_processes

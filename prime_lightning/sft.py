@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 
 from prime_lightning.batch import pad
 from prime_lightning.facts import run_facts
-from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading, precision_of
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prompts import permutation
 from prime_lightning.rows import check_filled, load_rows
+from prime_lightning.scoring import load_scoring
 from prime_lightning.stepping import devices
 from prime_lightning.template import Template
 
@@ -210,12 +210,8 @@ class SFTModule(pl.LightningModule):
         """Load the model, once."""
         if hasattr(self, "policy"):
             return
-        model = load_causal_lm(self.name, dtype=self.loading.dtype, attention=self.loading.attention)
-        if self.loading.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.tokenizer = load_tokenizer(self.name)
-        policy = ScoringLM(model, chunk_tokens=self.loading.chunk_tokens, packed=self.loading.packed)
-        self.policy = devices(self._trainer).place(policy)
+        self.policy = load_scoring(self.name, self.loading, devices(self._trainer))
 
     def training_step(self, batch: Lesson, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the response tokens."""

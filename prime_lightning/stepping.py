@@ -187,7 +187,9 @@ class SteppingModule(pl.LightningModule):
         passes = (batch.minibatches(update.minibatches, generator, groups) for _ in range(update.epochs))
         with self.timed(role):
             for rows in itertools.chain.from_iterable(passes):
-                total = self.all_reduce(count(rows).float(), "sum").clamp_min(1)
+                total = self.all_reduce(count(rows).float(), "sum")
+                if total == 0:  # on all ranks; weight decay and momentum alone must not move the model
+                    continue
                 for micro in self.level(batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups)):
                     if micro is None:  # by the same computation, which sharding strategies compare over ranks
                         loss = terms(batch.nothing(), torch.zeros(1, dtype=torch.long, device=self.device))
@@ -222,11 +224,19 @@ class SteppingModule(pl.LightningModule):
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
         if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
-            raise FloatingPointError(
-                f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
-                f"{self.trainer.global_step}. Look at {role}/grad_norm and importance/abs_diff_max of the iterations "
-                f"before, lower the learning rate of the {role}, and check the weights that it starts from."
-            )
+            self.give_up(role)
+
+    def give_up(self, role: str) -> None:
+        """A model that cannot learn any more ends the run.
+
+        Raises:
+            FloatingPointError: with what to look at.
+        """
+        raise FloatingPointError(
+            f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
+            f"{self.trainer.global_step}. Look at {role}/grad_norm and importance/abs_diff_max of the iterations "
+            f"before, lower the learning rate of the {role}, and check the weights that it starts from."
+        )
 
     def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
         """Sum or maximum over all ranks."""

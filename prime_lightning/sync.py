@@ -58,6 +58,19 @@ class WeightReceiver(Protocol):
         ...
 
 
+def check_takes_weights(data: Any) -> None:
+    """See that a data module is a `WeightReceiver`.
+
+    Raises:
+        ValueError: if it is not, for it would go on sampling with the weights that it began with.
+    """
+    if not isinstance(data, WeightReceiver):
+        raise ValueError(
+            "Expected a data module that takes the policy's weights, by `sync(weights, version)` and `rest()` "
+            f"(prime_lightning.sync), got {'none' if data is None else type(data).__name__}."
+        )
+
+
 def send(engine: Engine, weights: PolicyWeights, version: int) -> None:
     """Wake an engine, and give it the policy's weights unless it has this version; all ranks together.
 

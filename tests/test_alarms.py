@@ -37,6 +37,7 @@ SERIES = {
         {"prm/reward": line(0.1, 3.0), "rollout/accuracy": [*line(0.3, 0.6, 20), *line(0.6, 0.2, 20)]},
         {"prm/reward": line(0.1, 3.0), "rollout/accuracy": line(0.3, 0.6)},  # both rise: learning
     ),
+    "broken_prm": ({"prm/nonfinite_tokens": late(0.0, 7.0)}, {"prm/nonfinite_tokens": [0.0] * 40}),
     "prm_collapse": ({"prm/ce": late(0.65, 0.9)}, {"prm/ce": [math.log(2)] * 20 + line(0.69, 0.6, 20)}),
     "length_drift": ({"rollout/length": line(900, 2500)}, {"rollout/length": line(900, 1400)}),
     "stale_weights": ({"importance/abs_diff": late(0.01, 0.3)}, {"importance/abs_diff": [0.02] * 40}),

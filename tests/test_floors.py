@@ -25,6 +25,7 @@ FLOORS = [
         "algorithms.prm_loss",
         "algorithms.health",
         "algorithms.advantage",
+        "algorithms.credit",
         "algorithms.loss",
         "measures",
         "acceptance",
@@ -54,10 +55,11 @@ FLOORS = [
     {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
     {"stepping", "ahead", "lora", "plan.shape"}
-    | {"prm.implicit", "prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
-    {"panel", "placement", "sync"},
-    {"module", "data", "sft", "parallel", "plan.setup"} | {"prm", "prm.credit"},
-    {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"} | {"prm.train"},
+    | {"prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
+    {"panel", "placement", "sync", "scoring"},
+    {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},
+    {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
+    | {"prm", "prm.credit", "prm.train"},
     {"cli", "plan"} | {"prm.score", "evaluation.callback"},
     {"quickstart", "plan.command"}
     | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},

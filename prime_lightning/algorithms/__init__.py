@@ -1,11 +1,21 @@
 """The maths of PRIME (arXiv 2502.01456) as functions of tensors and numbers; every name here is an import path.
 
 `masked` sums over masks and groups; `reward` what a token is worth to the PRM; `prm_loss` and `health` how the PRM is
-trained and judged; `advantage` credit; `loss` the policy's and the critic's losses. Nothing here knows of a
-configuration, a model, a trainer or a batch object.
+trained and judged; `advantage` and `credit` what a token earns; `loss` the losses of policy and critic. Nothing here
+knows of a configuration, a model, a trainer or a batch object.
 """
 
-from prime_lightning.algorithms.advantage import gae, gae_returns, grpo, reinforce, rloo, rloo_official
+from prime_lightning.algorithms.advantage import (
+    Credit,
+    gae,
+    gae_returns,
+    grpo,
+    reinforce,
+    rloo,
+    rloo_official,
+    rloo_printed,
+)
+from prime_lightning.algorithms.credit import kl_credit, mixed
 from prime_lightning.algorithms.health import (
     advantage_share,
     auc,
@@ -50,6 +60,7 @@ from prime_lightning.algorithms.reward import ProcessGate, normalise, process_re
 
 __all__ = [
     "AllReduce",
+    "Credit",
     "ProcessGate",
     "advantage_share",
     "aggregate",
@@ -72,11 +83,13 @@ __all__ = [
     "grpo",
     "importance_weight",
     "kl",
+    "kl_credit",
     "kto",
     "last_token_share",
     "masked_mean",
     "masked_sum",
     "masked_var",
+    "mixed",
     "nca",
     "normalise",
     "pairwise_accuracy",
@@ -87,6 +100,7 @@ __all__ = [
     "reverse_cumsum",
     "rloo",
     "rloo_official",
+    "rloo_printed",
     "same_group",
     "to_granularity",
     "value_loss",

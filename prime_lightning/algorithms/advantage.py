@@ -1,13 +1,17 @@
-"""Advantage estimators, all of one signature: outcome credit plus process credit, per token.
+"""Advantage estimators, all of one signature: outcome credit and process credit, per token, apart.
 
-Shapes in names: `B` responses, `T` response tokens. `outcome_B` is the outcome reward in [0, 1], NaN allowed where
-invalid; `process_BT` the process reward or None; `mask_BT` bool, True = a token we train on; `group_B` any int per
-prompt; `valid_B` False = no known verdict. Rewards and advantages share one unit, that of the outcome reward.
+Shapes in names: `B` responses, `T` response tokens. What each takes:
 
-What holds for all of them:
+- `outcome_B`: outcome rewards in [0, 1], NaN allowed where invalid.
+- `process_BT`: process rewards, or None.
+- `mask_BT`: bool, True = a token we train on. `group_B`: any int per prompt. `valid_B`: False = no known verdict.
+- `values_BT`: a critic's estimate before each token, for `gae` alone.
+- `gamma_outcome`, `gamma_process`: discounts of the two rewards, in [0, 1]. `lam`: for `gae` alone.
 
-- `A = outcome_weight * A_outcome + process_weight * A_process`; the two are computed apart and are linear in their
-  reward. `process_BT=None` and `process_weight=0` both leave the plain outcome estimator, exactly.
+Each returns `(outcome_BT, process_BT)`, both `[B, T]` float32. `credit.mixed` weighs them, so that every weight counts
+for every estimator, those that normalise too. What holds for all:
+
+- The parts know nothing of each other. Without process reward the second is 0 everywhere.
 - The outcome reward sits on the response's last trained token: `A_outcome_t = gamma_outcome^(tokens after t) * A_i`.
 - An invalid response takes part in no baseline and gets 0, as does everything outside the mask.
 - A group with fewer than two *valid* members gives a group estimator nothing to compare: advantage 0. A valid
@@ -22,10 +26,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prime_lightning.algorithms.masked import group_mean, group_sum, masked_mean, reverse_cumsum
+from prime_lightning.algorithms.masked import group_mean, group_sum, masked_mean, masked_sum, reverse_cumsum
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation by `grpo`, as in the released code."""
+
+Credit = tuple[Tensor, Tensor]
+"""Credit of the outcome and of the process reward, each `[B, T]`."""
 
 _Baseline = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`(x_B, group_B, valid_B) -> (baseline_B, scale_B)`: the credit of a reward r of response i is `(r - b_i) * s_i`."""
@@ -41,40 +48,54 @@ def rloo(
     values_BT: Tensor | None = None,
     gamma_outcome: float = 1.0,
     gamma_process: float = 1.0,
-    outcome_weight: float = 1.0,
-    process_weight: float = 1.0,
     lam: float = 1.0,
-) -> Tensor:
+) -> Credit:
     """Leave-one-out: `A_t = sum_{s>=t} gamma^(s-t) [r_s - 1/(K-1) sum_{j!=i} m_j] + o_i - 1/(K-1) sum_{j!=i} o_j`.
 
     PRIME, arXiv 2502.01456, Eq. 4 (outcome) and Eq. 5 (process), with `m_j` the per-token mean of the process reward
-    of response j (the three-step text and the code; Eq. 5 as printed has its sum) and K the valid members.
-
-    Args:
-        outcome_B: `[B]` outcome rewards.
-        process_BT: `[B, T]` process rewards, or None.
-        mask_BT: `[B, T]` bool.
-        group_B: `[B]` int group ids.
-        valid_B: `[B]` bool.
-        values_BT: Not read.
-        gamma_outcome: Discount of the outcome credit, in [0, 1].
-        gamma_process: Discount of the process credit, in [0, 1].
-        outcome_weight: Weight of the outcome credit.
-        process_weight: Weight of the process credit.
-        lam: Not read.
+    of response j and K the valid members. The mean is what the paper's three-step text and its code have; the formula
+    of Eq. 5 has the sum, which is `rloo_printed`.
 
     Raises:
         ValueError: If a valid response is alone in its group.
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(3, 2).bool(), torch.zeros(3).long(), torch.ones(3).bool()
-        >>> rloo(torch.tensor([1.0, 0.0, 0.0]), None, mask_BT, group_B, valid_B)[:, 0]
+        >>> outcome_BT, _ = rloo(torch.tensor([1.0, 0.0, 0.0]), None, mask_BT, group_B, valid_B)
+        >>> outcome_BT[:, 0]
         tensor([ 1.0000, -0.5000, -0.5000])
     """
-    outcome_BT, process_BT = _credit(
-        _leave_one_out, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process, process_weight
-    )
-    return outcome_weight * outcome_BT + process_weight * process_BT
+    return _credit(_leave_one_out, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+
+
+def rloo_printed(
+    outcome_B: Tensor,
+    process_BT: Tensor | None,
+    mask_BT: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    *,
+    values_BT: Tensor | None = None,
+    gamma_outcome: float = 1.0,
+    gamma_process: float = 1.0,
+    lam: float = 1.0,
+) -> Credit:
+    """As `rloo`, with Eq. 5 to the letter: `m_j` is the sum of the process reward of response j.
+
+    PRIME, arXiv 2502.01456, Eq. 5. Each token then loses the reward of whole other responses, so that a
+    constant per token, which CE leaves undetermined, does not cancel. For comparison only.
+
+    Raises:
+        ValueError: If a valid response is alone in its group.
+
+    Example:
+        >>> mask_BT, group_B, valid_B = torch.ones(2, 2).bool(), torch.zeros(2).long(), torch.ones(2).bool()
+        >>> rloo_printed(torch.zeros(2), torch.tensor([[3.0, 1.0], [0.0, 0.0]]), mask_BT, group_B, valid_B)[1]
+        tensor([[ 4.,  1.],
+                [-8., -4.]])
+    """
+    gammas = gamma_outcome, gamma_process
+    return _credit(_leave_one_out, outcome_B, process_BT, mask_BT, group_B, valid_B, *gammas, of_response=masked_sum)
 
 
 def rloo_official(
@@ -87,42 +108,24 @@ def rloo_official(
     values_BT: Tensor | None = None,
     gamma_outcome: float = 1.0,
     gamma_process: float = 1.0,
-    outcome_weight: float = 1.0,
-    process_weight: float = 1.0,
     lam: float = 1.0,
-) -> Tensor:
+) -> Credit:
     """As released: `A_t = sum_{s>=t} gamma^(s-t) [r_s K/(K-1) - 1/(K-1) sum_j m_j] + (the same of o)`.
 
     The code of PRIME, arXiv 2502.01456 (`compute_rloo_returns`). For the outcome, one number per response, that is
     leave-one-out exactly. For the process reward it is leave-one-out plus `(r_s - m_i)/(K-1)`: deviations inside a
     response grow by `K/(K-1)`. The release then whitens over the batch; that is `masked.whiten`, after this.
 
-    Args:
-        outcome_B: `[B]` outcome rewards.
-        process_BT: `[B, T]` process rewards, or None.
-        mask_BT: `[B, T]` bool.
-        group_B: `[B]` int group ids.
-        valid_B: `[B]` bool.
-        values_BT: Not read.
-        gamma_outcome: Discount of the outcome credit, in [0, 1].
-        gamma_process: Discount of the process credit, in [0, 1].
-        outcome_weight: Weight of the outcome credit; 1 in the release, whose coefficients are dead.
-        process_weight: Weight of the process credit; 1 in the release.
-        lam: Not read.
-
     Raises:
         ValueError: If a valid response is alone in its group.
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(2, 2).bool(), torch.zeros(2).long(), torch.ones(2).bool()
-        >>> rloo_official(torch.zeros(2), torch.tensor([[3.0, 1.0], [0.0, 0.0]]), mask_BT, group_B, valid_B)
+        >>> rloo_official(torch.zeros(2), torch.tensor([[3.0, 1.0], [0.0, 0.0]]), mask_BT, group_B, valid_B)[1]
         tensor([[ 4.,  0.],
                 [-4., -2.]])
     """
-    outcome_BT, process_BT = _credit(
-        _released, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process, process_weight
-    )
-    return outcome_weight * outcome_BT + process_weight * process_BT
+    return _credit(_released, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
 
 
 def grpo(
@@ -135,41 +138,25 @@ def grpo(
     values_BT: Tensor | None = None,
     gamma_outcome: float = 1.0,
     gamma_process: float = 1.0,
-    outcome_weight: float = 1.0,
-    process_weight: float = 1.0,
     lam: float = 1.0,
-) -> Tensor:
+) -> Credit:
     """Group-normalised: `A_t = (o_i - mean_j o_j) / std_j o_j + sum_{s>=t} gamma^(s-t) (r_s - mean_j m_j) / std_j m_j`.
 
     PRIME, arXiv 2502.01456, Eq. 7, with `m_j` the per-token mean of the process reward of response j. `std` is the
-    unbiased one (`torch.std`, as in verl's GRPO) plus 1e-6. Mind the second term: it divides token rewards by the
-    spread of response *means*, which is far smaller, and near zero for a PRM that knows nothing (`ProcessGate`).
-
-    Args:
-        outcome_B: `[B]` outcome rewards.
-        process_BT: `[B, T]` process rewards, or None.
-        mask_BT: `[B, T]` bool.
-        group_B: `[B]` int group ids.
-        valid_B: `[B]` bool.
-        values_BT: Not read.
-        gamma_outcome: Discount of the outcome credit, in [0, 1].
-        gamma_process: Discount of the process credit, in [0, 1].
-        outcome_weight: Weight of the outcome credit.
-        process_weight: Weight of the process credit.
-        lam: Not read.
+    unbiased one (`torch.std`, as in verl's GRPO) plus 1e-6. Each part is divided by its own spread, so the unit of the
+    process reward does not matter; its weight, which `credit.mixed` applies afterwards, does. Mind the second term: it
+    divides token rewards by the spread of response *means*, which is far smaller, and near zero for a PRM that knows
+    nothing (`ProcessGate`).
 
     Raises:
         ValueError: If a valid response is alone in its group.
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(2, 1).bool(), torch.zeros(2).long(), torch.ones(2).bool()
-        >>> grpo(torch.tensor([1.0, 0.0]), None, mask_BT, group_B, valid_B)[:, 0].round(decimals=3)
+        >>> grpo(torch.tensor([1.0, 0.0]), None, mask_BT, group_B, valid_B)[0][:, 0].round(decimals=3)
         tensor([ 0.7070, -0.7070])
     """
-    outcome_BT, process_BT = _credit(
-        _standardised, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process, process_weight
-    )
-    return outcome_weight * outcome_BT + process_weight * process_BT
+    return _credit(_standardised, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
 
 
 def reinforce(
@@ -182,26 +169,11 @@ def reinforce(
     values_BT: Tensor | None = None,
     gamma_outcome: float = 1.0,
     gamma_process: float = 1.0,
-    outcome_weight: float = 1.0,
-    process_weight: float = 1.0,
     lam: float = 1.0,
-) -> Tensor:
+) -> Credit:
     """No baseline: `A_t = o_i + sum_{s>=t} gamma^(s-t) r_s`.
 
     PRIME, arXiv 2502.01456, Eq. 8. A group of one is fine here.
-
-    Args:
-        outcome_B: `[B]` outcome rewards.
-        process_BT: `[B, T]` process rewards, or None.
-        mask_BT: `[B, T]` bool.
-        group_B: `[B]` int group ids; not read.
-        valid_B: `[B]` bool.
-        values_BT: Not read.
-        gamma_outcome: Discount of the outcome credit, in [0, 1].
-        gamma_process: Discount of the process credit, in [0, 1].
-        outcome_weight: Weight of the outcome credit.
-        process_weight: Weight of the process credit.
-        lam: Not read.
 
     Raises:
         RuntimeError: From torch, when the shapes differ.
@@ -209,12 +181,9 @@ def reinforce(
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(1, 3).bool(), torch.zeros(1).long(), torch.ones(1).bool()
         >>> reinforce(torch.tensor([1.0]), torch.tensor([[0.0, 2.0, 3.0]]), mask_BT, group_B, valid_B)
-        tensor([[6., 6., 4.]])
+        (tensor([[1., 1., 1.]]), tensor([[5., 5., 3.]]))
     """
-    outcome_BT, process_BT = _credit(
-        _no_baseline, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process, process_weight
-    )
-    return outcome_weight * outcome_BT + process_weight * process_BT
+    return _credit(_no_baseline, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
 
 
 def gae(
@@ -227,48 +196,35 @@ def gae(
     values_BT: Tensor | None = None,
     gamma_outcome: float = 1.0,
     gamma_process: float = 1.0,
-    outcome_weight: float = 1.0,
-    process_weight: float = 1.0,
     lam: float = 1.0,
-) -> Tensor:
+) -> Credit:
     """PPO: `A_t = sum_{s>=t} (gamma_o lam)^(s-t) [o_s + gamma_o v_{s+1} - v_s] + sum_{s>=t} (gamma_p lam)^(s-t) r_s`.
 
     GAE, arXiv 1506.02438, with the process reward added (PRIME, arXiv 2502.01456, section 5.3); `o_s` is the outcome
     reward on the last token and 0 before, v after the last token is 0. GAE is linear in the rewards, so with equal
-    discounts this is exactly GAE of the summed reward; with two, each reward keeps its own and bootstrapping takes
-    `gamma_outcome`. The critic estimates the weighted sum of both returns; its targets are `gae_returns`.
-
-    Args:
-        outcome_B: `[B]` outcome rewards.
-        process_BT: `[B, T]` process rewards, or None.
-        mask_BT: `[B, T]` bool.
-        group_B: `[B]` int group ids; not read.
-        valid_B: `[B]` bool.
-        values_BT: `[B, T]` critic's estimate before each token is sampled; required.
-        gamma_outcome: Discount of the outcome reward and of the critic, in [0, 1].
-        gamma_process: Discount of the process reward, in [0, 1].
-        outcome_weight: Weight of the outcome reward.
-        process_weight: Weight of the process reward.
-        lam: Trust in sampled returns over the critic, in [0, 1].
+    discounts the sum is exactly GAE of the summed reward; with two, each reward keeps its own and bootstrapping takes
+    `gamma_outcome`. The first part is that with o and v, the second that with r. The critic estimates the weighted sum
+    of both returns; what is given here is its estimate in the unit of `outcome_B`, that is divided by the weight of the
+    outcome. Its targets are `gae_returns`.
 
     Raises:
         ValueError: If `values_BT` is None.
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(1, 2).bool(), torch.zeros(1).long(), torch.ones(1).bool()
-        >>> gae(torch.ones(1), None, mask_BT, group_B, valid_B, values_BT=torch.tensor([[0.5, 0.75]]))
+        >>> gae(torch.ones(1), None, mask_BT, group_B, valid_B, values_BT=torch.tensor([[0.5, 0.75]]))[0]
         tensor([[0.5000, 0.2500]])
     """
     if values_BT is None:
         raise ValueError("Expected `values_BT` for gae, got None; switch the critic on or choose rloo, which has none.")
     mask_BT = mask_BT & valid_B[:, None]
     values_BT = torch.where(mask_BT, values_BT.detach().float(), 0.0)
-    outcome_B = outcome_weight * torch.where(valid_B, outcome_B.detach().float(), 0.0)
+    outcome_B = torch.where(valid_B, outcome_B.detach().float(), 0.0)
     delta_BT = _on_last(outcome_B, mask_BT) + gamma_outcome * _next(values_BT, mask_BT) - values_BT
-    advantage_BT = reverse_cumsum(delta_BT, mask_BT, gamma_outcome * lam)
-    if process_BT is None or process_weight == 0:
-        return advantage_BT
-    return advantage_BT + process_weight * reverse_cumsum(process_BT.detach(), mask_BT, gamma_process * lam)
+    outcome_BT = reverse_cumsum(delta_BT, mask_BT, gamma_outcome * lam)
+    if process_BT is None:
+        return outcome_BT, torch.zeros_like(outcome_BT)
+    return outcome_BT, reverse_cumsum(process_BT.detach().float(), mask_BT, gamma_process * lam)
 
 
 def gae_returns(advantage_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -277,8 +233,8 @@ def gae_returns(advantage_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> Ten
     The TD(lambda) return, arXiv 1506.02438; with lam 1 the discounted sum of rewards.
 
     Args:
-        advantage_BT: `[B, T]` from `gae`.
-        values_BT: `[B, T]` the values that `gae` was given.
+        advantage_BT: `[B, T]` from `gae`, mixed.
+        values_BT: `[B, T]` the critic's estimates, in the unit of the advantage.
         mask_BT: `[B, T]` bool; pass `mask_BT & valid_B[:, None]`, an unknown outcome teaches nothing.
 
     Raises:
@@ -301,17 +257,17 @@ def _credit(
     valid_B: Tensor,
     gamma_outcome: float,
     gamma_process: float,
-    process_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """`[B, T]` outcome and process credit, unweighted: `(r - baseline) * scale`, summed backwards with a discount."""
+    of_response: Callable[..., Tensor] = masked_mean,
+) -> Credit:
+    """`[B, T]` outcome and process credit: `(r - baseline) * scale`, summed backwards with a discount."""
     mask_BT = mask_BT & valid_B[:, None]
     outcome_B = torch.where(valid_B, outcome_B.detach().float(), 0.0)
     baseline_B, scale_B = baseline(outcome_B, group_B, valid_B)
     outcome_BT = reverse_cumsum(_on_last((outcome_B - baseline_B) * scale_B, mask_BT), mask_BT, gamma_outcome)
-    if process_BT is None or process_weight == 0:
+    if process_BT is None:
         return outcome_BT, torch.zeros_like(outcome_BT)
     process_BT = process_BT.detach().float()
-    baseline_B, scale_B = baseline(masked_mean(process_BT, mask_BT, dim=1), group_B, valid_B)
+    baseline_B, scale_B = baseline(of_response(process_BT, mask_BT, dim=1), group_B, valid_B)
     centred_BT = (process_BT - baseline_B[:, None]) * scale_B[:, None]
     return outcome_BT, reverse_cumsum(centred_BT, mask_BT, gamma_process)
 

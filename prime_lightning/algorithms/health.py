@@ -165,14 +165,14 @@ def last_token_share(reward_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor
     return masked_sum(size_BT, last_BT), size_BT.sum()
 
 
-def advantage_share(advantage_BT: Tensor, outcome_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of the advantage that comes from process reward: `sum |A - A_o| / sum (|A - A_o| + |A_o|)`.
+def advantage_share(process_BT: Tensor, outcome_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the advantage that comes from process reward: `sum |A_p| / sum (|A_p| + |A_o|)`.
 
     The two sums of PRIME, arXiv 2502.01456, Eq. 5, apart, before anything is whitened.
 
     Args:
-        advantage_BT: `[B, T]` advantage of outcome and process reward.
-        outcome_BT: `[B, T]` the same estimator's advantage without process reward.
+        process_BT: `[B, T]` credit of the process reward, weighted.
+        outcome_BT: `[B, T]` credit of the outcome, weighted.
         mask_BT: `[B, T]` bool.
 
     Returns:
@@ -183,10 +183,10 @@ def advantage_share(advantage_BT: Tensor, outcome_BT: Tensor, mask_BT: Tensor) -
 
     Example:
         >>> mask_BT = torch.tensor([[True, True]])
-        >>> advantage_share(torch.tensor([[1.5, 0.5]]), torch.tensor([[1.0, 1.0]]), mask_BT)
+        >>> advantage_share(torch.tensor([[0.5, -0.5]]), torch.tensor([[1.0, 1.0]]), mask_BT)
         (tensor(1.), tensor(3.))
     """
-    process = masked_sum((advantage_BT - outcome_BT).detach().abs(), mask_BT)
+    process = masked_sum(process_BT.detach().abs(), mask_BT)
     return process, process + masked_sum(outcome_BT.detach().abs(), mask_BT)
 
 

@@ -157,7 +157,8 @@ class ProcessGate:
     2. The PRM is *trusted* when this call is number `after` or later (the first is number 0), this `ce` is finite,
        the mean CE is below `max_ce` and the mean accuracy is above `min_accuracy`. `max_ce=None` and
        `min_accuracy=0` switch their conditions off; an accuracy never measured does not pass one that is on.
-    3. Trusted: the level rises by one, to at most `ramp`. Otherwise it falls by one, to at least 0.
+    3. Trusted: the level rises by one, to at most `ramp`. Otherwise it falls by one, to at least 0; to 0 at once when
+       this `ce` is not finite, for then neither are the rewards.
 
     After `close()` the weight is 0 whatever the level.
 
@@ -222,6 +223,8 @@ class ProcessGate:
             and (self.min_accuracy == 0 or (self.accuracy is not None and self.accuracy > self.min_accuracy))
         )
         self._level = min(self._level + 1, self.ramp) if trusted else max(self._level - 1, 0)
+        if not math.isfinite(ce):
+            self._level = 0
         self.iteration += 1
         return self.weight
 

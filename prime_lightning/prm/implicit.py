@@ -23,10 +23,12 @@ from prime_lightning.algorithms import process_reward
 from prime_lightning.batch import Batch
 from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading
-from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.prm.facts import PRMFacts
 from prime_lightning.prm.responses import Prompt, Response, batch_of, prompt_ids
 from prime_lightning.prm.steps import Span, StepRule, steps_of_tokens
+from prime_lightning.scoring import load_scoring
+from prime_lightning.stepping import RoleStrategy
 
 RECORDED = "recorded"
 """Take the reference that the PRM's JSON file names."""
@@ -125,9 +127,7 @@ class ImplicitPRM:
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
         def load(name: str) -> ScoringLM:
-            model = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention).to(where)  # type: ignore
-            scoring = ScoringLM(model.eval(), chunk_tokens=loading.chunk_tokens, packed=loading.packed)
-            return scoring.requires_grad_(False)
+            return load_scoring(name, loading, RoleStrategy()).to(where).eval().requires_grad_(False)  # type: ignore
 
         tokenizer = load_tokenizer(str(folder))
         if reference is not None:

@@ -23,9 +23,8 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import import_path
-from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading, Update
-from prime_lightning.pretrained import check_same_vocabulary, load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.prm.responses import (
     Response,
     batch_of,
@@ -36,6 +35,7 @@ from prime_lightning.prm.responses import (
     without_empty,
 )
 from prime_lightning.prompts import permutation
+from prime_lightning.scoring import load_scoring
 from prime_lightning.sft import LessonLoader
 from prime_lightning.stepping import SteppingModule
 
@@ -124,10 +124,18 @@ class LabelledDataModule(pl.LightningDataModule):
         return LessonLoader(self, self.trainer.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """This rank's share of the prompts that are validated on."""
+        """This rank's share of the prompts that are validated on, in as many batches as all others have.
+
+        Scoring waits for all ranks, so one that has no prompt left gets batches that count for nothing.
+        """
         assert self.trainer is not None
-        mine = self.validation[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, self.batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
+        rank, world, size = self.trainer.global_rank, self.trainer.world_size, self.batch_size
+        mine, most = self.validation[rank::world], -(-len(self.validation) // world)
+        parts = [mine[start : start + size] for start in range(0, most, size)]
+        return DataLoader(parts, batch_size=None, collate_fn=self._validated)  # type: ignore[arg-type]
+
+    def _validated(self, groups: list[list[Response]]) -> Batch:
+        return self.collate(groups) if groups else self.collate(self.validation[:1]).uncounted()
 
     def collate(self, groups: list[list[Response]]) -> Batch:
         """Tokenize the responses of some prompts."""
@@ -182,17 +190,11 @@ class PRMModule(SteppingModule):
         """Load the models, once."""
         if hasattr(self, "prm"):
             return
-        loading, name, reference = self.loading, str(self.names["prm"]), str(self.names["reference"])
-
-        def load(name: str) -> ScoringLM:
-            model = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
-            return ScoringLM(model, chunk_tokens=loading.chunk_tokens, packed=loading.packed)
-
+        name, reference = str(self.names["prm"]), str(self.names["reference"])
         check_same_vocabulary("reference", reference, "PRM", name)
         self.tokenizer = load_tokenizer(name)
-        self.prm, self.reference = load(name), load(reference).requires_grad_(False)
-        if loading.gradient_checkpointing:
-            self.prm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.prm = load_scoring(name, self.loading, self.devices)
+        self.reference = load_scoring(reference, self.loading, self.devices).requires_grad_(False)
 
     def on_train_start(self) -> None:
         """Say so if a loss that compares responses to one prompt has nothing to compare."""
@@ -216,8 +218,8 @@ class PRMModule(SteppingModule):
         """Collect rewards and labels."""
         prm_BT, reference_BT = self.score(self.prm, batch), self.score(self.reference, batch)
         reward_B = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.beta).sum(1)
-        self.rewards.update(reward_B)
-        self.outcomes.update(batch.outcome_B)
+        self.rewards.update(reward_B[batch.valid_B])
+        self.outcomes.update(batch.outcome_B[batch.valid_B])
         right, count = alg.pairwise_accuracy(reward_B, batch.outcome_B, batch.group_B, batch.valid_B)
         self.pairs.update(right / count.clamp_min(1), weight=count)
 

@@ -9,18 +9,36 @@ from hypothesis import strategies as st
 from ragged import batch
 from torch.testing import assert_close
 
-from prime_lightning.algorithms import gae, gae_returns, grpo, reinforce, rloo, rloo_official
+from prime_lightning.algorithms import (
+    gae,
+    gae_returns,
+    grpo,
+    kl_credit,
+    mixed,
+    reinforce,
+    rloo,
+    rloo_official,
+    rloo_printed,
+)
 
 seeds = pytest.mark.parametrize("seed", range(10))
-ESTIMATORS = [rloo, rloo_official, grpo, reinforce, gae]
+ESTIMATORS = [rloo, rloo_official, rloo_printed, grpo, reinforce, gae]
 everyone = pytest.mark.parametrize("estimate", ESTIMATORS)
-grouped = pytest.mark.parametrize("estimate", [rloo, rloo_official, grpo])
+grouped = pytest.mark.parametrize("estimate", [rloo, rloo_official, rloo_printed, grpo])
 NUMBERS = {"gamma_outcome": 0.9, "gamma_process": 0.7, "outcome_weight": 2.0, "process_weight": 0.5, "lam": 0.8}
 
 
-def call(estimate, c, process_BT=..., **kwargs):
+def apart(estimate, c, process_BT=..., outcome_weight=1.0, **kwargs):
+    """Outcome and process credit, as the module asks for them."""
     process_BT = c.process_BT if process_BT is ... else process_BT
-    return estimate(c.outcome_B, process_BT, c.mask_BT, c.group_B, c.valid_B, values_BT=c.values_BT, **kwargs)
+    values_BT = c.values_BT / outcome_weight
+    return estimate(c.outcome_B, process_BT, c.mask_BT, c.group_B, c.valid_B, values_BT=values_BT, **kwargs)
+
+
+def call(estimate, c, process_BT=..., outcome_weight=1.0, process_weight=1.0, **kwargs):
+    """The advantage: both, weighed."""
+    credit = apart(estimate, c, process_BT, outcome_weight, **kwargs)
+    return sum(mixed(credit, outcome_weight=outcome_weight, process_weight=process_weight))
 
 
 def centred(estimate, value, own, others):
@@ -30,7 +48,7 @@ def centred(estimate, value, own, others):
         return value
     if size < 2:
         return 0.0
-    if estimate is rloo:
+    if estimate in (rloo, rloo_printed):
         return value - sum(others) / len(others)
     if estimate is rloo_official:
         return value * size / (size - 1) - sum(numbers) / (size - 1)
@@ -42,7 +60,8 @@ def slow(estimate, c, gamma_outcome=1.0, gamma_process=1.0, outcome_weight=1.0, 
     """Loops over responses and tokens, in float64."""
     n, length = c.mask_BT.shape
     places = [[t for t in range(length) if c.mask_BT[i, t]] for i in range(n)]
-    mean = [sum(float(c.process_BT[i, t]) for t in places[i]) / max(len(places[i]), 1) for i in range(n)]
+    sums = [sum(float(c.process_BT[i, t]) for t in places[i]) for i in range(n)]
+    mean = [sums[i] / (1 if estimate is rloo_printed else max(len(places[i]), 1)) for i in range(n)]
     out_BT = torch.zeros(n, length)
     for i in range(n):
         if not c.valid_B[i]:
@@ -80,7 +99,7 @@ def slow_gae(c, gamma_outcome=1.0, gamma_process=1.0, outcome_weight=1.0, proces
 
 @seeds
 @pytest.mark.parametrize("numbers", [{}, NUMBERS])
-@pytest.mark.parametrize("estimate", [rloo, rloo_official, grpo, reinforce])
+@pytest.mark.parametrize("estimate", [rloo, rloo_official, rloo_printed, grpo, reinforce])
 def test_estimators_follow_the_paper(seed, numbers, estimate):
     c = batch(seed)
     assert_close(call(estimate, c, **numbers), slow(estimate, c, **numbers), rtol=1e-4, atol=1e-5)
@@ -100,15 +119,15 @@ def test_rloo_by_hand():
     # Means 2, 2, 4. Baselines of the others: (2+4)/2 = 3, (2+4)/2 = 3, (2+2)/2 = 2.
     # Process, gamma 1/2: row 0: t1 1-3 = -2, t0 (3-3) + -2/2 = -1; row 1: 2-3 = -1; row 2: 4-2 = 2.
     # Outcome: 1 - 0 = 1; 0 - 1/2; 0 - 1/2.
-    advantage_BT = rloo(
-        outcome_B, process_BT, mask_BT, torch.tensor([5, 5, 5]), torch.ones(3).bool(), gamma_process=0.5
-    )
-    assert_close(advantage_BT, torch.tensor([[0.0, -1.0], [-1.5, 0.0], [1.5, 0.0]]))
+    group_B, valid_B = torch.tensor([5, 5, 5]), torch.ones(3).bool()
+    outcome_BT, process_BT = rloo(outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_process=0.5)
+    assert_close(outcome_BT, torch.tensor([[1.0, 1.0], [-0.5, 0.0], [-0.5, 0.0]]))
+    assert_close(process_BT, torch.tensor([[-1.0, -2.0], [-1.0, 0.0], [2.0, 0.0]]))
 
 
 def test_outcome_is_discounted_back_from_the_last_token():
     mask_BT, valid_B = torch.tensor([[True, True, True, False], [True, False, False, False]]), torch.ones(2).bool()
-    advantage_BT = rloo(torch.tensor([1.0, 0.0]), None, mask_BT, torch.zeros(2), valid_B, gamma_outcome=0.5)
+    advantage_BT, _ = rloo(torch.tensor([1.0, 0.0]), None, mask_BT, torch.zeros(2), valid_B, gamma_outcome=0.5)
     # Credit 1 - 0 on token 2: 1/4, 1/2, 1. Credit 0 - 1 on token 0.
     assert_close(advantage_BT, torch.tensor([[0.25, 0.5, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]]))
 
@@ -131,13 +150,38 @@ def test_no_process_reward_is_plain_rloo(seed):
 
 @everyone
 @seeds
-def test_credit_is_linear_in_its_weights(seed, estimate):
+def test_the_parts_know_nothing_of_each_other(seed, estimate):
     c = batch(seed)
-    base_BT = call(estimate, c, None, outcome_weight=0.0)  # gae keeps its critic there, the others are 0
-    outcome_BT = call(estimate, c, None) - base_BT
-    process_BT = call(estimate, c, outcome_weight=0.0) - base_BT
-    both_BT = call(estimate, c, outcome_weight=3.0, process_weight=0.25)
-    assert_close(both_BT, base_BT + 3.0 * outcome_BT + 0.25 * process_BT, rtol=1e-4, atol=1e-5)
+    outcome_BT, process_BT = apart(estimate, c)
+    alone_BT, nothing_BT = apart(estimate, c, None)
+    assert torch.equal(outcome_BT, alone_BT)
+    assert nothing_BT.abs().sum() == 0
+    c.outcome_B, c.values_BT = 1 - c.outcome_B, c.values_BT + 1
+    assert torch.equal(apart(estimate, c)[1], process_BT)
+
+
+def test_a_part_of_weight_0_is_nothing_whatever_it_was():
+    broken = torch.full((2, 2), torch.nan), torch.tensor([[torch.inf, torch.nan], [0.0, 1.0]])
+    assert all(part.abs().sum() == 0 for part in mixed(broken, outcome_weight=0.0, process_weight=0.0))
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2, 3), (torch.ones(2, 3),)])
+def test_an_estimator_that_gives_one_sum_is_refused(wrong):
+    with pytest.raises(ValueError, match="two tensors, the credit of the outcome and that of the process reward"):
+        mixed(wrong)
+
+
+@seeds
+def test_the_kl_penalty_is_the_process_credit_of_rloo(seed):
+    c = batch(seed, holes=False)
+    known_B = (c.valid_B[:, None] & c.valid_B & (c.group_B[:, None] == c.group_B)).sum(1) > 1  # has a fellow
+    rows = c.mask_BT, c.group_B, c.valid_B
+    penalty_BT = kl_credit(c.process_BT, *rows, weight=0.3, gamma=0.7)
+    _, expected_BT = rloo(c.outcome_B, -0.3 * c.process_BT, *rows, gamma_process=0.7)
+    assert_close(penalty_BT[known_B], expected_BT[known_B], rtol=1e-4, atol=1e-5)
+    plain_BT = kl_credit(c.process_BT, *rows, weight=0.3, gamma=0.7, baseline=False)
+    assert_close(plain_BT, reinforce(c.outcome_B, -0.3 * c.process_BT, *rows, gamma_process=0.7)[1])
+    assert_close(penalty_BT[~known_B], plain_BT[~known_B])
 
 
 @everyone
@@ -174,7 +218,7 @@ def test_shifting_the_outcomes_of_a_group_changes_nothing(estimate, seed, shift)
     assert_close(call(estimate, c, None), expected_BT, rtol=1e-4, atol=tolerance)
 
 
-@grouped
+@pytest.mark.parametrize("estimate", [rloo, rloo_official, grpo])  # the sums of rloo_printed do not cancel it
 @seeds
 def test_shifting_the_process_reward_of_a_group_changes_nothing(seed, estimate):
     c = batch(seed)  # a constant per prompt is what CE leaves over (App. C.2)
@@ -237,11 +281,12 @@ def test_an_unknown_member_is_as_if_it_had_not_been_sampled():
 def test_one_known_member_gets_zero_and_a_lone_one_is_refused(estimate):
     mask_BT, outcome_B = torch.ones(3, 2).bool(), torch.tensor([1.0, torch.nan, torch.nan])
     one_known, process_BT = torch.tensor([True, False, False]), torch.ones(3, 2)
-    assert estimate(outcome_B, process_BT, mask_BT, torch.zeros(3), one_known).abs().sum() == 0
+    for part_BT in estimate(outcome_B, process_BT, mask_BT, torch.zeros(3), one_known):
+        assert part_BT.abs().sum() == 0
     with pytest.raises(ValueError, match=r"got 1 in group 8 .*sampling.samples must be at least 2"):
         estimate(torch.ones(3), process_BT, mask_BT, torch.tensor([7, 8, 7]), torch.ones(3).bool())
     filler = torch.tensor([True, False, True])  # an invalid filler may stand alone
-    assert estimate(torch.zeros(3), None, mask_BT, torch.tensor([7, 8, 7]), filler).abs().sum() == 0
+    assert estimate(torch.zeros(3), None, mask_BT, torch.tensor([7, 8, 7]), filler)[0].abs().sum() == 0
 
 
 def test_gae_without_a_critic_is_refused():
@@ -254,7 +299,7 @@ def test_no_gradient_flows(estimate):
     c = batch(0)
     c.process_BT.requires_grad_()
     c.values_BT.requires_grad_()
-    assert not call(estimate, c).requires_grad
+    assert not any(part.requires_grad for part in apart(estimate, c))
 
 
 @everyone

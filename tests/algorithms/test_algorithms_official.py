@@ -21,8 +21,10 @@ def parts(c):
 def test_rloo_official_and_whiten_are_the_released_advantage(seed):
     c = dense(seed, samples=2 + seed % 4)
     gamma_outcome, gamma_process = GAMMAS[seed % 4]
-    mine_BT = ours.rloo_official(
-        c.outcome_B, c.process_BT, *parts(c), gamma_outcome=gamma_outcome, gamma_process=gamma_process
+    mine_BT = sum(
+        ours.rloo_official(
+            c.outcome_B, c.process_BT, *parts(c), gamma_outcome=gamma_outcome, gamma_process=gamma_process
+        )
     )
     theirs_BT = official.rloo_returns(c.outcome_B, c.process_BT, c.mask_BT, c.samples, gamma_outcome, gamma_process)
     assert_close(mine_BT, theirs_BT * c.mask_BT, **CLOSE)
@@ -36,7 +38,7 @@ def test_rloo_official_after_batch_max_is_the_released_chain(seed):
     mine_BT, _ = ours.normalise(c.process_BT, c.mask_BT, "batch_max")
     theirs_BT = official.batch_norm(c.process_BT)
     assert_close(mine_BT, theirs_BT, **CLOSE)
-    mine_BT = ours.whiten(ours.rloo_official(c.outcome_B, mine_BT, *parts(c)), c.mask_BT)
+    mine_BT = ours.whiten(sum(ours.rloo_official(c.outcome_B, mine_BT, *parts(c))), c.mask_BT)
     theirs_BT = official.whiten(official.rloo_returns(c.outcome_B, theirs_BT, c.mask_BT, 4, 1.0, 1.0), c.mask_BT)
     assert_close(mine_BT, theirs_BT * c.mask_BT, **CLOSE)
 
@@ -46,9 +48,10 @@ def test_rloo_official_is_leave_one_out_plus_the_extra_term(seed):
     # r_s K/(K-1) - S/(K-1) = [r_s - (S - m_i)/(K-1)] + (r_s - m_i)/(K-1)
     c = dense(seed)
     extra_BT = (c.process_BT - ours.masked_mean(c.process_BT, c.mask_BT, dim=1)[:, None]) / (c.samples - 1)
-    expected_BT = ours.rloo(c.outcome_B, c.process_BT, *parts(c)) + ours.reverse_cumsum(extra_BT, c.mask_BT)
-    assert_close(ours.rloo_official(c.outcome_B, c.process_BT, *parts(c)), expected_BT, **CLOSE)
-    assert_close(ours.rloo_official(c.outcome_B, None, *parts(c)), ours.rloo(c.outcome_B, None, *parts(c)), **CLOSE)
+    outcome_BT, process_BT = ours.rloo(c.outcome_B, c.process_BT, *parts(c))
+    official_BT = ours.rloo_official(c.outcome_B, c.process_BT, *parts(c))
+    assert_close(official_BT[0], outcome_BT, **CLOSE)
+    assert_close(official_BT[1], process_BT + ours.reverse_cumsum(extra_BT, c.mask_BT), **CLOSE)
 
 
 @seeds
@@ -115,17 +118,10 @@ def test_value_loss(seed):
 def test_gae_with_one_discount_and_whitening(seed):
     c = dense(seed)
     gamma, lam = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.8), (0.7, 0.6)][seed % 4]
-    advantage_BT = ours.gae(
-        c.outcome_B,
-        c.process_BT,
-        *parts(c),
-        values_BT=c.values_BT,
-        gamma_outcome=gamma,
-        gamma_process=gamma,
-        lam=lam,
-        outcome_weight=2.0,
-        process_weight=0.5,
-    )
+    values_BT = c.values_BT / 2.0  # in the unit of the outcome
+    gammas = {"gamma_outcome": gamma, "gamma_process": gamma, "lam": lam}
+    credit = ours.gae(c.outcome_B, c.process_BT, *parts(c), values_BT=values_BT, **gammas)
+    advantage_BT = sum(ours.mixed(credit, outcome_weight=2.0, process_weight=0.5))
     reward_BT = 0.5 * c.process_BT
     reward_BT[torch.arange(len(reward_BT)), c.mask_BT.sum(1) - 1] += 2.0 * c.outcome_B
     whitened_BT, returns_BT = official.gae(reward_BT, c.values_BT, c.mask_BT, gamma, lam)

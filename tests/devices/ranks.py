@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.parallel import Sharded
+from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.prm.train import LabelledDataModule, PRMModule
+from prime_lightning.scoring import load_scoring
+from prime_lightning.stepping import RoleStrategy, SteppingModule
 from prime_lightning.sync import PolicyWeights
 
 STEPS = 20
@@ -76,7 +81,7 @@ def strategy(name: str) -> Any:
     return {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}[name]()
 
 
-def weights(prime: tiny.PrimeModule) -> dict[str, torch.Tensor]:
+def weights(prime: SteppingModule) -> dict[str, torch.Tensor]:
     """Whole weights of the trained models."""
     found = prime.trainer.strategy.lightning_module_state_dict()
     return {name: prime.devices.whole(p).clone() for name, p in found.items() if not name.startswith("reference.")}
@@ -191,6 +196,42 @@ def varied(
     return prime, rollouts, trainer
 
 
+def prm(folder: Path, scene: str) -> None:
+    """`prm:fsdp2`: four steps of a PRM offline, validated on prompts of which one rank has a batch more."""
+    name, history = scene.split(":")[1], tiny.History()
+    learner = PRMModule(str(folder / "prm"), reference=str(folder / "policy"), optimizer=adam, beta=0.5)
+    rows = LabelledDataModule(str(folder / "prm"), str(folder / "labelled.jsonl"), prompts_per_batch=8,
+                              validation_path=str(folder / "held_out.jsonl"))  # fmt: skip
+    trainer = tiny.trainer(
+        folder, 4, history=history, callbacks=[], devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy(name)
+    )
+    trainer.fit(learner, rows)
+    batches = learner.gather(len(rows.val_dataloader()))
+    [validated] = trainer.validate(learner, rows, verbose=False)
+    whole = learner.gather({n: p.cpu() for n, p in weights(learner).items()})
+    if learner.global_rank == 0:
+        found = {"rows": history.rows, "weights": whole, "validated": validated, "batches": batches}
+        torch.save(found, folder / f"{scene}.pt")
+
+
+def loose(folder: Path, scene: str) -> None:
+    """A module whose model nobody placed, under FSDP2."""
+    learner = PRMModule(str(folder / "prm"), optimizer=adam)
+    learner.configure_model = types.MethodType(unplaced, learner)  # type: ignore[method-assign]
+    rows = LabelledDataModule(str(folder / "prm"), str(folder / "labelled.jsonl"), prompts_per_batch=8)
+    try:
+        tiny.trainer(folder, 1, callbacks=[], devices=2, strategy=strategy("fsdp2")).fit(learner, rows)
+    except ValueError as error:
+        (folder / f"loose{learner.global_rank}.txt").write_text(str(error))
+
+
+def unplaced(learner: PRMModule) -> None:
+    """`configure_model` without `place`."""
+    learner.tokenizer = load_tokenizer(str(learner.names["prm"]))
+    learner.prm = load_scoring(str(learner.names["prm"]), learner.loading, RoleStrategy())
+    learner.reference = None
+
+
 def spoil(prime: tiny.PrimeModule) -> None:
     """NaN in the policy's gradients of the first iteration, on the last rank only."""
     backward = prime.manual_backward
@@ -225,6 +266,10 @@ def run(folder: Path, scene: str) -> None:
         return variant(folder, scene)
     if scene == "endless":
         return endless(folder, scene)
+    if scene.startswith("prm:"):
+        return prm(folder, scene)
+    if scene == "loose":
+        return loose(folder, scene)
     return (resume if scene.startswith("resume:") else train)(folder, scene)
 
 

@@ -1,0 +1,88 @@
+"""The parts of an advantage in one unit: what the outcome, the process reward and a KL penalty contribute.
+
+Shapes in names: `B` responses, `T` response tokens. `mask_BT` True = a token we train on; `valid_B` False = no known
+verdict. Estimators are in `advantage.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prime_lightning.algorithms.masked import group_sum, masked_mean, reverse_cumsum
+
+
+def mixed(
+    credit: tuple[Tensor, Tensor], *, outcome_weight: float = 1.0, process_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Both parts in the unit of the policy's advantage, `(w_o A_o, w_p A_p)`; their sum is the advantage.
+
+    PRIME, arXiv 2502.01456, Eq. 5, whose two terms have no weights. A part of weight 0 is 0, whatever it was: rewards
+    of a broken PRM that are not finite stay out, too.
+
+    Args:
+        credit: From an estimator.
+        outcome_weight: Weight of the outcome's part.
+        process_weight: Weight of the process reward's part.
+
+    Raises:
+        ValueError: If `credit` is not two tensors, such as the one sum of both.
+
+    Example:
+        >>> mixed((torch.ones(1, 2), torch.full((1, 2), torch.nan)), process_weight=0.0)
+        (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
+    if isinstance(credit, Tensor) or len(credit) != 2:
+        raise ValueError(
+            "Expected an advantage estimator to return two tensors, the credit of the outcome and that of the process "
+            f"reward, each unweighted and `[B, T]`; got {type(credit).__name__}. See `prime_lightning.algorithms.rloo`."
+        )
+    outcome_BT, process_BT = credit
+    return (
+        outcome_weight * outcome_BT if outcome_weight else torch.zeros_like(outcome_BT),
+        process_weight * process_BT if process_weight else torch.zeros_like(process_BT),
+    )
+
+
+def kl_credit(
+    kl_BT: Tensor,
+    mask_BT: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    *,
+    weight: float,
+    gamma: float = 1.0,
+    baseline: bool = True,
+) -> Tensor:
+    """What a KL penalty in the reward costs: `A_t = -w sum_{s>=t} gamma^(s-t) [kl_s - 1/(K-1) sum_{j!=i} m_j]`.
+
+    The token penalty of Ziegler et al., arXiv 1909.08593, with the leave-one-out baseline of PRIME, arXiv 2502.01456,
+    Eq. 5; `m_j` is the per-token mean of response j. It is apart from the estimators, since one that normalises would
+    lose the weight. A response without a valid fellow has no baseline here.
+
+    Args:
+        kl_BT: `[B, T]` nats a token.
+        mask_BT: `[B, T]` bool.
+        group_B: `[B]` int group ids.
+        valid_B: `[B]` bool.
+        weight: Reward per nat.
+        gamma: Discount, in [0, 1].
+        baseline: False for none, where a critic has learned the penalty.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> ones_BT = torch.ones(2, 1).bool()
+        >>> kl_credit(torch.tensor([[0.5], [0.1]]), ones_BT, torch.zeros(2), ones_BT[:, 0], weight=10.0)
+        tensor([[-4.],
+                [ 4.]])
+    """
+    mask_BT = mask_BT & valid_B[:, None]
+    reward_BT = torch.where(mask_BT, -weight * kl_BT.detach().float(), 0.0)
+    if baseline:
+        mean_B = torch.where(valid_B, masked_mean(reward_BT, mask_BT, dim=1), 0.0)
+        count_B = group_sum(valid_B, group_B)
+        others_B = (group_sum(mean_B, group_B) - mean_B) / (count_B - 1).clamp(min=1)
+        reward_BT = reward_BT - torch.where(count_B >= 2, others_B, 0.0)[:, None]
+    return reverse_cumsum(reward_BT, mask_BT, gamma)
