@@ -1,39 +1,24 @@
 """Token log-probs and entropy of a causal language model, for the response tokens only.
 
-The vocabulary projection is the memory peak of such training (tokens x 150,000 floats), so it is applied only where a
-response token is predicted and in chunks that are recomputed in the backward pass; log-softmax is float32.
+The vocabulary is projected onto only where a response token is predicted; `head.py` says how.
 
-Shapes: B responses, L prompt and response tokens, T response tokens, N response tokens of all rows, V vocabulary.
+Shapes: B responses, L prompt and response tokens, T response tokens, N response tokens of all rows, H hidden width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from prime_lightning.attention import check_packed, packed_arguments
+from prime_lightning.head import Entropy, Scores, chunked_logprobs, open_head
 from prime_lightning.packing import pack
 
 SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-
-
-def chosen_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, both `[N]`, in nats and float32.
-
-    Example:
-        >>> logprobs, entropy = chosen_logprobs(torch.zeros(1, 4), torch.tensor([2]))
-        >>> round(logprobs.item(), 4), round(entropy.item(), 4)
-        (-1.3863, 1.3863)
-    """
-    logits_NV = logits_NV.float() / temperature
-    normaliser_N = logits_NV.logsumexp(-1)
-    logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
-    entropy_N = normaliser_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
-    return logprobs_N, entropy_N
 
 
 def response_index(prompt_length_B: Tensor, response_length_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,10 +64,16 @@ class ScoringLM(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.packed = packed
+        open_head(causal_lm(model).get_output_embeddings())
 
     def forward(
-        self, tokens_BL: Tensor, prompt_length_B: Tensor, response_length_B: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        tokens_BL: Tensor,
+        prompt_length_B: Tensor,
+        response_length_B: Tensor,
+        temperature: float = 1.0,
+        entropy: Entropy = "none",
+    ) -> Scores:
         """Log-prob of each response token and entropy at its place.
 
         Args:
@@ -90,40 +81,31 @@ class ScoringLM(nn.Module):
             prompt_length_B: Tokens of each prompt, at least 1.
             response_length_B: Tokens of each response.
             temperature: Divides the logits.
+            entropy: Whether it is computed, and has a gradient.
 
         Returns:
-            Two tensors `[B, T]`, T the longest response, zero behind each response.
+            Two tensors `[B, T]`, T the longest response, zero behind each response; None in the place of the second
+            where `entropy` is "none".
         """
         rows_N, steps_N = response_index(prompt_length_B, response_length_B)
         places_N = prompt_length_B[rows_N] + steps_N
         length_B = prompt_length_B + response_length_B
         hidden_NH = hidden_states(self.model, tokens_BL, length_B, rows_N, places_N - 1, packed=self.packed)
         targets_N = tokens_BL[rows_N, places_N]
-        parts = [
-            self._project(hidden_nH, targets_n, temperature)
-            for hidden_nH, targets_n in zip(
-                hidden_NH.split(self.chunk_tokens), targets_N.split(self.chunk_tokens), strict=True
-            )
-        ]
+        logprobs_N, entropy_N = self.head_scores(hidden_NH, targets_N, temperature, entropy)
         shape = len(tokens_BL), int(response_length_B.max())
-        logprobs_BT, entropy_BT = (
-            torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), torch.cat(part))
-            for part in zip(*parts, strict=True)
-        )
-        return logprobs_BT, entropy_BT
 
-    def _project(self, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and hidden_nH.requires_grad:
-            return checkpoint(self._chosen, hidden_nH, targets_n, temperature, use_reentrant=False)  # type: ignore
-        return self._chosen(hidden_nH, targets_n, temperature)
+        def laid_out(scores_N: Tensor) -> Tensor:
+            return torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), scores_N)
 
-    def _chosen(self, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return laid_out(logprobs_N), None if entropy_N is None else laid_out(entropy_N)
+
+    def head_scores(self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: Entropy) -> Scores:
+        """Log-probs and entropies `[N]` from last hidden states, in one call of the vocabulary head."""
         lm = causal_lm(self.model)
-        logits_nV = lm.get_output_embeddings()(hidden_nH)
         cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-        if cap is not None:
-            logits_nV = cap * torch.tanh(logits_nV / cap)
-        return chosen_logprobs(logits_nV, targets_n, temperature)
+        within = partial(chunked_logprobs, chunk_tokens=self.chunk_tokens, soft_cap=cap)
+        return lm.get_output_embeddings()(hidden_NH, targets_N, temperature, entropy, within=within)  # type: ignore
 
 
 class ValueLM(nn.Module):
@@ -145,9 +127,14 @@ class ValueLM(nn.Module):
         self.packed = packed
 
     def forward(
-        self, tokens_BL: Tensor, prompt_length_B: Tensor, response_length_B: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Values `[B, T]` before each response token is sampled, zero behind each response, twice."""
+        self,
+        tokens_BL: Tensor,
+        prompt_length_B: Tensor,
+        response_length_B: Tensor,
+        temperature: float = 1.0,
+        entropy: Entropy = "none",
+    ) -> Scores:
+        """Values `[B, T]` before each response token is sampled, zero behind each response; called like `ScoringLM`."""
         rows_N, steps_N = response_index(prompt_length_B, response_length_B)
         places_N = prompt_length_B[rows_N] + steps_N - 1
         length_B = prompt_length_B + response_length_B
@@ -155,7 +142,7 @@ class ValueLM(nn.Module):
         values_N = self.head(hidden_NH).squeeze(-1).float()
         shape = len(tokens_BL), int(response_length_B.max())
         values_BT = torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), values_N)
-        return values_BT, values_BT
+        return values_BT, None
 
 
 def hidden_states(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prime_lightning.head import Scores
 from prime_lightning.logprobs import ScoringLM, causal_lm
 from prime_lightning.options import Lora
 
@@ -132,7 +133,7 @@ class WithoutAdapters(nn.Module):
         super().__init__()
         self._adapted = (adapted,)
 
-    def forward(self, *inputs: Tensor | float) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs: Any) -> Scores:
         """As `ScoringLM`."""
         (adapted,) = self._adapted
         with adapted.model.disable_adapter():  # type: ignore[operator]

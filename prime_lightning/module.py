@@ -221,7 +221,8 @@ class PrimeModule(PanelModule):
         weight_BT = None if options.importance_cap is None else corrected_BT
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
-            policy_bt, entropy_bt = self.logprobs(self.policy, micro, batch.temperature)
+            policy_bt, entropy_bt = self.logprobs(self.policy, micro, batch.temperature, options.entropy)
+            assert entropy_bt is not None
             mask_bt, t = micro.mask_BT, micro.mask_BT.shape[1]
             total, measured = alg.clipped_surrogate(
                 policy_bt,
@@ -234,10 +235,11 @@ class PrimeModule(PanelModule):
                 aggregate=options.aggregate,
                 constant_length=options.constant_length,
             )
-            extra_bt = -options.entropy_weight * entropy_bt
+            extras = [-options.entropy_weight * entropy_bt] if options.entropy_weight else []
             if options.kl == "loss":
-                extra_bt = extra_bt + options.kl_weight * alg.kl(policy_bt, anchor_BT[rows, :t], options.kl_estimator)
-            total = total + alg.aggregate(extra_bt, mask_bt, options.aggregate, options.constant_length)
+                extras.append(options.kl_weight * alg.kl(policy_bt, anchor_BT[rows, :t], options.kl_estimator))
+            for extra_bt in extras:
+                total = total + alg.aggregate(extra_bt, mask_bt, options.aggregate, options.constant_length)
             self.measures.add("policy/loss", total, alg.denominator(mask_bt, options.aggregate))
             self.measures.add("policy/entropy", alg.masked_sum(entropy_bt.detach(), mask_bt), mask_bt.sum())
             self.measures.add_all(measured, mask_bt.sum())

@@ -7,6 +7,7 @@ from typing import Literal
 
 from prime_lightning.algorithms.loss import Aggregation, Estimator
 from prime_lightning.algorithms.reward import Granularity, Normalisation
+from prime_lightning.head import Entropy
 
 PRECISIONS = {"32-true": "32-true", "32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed"}
 """Lightning's names of the precisions that runs may have, and its short ones."""
@@ -140,6 +141,11 @@ class PolicyLoss:
     """Largest weight of the truncated importance correction from engine to trainer; null is no correction."""
     value_clip: float = 0.2
     """How far the critic's value may move in one iteration."""
+
+    @property
+    def entropy(self) -> Entropy:
+        """It is logged always, and a part of the graph only where the loss has it."""
+        return "trained" if self.entropy_weight else "measured"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import run_facts
+from prime_lightning.head import Entropy, Scores
 from prime_lightning.measures import Measures
 from prime_lightning.options import Update, precision_of
 
@@ -145,10 +146,12 @@ class SteppingModule(pl.LightningModule):
         """Log it beside what the evaluation found."""
         self.log("time/evaluation", time.perf_counter() - self._evaluating, reduce_fx="max", sync_dist=True)
 
-    def logprobs(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs (or values) and entropy of each response token, `[b, t]`."""
+    def logprobs(
+        self, model: nn.Module | None, batch: Batch, temperature: float = 1.0, entropy: Entropy = "none"
+    ) -> Scores:
+        """Log-probs (or values) of each response token, `[b, t]`, and their entropy where it is asked for."""
         assert model is not None
-        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, temperature)
+        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, temperature, entropy)  # type: ignore
 
     @torch.no_grad()
     def score(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_logprobs import batch, gradients, loss_of, plain
+from test_logprobs import batch, gradients, loss_of, plain, scored
 from torch.nn.attention.varlen import varlen_attn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,10 +94,10 @@ def test_packed_models_are_the_plain_ones(name, checkpointing):
     model = model_of(name, "varlen").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    scored = ScoringLM(model, packed=True, chunk_tokens=3)(*batch(garbage=7), 0.7)
-    assert_close(scored, expected, rtol=1e-4, atol=1e-4)
+    scores = scored(model, batch(garbage=7), 0.7, packed=True, chunk_tokens=3)
+    assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     assert_close(
-        gradients(model, loss_of(*scored)),
+        gradients(model, loss_of(*scores)),
         gradients(expected_model, loss_of(*expected)),
         rtol=1e-3,
         atol=1e-3,
@@ -116,7 +116,7 @@ def test_values_of_packed_rows_are_those_of_padded_ones(name):
     critics = [ValueLM(model_of(name, kind), packed=kind == "varlen") for kind in ("eager", "varlen")]
     for critic in critics:
         torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
-    assert_close(critics[0](*batch()), critics[1](*batch()), rtol=1e-4, atol=1e-4)
+    assert_close(critics[0](*batch())[0], critics[1](*batch())[0], rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_does_not_mix_types():
@@ -212,7 +212,7 @@ def stand_in(monkeypatch):
 def test_the_kernel_gets_what_it_takes(name, stand_in):
     expected = plain(model_of(name, "eager"), *batch())
     model = model_of(name, "varlen")
-    assert_close(ScoringLM(model, packed=True)(*batch()), expected, rtol=1e-4, atol=1e-4)
+    assert_close(scored(model, packed=True), expected, rtol=1e-4, atol=1e-4)
     assert len(stand_in) == model.config.num_hidden_layers
     assert all(call["cu_seq_q"] is stand_in[0]["cu_seq_q"] for call in stand_in)  # made once
 

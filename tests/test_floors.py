@@ -32,6 +32,7 @@ FLOORS = [
         "guests",
         "attention",
         "template",
+        "head",
     },
     {
         "algorithms",

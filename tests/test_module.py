@@ -1,10 +1,12 @@
 """One PRIME iteration, on a tiny model, through the real data module, engine and trainer."""
 
 import math
+from collections import Counter
 
 import pytest
 import tiny
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prime_lightning import algorithms as alg
@@ -210,6 +212,69 @@ def test_every_option_trains(warm_model, tmp_path, options):
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 3)
     assert 1e-5 < moved(prime, "policy", before) < 0.1
     assert all(math.isfinite(v) for row in history.rows for k, v in row.items() if k != "prm/auc")
+
+
+def watched_entropy(prime, value):
+    """Which entropy each pass asks for, by its phase; the policy's is multiplied by this value."""
+    asked, logprobs = Counter(), prime.logprobs
+
+    def asking(model, batch, temperature=1.0, entropy="none"):
+        asked[prime.doing, entropy] += 1
+        scores, entropy_bt = logprobs(model, batch, temperature, entropy)
+        return scores, None if entropy_bt is None else value * entropy_bt
+
+    prime.logprobs = asking
+    return asked
+
+
+@pytest.mark.parametrize(("weight", "kind", "skipped"), [(0.0, "measured", 0), (0.01, "trained", 2)])
+def test_entropy_is_computed_where_it_is_used(warm_model, tmp_path, weight, kind, skipped):
+    """Only in the policy's update; and one that is not finite reaches the loss only where the loss has it."""
+    options = {"reference": str(warm_model), "process_reward": ProcessReward(replay=2)}
+    prime = tiny.module(warm_model, policy_loss=PolicyLoss(entropy_weight=weight), **options)
+    asked = watched_entropy(prime, math.nan)
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
+    assert set(asked) == {("score", "none"), ("prm", "none"), ("policy", kind)}
+    assert history.rows[0]["policy/skipped_steps"] == skipped
+    assert math.isnan(history.rows[0]["policy/entropy"])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_the_logged_entropy_is_the_policys(warm_model, tmp_path, weight):
+    """That of its distributions on the sampled tokens; an update this small does not move it."""
+    still = {"policy_optimizer": tiny.adam(0.0), "policy_loss": PolicyLoss(entropy_weight=weight)}
+    prime = tiny.module(warm_model, **still)
+    history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
+    batch = history.outputs[0]["batch"]
+    total = 0.0
+    for i in range(len(batch)):
+        p, r = int(batch.prompt_length_B[i]), int(batch.response_length_B[i])
+        logits_LV = prime.policy.model(batch.tokens_BL[i : i + 1, : p + r]).logits[0, p - 1 : -1]
+        total += float(torch.distributions.Categorical(logits=logits_LV).entropy().sum())
+    assert history.rows[0]["policy/entropy"] == pytest.approx(total / int(batch.mask_BT.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_scores_after_an_optimizer_step_are_the_new_weights(warm_model, tmp_path, monkeypatch, cached):
+    """Autocast may keep bfloat16 copies of weights for as long as one training step lasts; here it must not."""
+    if cached:  # or this test would show nothing
+        keeping = lambda self: torch.autocast("cpu", torch.bfloat16, cache_enabled=True)  # noqa: E731
+        monkeypatch.setattr(MixedPrecision, "autocast_context_manager", keeping)
+    prime = tiny.module(warm_model, policy_optimizer=tiny.adam(1e-2))
+    scores, update_policy = [], prime.update_policy
+
+    def watched(batch, *rest):
+        scores.append(prime.score(prime.policy, batch))
+        update_policy(batch, *rest)
+        scores.append(prime.score(prime.policy, batch))
+        torch.clear_autocast_cache()
+        scores.append(prime.score(prime.policy, batch))
+
+    prime.update_policy = watched
+    tiny.fit(tmp_path, prime, tiny.data(warm_model), 1, precision="bf16-mixed")
+    before_BT, after_BT, fresh_BT = scores
+    assert (fresh_BT - before_BT).abs().max() > 0.01
+    assert torch.equal(after_BT, fresh_BT) is not cached
 
 
 def test_mixed_precision_keeps_float32_weights(warm_model, tmp_path):

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prime_lightning.attention import check_attention
-from prime_lightning.logprobs import ScoringLM, chosen_logprobs
+from prime_lightning.head import chosen_logprobs
+from prime_lightning.logprobs import ScoringLM
 
 ROW = 128  # tokens; attention in blocks keeps the same for many short rows as for few long ones
 FEW = 4  # layers that are counted one by one; even, for models whose layers alternate
@@ -131,11 +132,7 @@ def _work(config: str, tokens: int, chunk: int, weights: torch.dtype, autocast: 
         peak = Peak()
         with peak, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
             hidden_nH = model.base_model(input_ids=tokens_bl, use_cache=False).last_hidden_state.flatten(0, 1)
-            parts = [
-                scoring._project(hidden_cH, target_c, 1.0)[0].sum()
-                for hidden_cH, target_c in zip(hidden_nH.split(chunk), tokens_bl.flatten().split(chunk), strict=True)
-            ]
-            torch.stack(parts).sum().backward()
+            scoring.head_scores(hidden_nH, tokens_bl.flatten(), 1.0, "measured")[0].sum().backward()
     return peak.bytes
 
 
@@ -175,7 +172,7 @@ def logits_bytes(vocabulary: int, chunk: int, weights: torch.dtype, *, autocast:
         peak = Peak()
         with peak, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
             logits = nn.functional.linear(hidden, head)
-            chosen_logprobs(logits, torch.zeros(chunk, dtype=torch.long))[0].sum().backward()
+            chosen_logprobs(logits, torch.zeros(chunk, dtype=torch.long), entropy="measured")[0].sum().backward()
     return peak.bytes
 
 

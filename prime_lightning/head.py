@@ -1,0 +1,109 @@
+"""The vocabulary head of a causal LM: log-probs of given tokens, and entropy, from last hidden states.
+
+The projection onto the vocabulary is the memory peak of such training (tokens x 150,000 floats), so it is done in
+chunks that are computed again in the backward pass; log-softmax is float32. The chunks lie inside one call of the head:
+strategies that shard weights gather the head's in hooks of its call, and all ranks must gather equally often, however
+many tokens each of them has.
+
+Shapes: N response tokens of all rows, n those of a chunk, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Entropy = Literal["none", "measured", "trained"]
+"""Not computed; computed without gradient; computed as a part of the graph."""
+Scores = tuple[Tensor, Tensor | None]
+"""Log-probs and entropies, the latter None where none were asked for."""
+
+
+def chosen_logprobs(
+    logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0, entropy: Entropy = "none"
+) -> Scores:
+    """Log-probability of each target and entropy of its distribution, both `[N]`, in nats and float32.
+
+    Example:
+        >>> logprobs, entropy = chosen_logprobs(torch.zeros(1, 4), torch.tensor([2]), entropy="measured")
+        >>> round(logprobs.item(), 4), round(entropy.item(), 4)
+        (-1.3863, 1.3863)
+    """
+    logits_NV = logits_NV.float()
+    if temperature != 1.0:
+        logits_NV = logits_NV / temperature
+    normaliser_N = logits_NV.logsumexp(-1)
+    logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
+    if entropy == "none":
+        return logprobs_N, None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "trained"):
+        entropy_N = normaliser_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
+    return logprobs_N, entropy_N
+
+
+def chunked_logprobs(
+    head: OpenHead,
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    entropy: Entropy,
+    *,
+    chunk_tokens: int,
+    soft_cap: float | None = None,
+) -> Scores:
+    """`chosen_logprobs` of a head's logits, of which one chunk at a time exists.
+
+    Args:
+        head: Inside its call, see `OpenHead`.
+        hidden_NH: Last hidden states.
+        targets_N: The token after each of them.
+        temperature: Divides the logits.
+        entropy: Whether it is computed, and has a gradient.
+        chunk_tokens: Tokens projected at a time.
+        soft_cap: `c` of `c * tanh(logits / c)`; None for none.
+    """
+
+    def chosen(hidden_nH: Tensor, targets_n: Tensor) -> Scores:
+        logits_nV = head.project(hidden_nH)
+        if soft_cap is not None:
+            logits_nV = soft_cap * torch.tanh(logits_nV / soft_cap)
+        return chosen_logprobs(logits_nV, targets_n, temperature, entropy)
+
+    again = torch.is_grad_enabled() and hidden_NH.requires_grad
+    run = functools.partial(checkpoint, chosen, use_reentrant=False) if again else chosen
+    chunks = zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+    logprobs, entropies = zip(*(run(*chunk) for chunk in chunks), strict=True)
+    return torch.cat(logprobs), None if entropy == "none" else torch.cat(entropies)
+
+
+class OpenHead(nn.Module):
+    """A head in whose call other work than its projection can be done, where hooks have gathered its weights.
+
+    It is mixed into the class of a head that exists (as FSDP2 does with the modules that it shards), so that names,
+    tied weights, adapters and copies of the model stay what they were. Called with hidden states alone, the head gives
+    logits as ever.
+    """
+
+    def forward(self, hidden_NH: Tensor, *given: Any, within: Callable[..., Any] | None = None) -> Any:
+        """`within(head, hidden_NH, *given)`, or the logits."""
+        return self.project(hidden_NH) if within is None else within(self, hidden_NH, *given)
+
+    def project(self, hidden_NH: Tensor) -> Tensor:
+        """The logits, without a call of the module and its hooks."""
+        return super().forward(hidden_NH)  # type: ignore[no-any-return]
+
+
+def open_head(head: nn.Module) -> None:
+    """Make a head an `OpenHead`, in place."""
+    if not isinstance(head, OpenHead):
+        head.__class__ = _opened(type(head))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _opened(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Open{kind.__name__}", (OpenHead, kind), {})
