@@ -89,6 +89,8 @@ class OpenHead(nn.Module):
     logits as ever.
     """
 
+    _z3_leaf = True  # DeepSpeed reads it: gather adapters on the head with it, in its hooks and not in their own
+
     def forward(self, hidden_NH: Tensor, *given: Any, within: Callable[..., Any] | None = None) -> Any:
         """`within(head, hidden_NH, *given)`, or the logits."""
         return self.project(hidden_NH) if within is None else within(self, hidden_NH, *given)

@@ -250,7 +250,7 @@ def test_the_logged_entropy_is_the_policys(warm_model, tmp_path, weight):
     for i in range(len(batch)):
         p, r = int(batch.prompt_length_B[i]), int(batch.response_length_B[i])
         logits_LV = prime.policy.model(batch.tokens_BL[i : i + 1, : p + r]).logits[0, p - 1 : -1]
-        total += float(torch.distributions.Categorical(logits=logits_LV).entropy().sum())
+        total += float(torch.distributions.Categorical(logits=logits_LV.detach()).entropy().sum())
     assert history.rows[0]["policy/entropy"] == pytest.approx(total / int(batch.mask_BT.sum()), rel=1e-4)
 
 

@@ -28,7 +28,7 @@ from prime_lightning.parallel import Sharded
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.scoring import load_scoring
-from prime_lightning.stepping import RoleStrategy, SteppingModule
+from prime_lightning.stepping import RoleStrategy, devices
 from prime_lightning.sync import PolicyWeights
 
 STEPS = 20
@@ -81,10 +81,11 @@ def strategy(name: str) -> Any:
     return {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}[name]()
 
 
-def weights(prime: SteppingModule) -> dict[str, torch.Tensor]:
+def weights(prime: pl.LightningModule) -> dict[str, torch.Tensor]:
     """Whole weights of the trained models."""
     found = prime.trainer.strategy.lightning_module_state_dict()
-    return {name: prime.devices.whole(p).clone() for name, p in found.items() if not name.startswith("reference.")}
+    whole = devices(prime.trainer).whole
+    return {name: whole(p).clone() for name, p in found.items() if not name.startswith("reference.")}
 
 
 def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> None:
@@ -264,6 +265,10 @@ def run(folder: Path, scene: str) -> None:
     """Any scene by its name."""
     if scene.startswith("variant:"):
         return variant(folder, scene)
+    if scene.startswith("uneven:"):
+        import uneven
+
+        return uneven.train(folder, scene)
     if scene == "endless":
         return endless(folder, scene)
     if scene.startswith("prm:"):
