@@ -12,7 +12,7 @@ import argparse
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -30,11 +30,10 @@ from prime_lightning.checkpoint import Stored, stored
 from prime_lightning.parallel import Sharded, average_gradients, optimizer_state, own
 from prime_lightning.placement import models_of, owners_of, replace_parameters, restore_buffers, settle
 from prime_lightning.stepping import parameters
+from prime_lightning.zero import Config, exact_sums, merged, stage_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is first imported
-
-Config = dict[str, Any]
 
 
 class RolePrecision(DeepSpeedPrecision):
@@ -63,6 +62,8 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
             `{prm: {zero_optimization: {offload_optimizer: {device: cpu}}}}`.
         frozen: Under stage 3, spread models without an optimizer over the devices, too, or replicate them.
         overlap_comm: Overlap communication with computation; for stages 2 and 3.
+        gradient_dtype: Of the sums of gradients over micro-batches and ranks, stages 1 to 3. In bfloat16 a small term
+            is lost beside a large sum: 1 + 2^-9 is 1.
         kwargs: As for Lightning's `DeepSpeedStrategy`; its `config` replaces all other options.
 
     Raises:
@@ -77,12 +78,13 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         roles: dict[str, Config] | None = None,
         frozen: Literal["shard", "replicate"] = "shard",
         overlap_comm: bool = True,
+        gradient_dtype: Literal["float32", "bfloat16"] = "float32",
         **kwargs: Any,
     ) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError('Expected DeepSpeed, got no module `deepspeed`: pip install "prime-lightning[deepspeed]".')
         super().__init__(stage=stage, overlap_comm=overlap_comm, **kwargs)
-        self.roles, self.frozen = roles or {}, frozen
+        self.roles, self.frozen, self.gradient_dtype = roles or {}, frozen, gradient_dtype
         self.engines: dict[str, Any] = {}
         self._trained: dict[int, str] = {}  # role of each optimizer, by its id
         self._order: dict[str, list[nn.Parameter]] = {}  # parameters of a role as its optimizer numbers them
@@ -224,7 +226,8 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         """Losses are scaled by the module, and a step ends an accumulation of any number of micro-batches."""
         defaults = {"train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False}
         ours = {"gradient_accumulation_steps": 1, "managed_gradient_accumulation": False, "gradient_clipping": 0.0}
-        self.config = defaults | (self.config or {}) | ours
+        sums = exact_sums() if self.gradient_dtype == "float32" and stage_of(self.config or {}) else {}
+        self.config = defaults | sums | (self.config or {}) | ours
         if stage_of(self.config) == 0 and self.precision_plugin.precision != "32-true":
             raise ValueError("Expected `trainer.precision` 32-true with ZeRO stage 0, or stage 1 to 3 with bfloat16.")
 
@@ -367,24 +370,6 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-
-
-def merged(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A config with overrides, table by table.
-
-    Example:
-        >>> merged({"zero_optimization": {"stage": 3}}, {"zero_optimization": {"offload_param": {"device": "cpu"}}})
-        {'zero_optimization': {'stage': 3, 'offload_param': {'device': 'cpu'}}}
-    """
-    result = copy.deepcopy(config)
-    for name, value in overrides.items():
-        result[name] = merged(result.get(name, {}), value) if isinstance(value, Mapping) else value
-    return result
-
-
-def stage_of(config: Config) -> int:
-    """The ZeRO stage of a DeepSpeed config; 0 where it names none."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _has_master(parameter: Tensor) -> bool:

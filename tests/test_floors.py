@@ -15,6 +15,7 @@ FLOORS = [
         "facts",
         "shipped",
         "usage",
+        "zero",
         "packing",
         "evaluation",
         "evaluation.statistics",

@@ -28,9 +28,8 @@ QWEN_HALF_B = QWEN_7B | {
 def documented():
     """The options of each `fit` over the paper's configuration, from pages, and from headers of files."""
     found = [words[1:] for page in PAGES for words in commands(page) if words[0] == "fit"]
-    for file in HEADERS:
-        for options in IN_A_COMMENT.findall(file.read_text()):
-            found.append(tuple(shlex.split(options.replace("\\\n#", " "), comments=True)))
+    told = [options for file in HEADERS for options in IN_A_COMMENT.findall(file.read_text())]
+    found += [tuple(shlex.split(options.replace("\\\n#", " "), comments=True)) for options in told]
     left_out = re.compile(r"\.\.\.|--print_config|--ckpt_path|my_\w+\.yaml")  # not of a run, or of a reader's own
     return sorted({words for words in found if "conf/prime.yaml" in words and not any(map(left_out.search, words))})
 

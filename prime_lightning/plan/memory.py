@@ -23,6 +23,8 @@ class Sharding:
     """0: a whole copy each; 1 divides the optimizer's state, 2 gradients too, 3 (and FSDP2) parameters too."""
     masters: bool = False
     """The optimizer has a float32 copy of its own (DeepSpeed), whatever the weights are."""
+    gradient_width: int | None = None
+    """Bytes of a gradient, where sums of gradients have a type of their own."""
     offload_optimizer: bool = False
     """Optimizer state and masters live in the host's memory."""
     replicate_frozen: bool = False
@@ -46,8 +48,8 @@ def parameter_bytes(parameters: int, width: int, sharding: Sharding) -> float:
 
 
 def gradient_bytes(parameters: int, width: int, sharding: Sharding) -> float:
-    """`width * Psi`, over N from stage 2 on: gradients have the type of the weights."""
-    return width * parameters / sharding.share(2)
+    """`width * Psi`, over N from stage 2 on: gradients have the type of the weights, or one of their own."""
+    return (sharding.gradient_width or width) * parameters / sharding.share(2)
 
 
 def moment_bytes(parameters: int, moments: int, width: int, sharding: Sharding) -> float:

@@ -154,6 +154,7 @@ def sharding_of(trainer: Any, gpus: int) -> Sharding:
             gpus=gpus,
             stage=stage,
             masters=True,
+            gradient_width=4 if stage and options.get("gradient_dtype", "float32") == "float32" else None,
             replicate_frozen=options.get("frozen") == "replicate",
             offload_optimizer=bool(options.get("offload_optimizer", "offload" in low)),
             offload_parameters=bool(options.get("offload_parameters", "offload" in low and stage == 3)),

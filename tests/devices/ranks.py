@@ -68,14 +68,14 @@ def pieces(folder: Path, **options: Any) -> tuple[tiny.PrimeModule, tiny.Rollout
     return prime, rollouts
 
 
-def strategy(name: str) -> Any:
+def strategy(name: str, **options: Any) -> Any:
     """A strategy by its name."""
     from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
 
     if name.startswith("zero"):
         from prime_lightning.strategy import PrimeDeepSpeedStrategy
 
-        deepspeed = PrimeDeepSpeedStrategy(stage=int(name[4]), logging_level=40)
+        deepspeed = PrimeDeepSpeedStrategy(stage=int(name[4]), logging_level=40, **options)
         deepspeed.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
         return deepspeed
     return {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}[name]()
@@ -233,6 +233,46 @@ def unplaced(learner: PRMModule) -> None:
     learner.reference = None
 
 
+class Sum(pl.LightningModule):
+    """One weight whose gradient is a sum of one large term and many small ones, which bfloat16 loses."""
+
+    TERMS = [1.0] + [2.0**-9] * 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.policy.weight, 4.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain descent, whose step is the gradient."""
+        return torch.optim.SGD(self.policy.parameters(), lr=1.0)
+
+    def train_dataloader(self) -> list[int]:
+        """One step on each rank."""
+        return [0] * int(os.environ.get("WORLD_SIZE", 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """All terms, one after another, then the step."""
+        optimizer: Any = self.optimizers()
+        for term in self.TERMS:
+            self.manual_backward((self.policy(torch.ones(1, 1, dtype=torch.bfloat16)) * term).float().sum())
+        optimizer.step()
+
+
+def sums(folder: Path, scene: str) -> None:
+    """`sums:zero2:float32`: how far the weight of `Sum` moves under bfloat16."""
+    _, name, dtype = scene.split(":")
+    spread, module = strategy(name, gradient_dtype=dtype), Sum()
+    moved = pl.callbacks.LambdaCallback(
+        on_train_end=lambda *_: found.append(4.0 - float(spread.master(module.policy.module.weight)))
+    )
+    found: list[float] = []
+    tiny.trainer(folder, 1, callbacks=[moved], devices=2, strategy=spread, precision="bf16-mixed").fit(module)
+    if module.global_rank == 0:
+        torch.save(found, folder / f"{scene}.pt")
+
+
 def spoil(prime: tiny.PrimeModule) -> None:
     """NaN in the policy's gradients of the first iteration, on the last rank only."""
     backward = prime.manual_backward
@@ -273,6 +313,8 @@ def run(folder: Path, scene: str) -> None:
         return endless(folder, scene)
     if scene.startswith("prm:"):
         return prm(folder, scene)
+    if scene.startswith("sums:"):
+        return sums(folder, scene)
     if scene == "loose":
         return loose(folder, scene)
     return (resume if scene.startswith("resume:") else train)(folder, scene)

@@ -83,7 +83,7 @@ def test_the_papers_run_is_built_on_a_meta_device(warm_model, tmp_path, monkeypa
             config, kind = AutoConfig.from_pretrained(name), getattr(torch, dtype)
             return AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention).train()
 
-    monkeypatch.setattr("prime_lightning.module.load_causal_lm", without_weights)
+    monkeypatch.setattr("prime_lightning.scoring.load_causal_lm", without_weights)
     cli = cli_of("--model.policy", tmp_path / "7b")
     module, strategy = cli.model, cli.trainer.strategy
     module.configure_model()
@@ -130,4 +130,5 @@ def test_strategies_that_take_all_models_for_one_are_refused(warm_model):
     with pytest.raises(ValueError, match="got DDPStrategy"):
         module.setup("fit")
     module.trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=PrimeDDPStrategy(), logger=False)
-    module.setup("fit")
+    with pytest.raises(ValueError, match="a data module that takes the policy's weights"):
+        module.setup("fit")  # the strategy is accepted

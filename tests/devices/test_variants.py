@@ -11,9 +11,10 @@ pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
 OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan", "packed"]
 EXACT = ("loss", "grad_norm", "entropy", "ce")  # in bfloat16, differences of small numbers are noise
 SCENES = [
-    "lora:zero3", "lora:fsdp2", "offload:zero3", "bf16:zero3", "still:zero3", "roles:zero3",
+    "lora:zero3", "lora:fsdp2", "offload:zero3", "bf16:zero3", "bf16:zero1", "still:zero3", "roles:zero3",
     "nan:zero2", "nan:zero3", "nan:fsdp2", "packed:zero3", "packed:fsdp2",
 ]  # fmt: skip
+SUMS = [f"sums:zero{stage}:float32" for stage in (1, 2, 3)] + ["sums:zero2:bfloat16"]
 TOLERANCE = {"bf16": 0.05}  # relative to 1 + |x|; others 1e-5. docs/scaling.md has what was measured
 
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     shutil.copytree(model_folder, folder / "prm")
     for option in OPTIONS:
         ranks.run(folder, f"variant:{option}:one")
-    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES)))
+    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS))
     return folder
 
 
@@ -80,3 +81,9 @@ def test_rotary_frequencies_stay_float32(folder):
 def test_a_checkpoint_is_validated_without_a_fit(folder):
     one, two = (ran(folder, f"still:{name}")["facts"]["validated"] for name in ("one", "zero3"))
     assert one["val/pass1"] == two["val/pass1"] > 0
+
+
+@pytest.mark.parametrize("scene", SUMS)
+def test_gradients_of_many_micro_batches_add_up(folder, scene):
+    lost = scene.endswith("bfloat16")  # 1 + 2^-9 is 1 there
+    assert torch.load(folder / f"{scene}.pt") == [1.0 if lost else 1.0 + 256 * 2.0**-9]
