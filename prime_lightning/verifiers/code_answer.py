@@ -19,6 +19,7 @@ from prime_lightning.verifiers.options import CodeOptions
 from prime_lightning.verifiers.pool import Pool, WorkerDied
 
 _log = logging.getLogger(__name__)
+_NAMED = 5  # faults of a tier that are listed
 _PARSED = 2048  # tasks kept parsed; the rollouts of a prompt come together
 
 
@@ -131,14 +132,15 @@ class CodeGrader:
     def _examine(self, runner: Runner) -> str:
         try:
             escaped = selftest.leaks(runner)
-            honest = selftest.works(runner)
+            failed = selftest.faults(runner, self.options.modules)
         except WorkerDied as error:
             return str(error)
         except BaseException:
             runner.close()
             raise
-        if not honest:
-            return "an honest program does not run"
+        if failed:
+            more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+            return f"an honest program cannot {', '.join(failed[:_NAMED])}{more}"
         return f"a program {', '.join(escaped)}" if escaped else ""
 
     def _announce(self, finding: str) -> None:

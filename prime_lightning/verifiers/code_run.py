@@ -25,6 +25,7 @@ from prime_lightning.verifiers.sandbox import Report, Zygote, memory_file
 
 _SIGNAL = 0x7F
 _CLOCK_SLACK = 0.1
+_ROOMY = 2048  # megabytes of address space for programs of ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +100,21 @@ class Runner:
         """
         return {"calls": self._calls, "script": self._script, "stdio": self._stdio}[plan.mode](task, plan, source)
 
-    def _job(self, plan: Plan, inputs: list[bytes], expected_size: int) -> Report:
+    def printed(self, source: str, *, cpu_seconds: int) -> Report:
+        """What a program of ours prints in the jail, and how it ended.
+
+        Raises:
+            WorkerDied: The jail failed.
+        """
+        return self._job(Plan(mode="stdio", cpu_seconds=cpu_seconds), [source.encode(), b""], 0, _ROOMY)
+
+    def _job(self, plan: Plan, inputs: list[bytes], expected_size: int, megabytes: int = 0) -> Report:
         cpu_seconds = plan.cpu_seconds or self._options.cpu_seconds
         job = {
             "mode": plan.mode,
             "cpu_seconds": cpu_seconds,
             "wall_seconds": max(self._options.wall_seconds, 3.0 * cpu_seconds),
-            "memory_bytes": self._options.memory_megabytes << 20,
+            "memory_bytes": max(self._options.memory_megabytes, megabytes) << 20,
         }
         files = [memory_file(content) for content in inputs]
         try:

@@ -1,17 +1,21 @@
-"""Does the sandbox hold: small programs that try to get out, run in a tier before anything else is.
+"""Does the sandbox hold, and does an honest program run in it: tried in a tier before anything else is run there.
 
-Each probe returns True only if it succeeds in what must not be possible. A tier with one such probe is not used.
+Each probe returns True only if it succeeds in what must not be possible. A tier with one such probe is not used, nor is
+one in which a module of the standard library cannot be imported: a program that asks for it would be called wrong.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from prime_lightning.verifiers.code_asserts import Call
 from prime_lightning.verifiers.code_run import Plan, Runner
 from prime_lightning.verifiers.code_tests import Task
+from prime_lightning.verifiers.jail import library
 
 PROBES = {
     "reads a file of the user": "def probe(): return 'CANARY' in open(PATH).read()",
@@ -51,6 +55,14 @@ PROBES = {
     "raises its limits": (
         "import resource as r\ndef probe():\n    r.setrlimit(r.RLIMIT_AS, (r.RLIM_INFINITY,) * 2); return True"
     ),
+    "sees a descriptor above its own": (
+        "import os\n"
+        "def probe():\n"
+        "    for n in range(4, 1024):\n"
+        "        try: os.fstat(n)\n"
+        "        except OSError: continue\n"
+        "        return True"
+    ),
     "makes a memory file": "import os\ndef probe(): return os.memfd_create('x') >= 0",
     "is root": "import os\ndef probe(): return os.geteuid() == 0",
     "takes 3 GiB": "def probe():\n    x = [bytearray(1 << 28) for _ in range(12)]; return True",
@@ -78,7 +90,69 @@ def leaks(runner: Runner) -> list[str]:
         ]
 
 
-def works(runner: Runner) -> bool:
-    """Whether an honest program passes: a jail in which nothing runs would leak nothing either."""
-    task = Task(tests=("assert f(2) == 4",), calls=(Call("f(2)", 4),))
-    return runner.run(task, Plan(mode="calls"), "import math, re\ndef f(n): return int(math.pow(n, 2))\n").share == 1.0
+_OTHER_SYSTEMS = ("asyncio.windows", "encodings.mbcs", "encodings.oem", "_ios_support")
+_IMPORT_SECONDS = 60
+_IMPORTS = """
+import importlib
+for name in NAMES:
+    print("?", name, flush=True)
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        print("!", name, missing, type(error).__name__, " ".join(str(error).split()), sep="\\t", flush=True)
+print(".")
+"""
+
+
+def faults(runner: Runner, modules: Iterable[str] = ()) -> list[str]:
+    """What an honest program cannot do: a jail in which nothing runs would leak nothing either.
+
+    Args:
+        runner: The jail.
+        modules: Third-party modules that programs may import.
+
+    Raises:
+        WorkerDied: The jail failed.
+    """
+    return _calls_that_fail(runner) or _imports_that_fail(runner, modules)
+
+
+def _calls_that_fail(runner: Runner) -> list[str]:
+    program = "import math, re\ndef f(n): return int(math.pow(n, 2))\n"
+    asserts = Task(tests=("assert f(2) == 4",), calls=(Call("f(2)", 4),), names=("f",))
+    tried = {
+        "calls": (asserts, program),
+        "script": (asserts, program),
+        "stdio": (Task(stdio=(("2\n", "4\n"),)), "print(int(input()) ** 2)\nexit()\n"),
+    }
+    failed = []
+    for mode, (task, source) in tried.items():
+        outcome = runner.run(task, Plan(mode=mode, cpu_seconds=_IMPORT_SECONDS), source)
+        if outcome.share != 1.0:
+            failed.append(f"run in the mode {mode} ({outcome.fault or outcome.reason})")
+    return failed
+
+
+def _imports_that_fail(runner: Runner, modules: Iterable[str]) -> list[str]:
+    source = f"NAMES = {[*library.names(), *modules]!r}\n{_IMPORTS}"
+    report = runner.printed(source, cpu_seconds=_IMPORT_SECONDS)
+    lines = report.output.decode(errors="replace").splitlines()
+    entries = [line.split("\t") for line in lines if line.startswith("!\t")]
+    failed = [
+        f"import {name} ({kind}: {message})"
+        for _, name, missing, kind, message in entries
+        if not name.startswith(_OTHER_SYSTEMS) and not _nowhere(missing)
+    ]
+    if not report.clean or lines[-1:] != ["."]:
+        last = next((line[2:] for line in reversed(lines) if line.startswith("? ")), "anything")
+        failed.append(f"import {last} ({report.stopped or 'it ends the process'})")
+    return failed
+
+
+def _nowhere(name: str) -> bool:
+    """Whether this machine lacks a module outside of the jail, too: `_gdbm`, or `winreg`."""
+    try:
+        return name != "None" and importlib.util.find_spec(name) is None
+    except (ImportError, ValueError):
+        return True

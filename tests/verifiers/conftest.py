@@ -15,11 +15,22 @@ import pytest
 from hypothesis import settings
 
 from prime_lightning.rollout import Prompt
+from prime_lightning.verifiers import code_answer, lasting
 from prime_lightning.verifiers.launch import machine_tiers
 
 TIERS = machine_tiers()
 settings.register_profile("verifiers", deadline=None, max_examples=150)
 settings.load_profile("verifiers")
+
+
+@pytest.fixture(scope="session", params=TIERS or ("limits",))
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each tier that this machine has, in turn: whoever starts a grader gets this one and no other."""
+    only = tuple(tier for tier in (request.param,) if tier != "limits")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (code_answer, lasting):
+            patch.setattr(module, "machine_tiers", lambda: only)
+        yield request.param
 
 
 def prompt(kind: str, answer: str = "", row: dict[str, Any] | None = None, source: str = "test") -> Prompt:

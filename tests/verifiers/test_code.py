@@ -77,7 +77,7 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def verifiers(tmp_path_factory) -> Iterator[Verifiers]:
+def verifiers(tier: str, tmp_path_factory) -> Iterator[Verifiers]:
     folder = str(tmp_path_factory.mktemp("calibrations"))
     with Verifiers(workers=2, code=CodeOptions(cpu_seconds=2, wall_seconds=6.0, cache_folder=folder)) as made:
         yield made
@@ -205,7 +205,7 @@ def test_reasons(verifiers: Verifiers, program: str, label: Label, reason: str) 
 
 
 @needs_sandbox
-def test_all_or_nothing_on_request(tmp_path: Path) -> None:
+def test_all_or_nothing_on_request(tier: str, tmp_path: Path) -> None:
     with Verifiers(workers=1, code=CodeOptions(partial=False, cache_folder=str(tmp_path))) as strict:
         row = {"tests": ["assert f(1) == 1", "assert f(2) == 2"]}
         assert strict.verify(prompt("code", row=row), "def f(x): return 1").label is Label.WRONG
@@ -214,7 +214,7 @@ def test_all_or_nothing_on_request(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_calibration_finds_how_a_task_is_run_and_remembers(tmp_path: Path) -> None:
+def test_calibration_finds_how_a_task_is_run_and_remembers(tier: str, tmp_path: Path) -> None:
     rows = {
         "calls": {"tests": ["assert f(1) == 2"], "reference_solution": "def f(x): return x + 1"},
         "script": {"tests": ["assert f(1) > 1"], "reference_solution": "def f(x): return x + 1"},
@@ -254,12 +254,34 @@ def test_calibration_finds_how_a_task_is_run_and_remembers(tmp_path: Path) -> No
 
 
 @needs_sandbox
-def test_numpy_on_request(tmp_path: Path) -> None:
+def test_numpy_on_request(tier: str, tmp_path: Path) -> None:
     pytest.importorskip("numpy")
     row = {"tests": ["assert f(3) == 3", "assert g(2) == [0, 1]"]}
-    program = "import numpy as n, numpy.linalg\ndef f(k): return n.ones(k).sum()\ndef g(k): return n.arange(k).tolist()"
+    program = (
+        "import numpy as n, numpy.linalg, numpy.random\nn.random.rand(3); n.fft.fft([1, 2]); n.ma.array([1])\n"
+        "def f(k): return n.ones(k).sum()\ndef g(k): return n.arange(k).tolist()"
+    )
     with Verifiers(workers=1, code=CodeOptions(modules=("numpy",), cache_folder=str(tmp_path))) as verifiers:
         assert verifiers.verify(prompt("code", row=row), program).score == 1.0
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", ["exit", "quit"])
+def test_exit_and_quit_end_a_program_as_they_do_in_python(verifiers: Verifiers, name: str) -> None:
+    stdio = {"inputs": ["4\n"], "outputs": ["2\n"]}
+
+    def score(program: str, row: dict[str, Any] = stdio) -> float:
+        return verifiers.verify(prompt("code", row=row), program).score
+
+    assert score(f"n = int(input())\nfor i in range(n):\n    if i * i == n:\n        print(i)\n        {name}()") == 1.0
+    assert score(f"print(2)\n{name}(0)") == score(f"print(2)\n{name}(None)") == 1.0
+    assert score(f"print(2)\n{name}(1)") == score(f"print(2)\n{name}('bad')") == score(f"{name}()\nprint(2)") == 0.0
+    for tests in ("assert f(1) == 2", "x = f(1)\nassert x == 2"):
+        row = {"tests": [tests]}
+        assert score(f"def f(x): return x + 1\n{name}()", row) == 1.0  # what it defined can be called
+        assert score(f"{name}()\ndef f(x): return x + 1", row) == 0.0
+        assert score(f"def f(x): return x + 1\n{name}(1)", row) == 0.0
+        assert score(f"def f(x): {name}()", row) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -289,7 +311,7 @@ def changed(test: str) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*invalid escape sequence")
 @pytest.mark.parametrize(("name", "count"), [("mbpp.jsonl", 974), ("humaneval.jsonl", 164)])
-def test_reference_solutions(rows, name: str, count: int, tmp_path: Path) -> None:
+def test_reference_solutions(tier: str, rows, name: str, count: int, tmp_path: Path) -> None:
     """All pass; and each fails when one expected value is changed (and it is no longer named as the reference)."""
     tasks = rows(name)
     assert len(tasks) == count

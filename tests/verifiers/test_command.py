@@ -22,7 +22,7 @@ def run(tmp_path: Path, kind: str, rows: list[dict[str, Any]], *more: str) -> tu
     return code, [json.loads(line) for line in written]
 
 
-def test_maths(tmp_path: Path, leaves_nothing: None) -> None:
+def test_maths(tier: str, tmp_path: Path, leaves_nothing: None) -> None:
     rows = [
         {"id": 7, "answer": "0.5", "completion": r"\boxed{\frac12}"},
         {"id": "b", "answer": "7", "completion": r"\boxed{8}"},
@@ -39,7 +39,7 @@ def test_maths(tmp_path: Path, leaves_nothing: None) -> None:
 
 
 @pytest.mark.skipif(not TIERS, reason="no sandbox here")
-def test_code(tmp_path: Path, leaves_nothing: None) -> None:
+def test_code(tier: str, tmp_path: Path, leaves_nothing: None) -> None:
     rows = [
         {"id": n, "tests": ["assert f(1) == 2", "assert f(2) == 4"], "setup": "", "completion": program}
         for n, program in enumerate(

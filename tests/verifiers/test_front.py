@@ -94,7 +94,7 @@ def test_own_functions(function: str, text: str, label: Label, reason: str, monk
     ("function", "label"),
     [("share_of_a", Label.CORRECT), ("opens_socket", Label.UNKNOWN), ("sees_environment", Label.WRONG)],
 )
-def test_own_functions_behind_walls(function: str, label: Label, monkeypatch) -> None:
+def test_own_functions_behind_walls(tier: str, function: str, label: Label, monkeypatch) -> None:
     monkeypatch.setenv("PRIME_TEST_TOKEN", "seen")
     with Verifiers(workers=1, user=UserOptions(sandbox=True)) as verifiers:
         assert verifiers.verify(prompt(f"{HERE}.{function}"), "aaa").label is label
@@ -209,7 +209,7 @@ def test_many_unknown_verdicts_raise_an_alarm(caplog) -> None:
     assert counts.unknown_share() == pytest.approx(4 / 203)
 
 
-def test_references_are_checked_for_every_kind(tmp_path: Path) -> None:
+def test_references_are_checked_for_every_kind(tier: str, tmp_path: Path) -> None:
     prompts = [
         prompt("exact", "7"),
         prompt("exact", " "),
@@ -233,7 +233,7 @@ def test_references_are_checked_for_every_kind(tmp_path: Path) -> None:
             assert verdict.reason.startswith("unusable tests")
 
 
-def test_a_pickled_copy_has_its_own_workers() -> None:
+def test_a_pickled_copy_has_its_own_workers(tier: str) -> None:
     with Verifiers(workers=1) as verifiers:
         verifiers.verify(prompt("math", "x^2"), r"\boxed{x\cdot x}")
         copy = pickle.loads(pickle.dumps(verifiers))
@@ -242,7 +242,7 @@ def test_a_pickled_copy_has_its_own_workers() -> None:
             assert copy.verify(prompt("exact", "1"), "# 1").score == 1.0
 
 
-def test_after_close_nothing_is_left_and_nothing_runs(leaves_nothing: None) -> None:
+def test_after_close_nothing_is_left_and_nothing_runs(tier: str, leaves_nothing: None) -> None:
     verifiers = Verifiers(workers=2)
     futures = [verifiers.submit(prompt("math", "x^2"), rf"\boxed{{x^2+{n}-{n}}}") for n in range(20)]
     verifiers.close()
@@ -264,7 +264,7 @@ def test_after_close_nothing_is_left_and_nothing_runs(leaves_nothing: None) -> N
         ),
     ],
 )
-def test_whichever_process_is_killed_the_verdict_comes(asked: Prompt, text: str) -> None:
+def test_whichever_process_is_killed_the_verdict_comes(tier: str, asked: Prompt, text: str) -> None:
     with Verifiers(workers=1) as verifiers:
         assert verifiers.verify(asked, text).score == 1.0
         for number in range(4):  # the jail, its zygote, a worker: whatever there is now
@@ -273,7 +273,7 @@ def test_whichever_process_is_killed_the_verdict_comes(asked: Prompt, text: str)
             assert verifiers.verify(asked, text).score == 1.0
 
 
-def test_a_forked_process_starts_its_own_workers() -> None:
+def test_a_forked_process_starts_its_own_workers(tier: str) -> None:
     with Verifiers(workers=1) as verifiers:
         pair = prompt("math", "x^2"), r"\boxed{x\cdot x}"
         assert verifiers.verify(*pair).score == 1.0
@@ -292,7 +292,8 @@ def test_a_forked_process_starts_its_own_workers() -> None:
 PROGRAM = r"""
 import os, signal, sys, time
 from prime_lightning.rollout import Prompt
-from prime_lightning.verifiers import Verifiers
+from prime_lightning.verifiers import Verifiers, code_answer, lasting
+code_answer.machine_tiers = lasting.machine_tiers = lambda: tuple(sys.argv[4:])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 verifiers = Verifiers(workers=2)
 kinds = [("math", {}, r"\boxed{x\cdot x}", "x^2")]
@@ -313,10 +314,10 @@ time.sleep(0 if sys.argv[1] == "exit" else 60)
 
 
 @pytest.mark.parametrize("end", ["exit", "raise", "interrupt", "kill", "terminate"])
-def test_however_the_trainer_ends_no_process_is_left(end: str, tmp_path: Path, leaves_nothing: None) -> None:
+def test_however_the_trainer_ends_no_process_is_left(tier: str, end: str, tmp_path: Path, leaves_nothing: None) -> None:
     """Workers still busy; for SIGKILL and SIGTERM none of our code can run."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", PROGRAM, end, "code" if TIERS else "", f"{HERE}.hangs"]
+    command = [sys.executable, "-c", PROGRAM, end, "code" if TIERS else "", f"{HERE}.hangs", *([tier] if TIERS else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"ready\n", trainer.communicate()

@@ -20,6 +20,7 @@ FLOORS = [
         "jail.syscalls",
         "jail.wire",
         "jail.codec",
+        "jail.library",
         "options",
         "golds",
         "counts",

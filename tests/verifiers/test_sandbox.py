@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ import prime_lightning
 from prime_lightning.rollout import Label, Verdict
 from prime_lightning.verifiers import CodeOptions, SandboxLeaks, Verifiers, code_answer, selftest
 from prime_lightning.verifiers.code_run import Runner
-from prime_lightning.verifiers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.jail import library
+from prime_lightning.verifiers.launch import Guest
 from prime_lightning.verifiers.pool import WorkerDied
 from prime_lightning.verifiers.sandbox import Zygote, memory_file
 
@@ -49,12 +52,11 @@ def misjudged(verifiers: Verifiers, attacks: list[Attack]) -> list[tuple[str, Ve
     ]
 
 
-@pytest.mark.parametrize("tier", TIERS)
 def test_the_self_test_finds_no_leak(tier: str) -> None:
     runner = Runner(tier, CodeOptions(), Guest(module="programs"))
     try:
         assert selftest.leaks(runner) == []
-        assert selftest.works(runner)
+        assert selftest.faults(runner) == []
     finally:
         runner.close()
 
@@ -69,21 +71,21 @@ def test_the_probes_find_leaks_where_there_are_some() -> None:
         runner.close()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+def honest(tier: str) -> list[Attack]:
+    """In the tier `no-open` not even /dev/null can be opened."""
+    return [attack for attack in HONEST if tier != "no-open" or attack[0] != "stdio devnull"]
+
+
 def test_own_attacks(tier: str, tmp_path: Path, leaves_nothing: None) -> None:
-    attacks = [*HONEST, *HACKS, *ESCAPES]
-    if tier == "no-open":  # there not even /dev/null can be opened
-        attacks = [attack for attack in attacks if attack[0] != "stdio devnull"]
     with Verifiers(workers=2, code=options(tier, tmp_path)) as verifiers:
-        assert misjudged(verifiers, attacks) == []
+        assert misjudged(verifiers, [*honest(tier), *HACKS, *ESCAPES]) == []
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("tier", TIERS[:1])
 def test_own_hogs(tier: str, tmp_path: Path, leaves_nothing: None) -> None:
     with Verifiers(workers=2, code=options(tier, tmp_path)) as verifiers:
         assert misjudged(verifiers, HOGS) == []
-        assert misjudged(verifiers, HONEST) == []
+        assert misjudged(verifiers, honest(tier)) == []
 
 
 @pytest.fixture
@@ -108,7 +110,6 @@ def _attacks_file(rows: Callable[[str], list[dict[str, Any]]]) -> list[Attack]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("tier", TIERS)
 def test_the_attacks_file(tier: str, tmp_path: Path, rows, canary: None, leaves_nothing: None, monkeypatch) -> None:
     monkeypatch.setenv("CANARY_TOKEN", "CANARY")
     with Verifiers(workers=2, code=options(tier, tmp_path)) as verifiers:
@@ -117,7 +118,7 @@ def test_the_attacks_file(tier: str, tmp_path: Path, rows, canary: None, leaves_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_shuffled_stress(tmp_path: Path, rows, canary: None, leaves_nothing: None) -> None:
+def test_shuffled_stress(tier: str, tmp_path: Path, rows, canary: None, leaves_nothing: None) -> None:
     """600 jobs, hostile and honest mixed: the neighbour of an attack is judged as if it were alone."""
     # 123 takes five seconds; 126 is called `sum`, and only its reference, left out here, tells that from the builtin
     quick = [row for row in rows("mbpp.jsonl") if row["id"] not in ("mbpp/123", "mbpp/126")]
@@ -142,7 +143,7 @@ for tier in machine_tiers():
     except WorkerDied as error:
         print(tier, "does not start", error)
         continue
-    print(tier, selftest.leaks(runner), selftest.works(runner))
+    print(tier, selftest.leaks(runner), selftest.faults(runner))
     runner.close()
 """
 
@@ -175,17 +176,98 @@ def test_a_plain_user_has_the_same_walls(leaves_nothing: None) -> None:
         )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert all(line.endswith("[] True") or "does not start" in line for line in lines), lines
-    assert any(line.startswith(("landlock", "no-open")) and line.endswith("[] True") for line in lines), lines
+    assert all(line.endswith("[] []") or "does not start" in line for line in lines), lines
+    assert any(line.startswith(("landlock", "no-open")) and line.endswith("[] []") for line in lines), lines
 
 
-def test_a_leaking_sandbox_is_refused(monkeypatch) -> None:
+EVERY_TIER = """
+import os
+from prime_lightning.verifiers import CodeOptions, selftest
+from prime_lightning.verifiers.code_run import Runner
+from prime_lightning.verifiers.launch import Guest, machine_tiers
+for tier in machine_tiers():
+    runner = Runner(tier, CodeOptions(), Guest(module="programs"))
+    print(os.__file__, tier, selftest.leaks(runner), selftest.faults(runner))
+    runner.close()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: only root's jails belong to another user")
+@pytest.mark.parametrize("closed", ["above", "all"])
+def test_the_library_is_complete_below_a_folder_that_is_closed_to_others(closed: str, tmp_path: Path) -> None:
+    """As below a home folder of mode 700, or installed with a umask of 077."""
+    prefix, version = Path(sys.base_prefix), f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    copied = tmp_path / "home" / "python"
+    ignored = shutil.ignore_patterns("site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__")
+    shutil.copytree(Path(os.__file__).parent, copied / "lib" / version, ignore=ignored)
+    (copied / "bin").mkdir()
+    shutil.copy(os.path.realpath(sys.executable), copied / "bin" / version)
+    for path in copied.rglob("*") if closed == "all" else ():
+        path.chmod(path.stat().st_mode & 0o700)
+    (tmp_path / "home").chmod(0o700)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(prime_lightning.__file__).parents[1]),
+        "LD_LIBRARY_PATH": f"{prefix}/lib",
+    }
+    command = [str(copied / "bin" / version), "-B", "-s", "-c", EVERY_TIER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{copied}/lib/{version}/os.py {tier} [] []" for tier in TIERS]
+
+
+OPEN = """
+import os
+seen = []
+for number in range({first}, 1024):
+    try:
+        os.fstat(number)
+    except OSError:
+        continue
+    seen.append(number)
+def descriptors(): return seen
+"""
+
+
+def test_a_program_sees_no_descriptors_but_its_own(tier: str, tmp_path: Path) -> None:
+    """Standard input, output and error, and for calls and asserts the pipe or socket that carries the answers."""
+    with Verifiers(workers=1, code=options(tier, tmp_path)) as verifiers:
+        calls = {"tests": ["assert descriptors() == [0, 1, 2, 3]"]}
+        script = {"tests": ["there = descriptors()\nassert there == [0, 1, 2, 3]"]}
+        stdio = task_row([("", "[0, 1, 2]\n")])
+        everywhere = OPEN.format(first=0)
+        for row, program in ((calls, everywhere), (script, everywhere), (stdio, f"{everywhere}print(seen)")):
+            assert verifiers.verify(prompt("code", row=row), program).label is Label.CORRECT, row
+
+
+def test_the_self_test_says_what_does_not_run(tier: str, monkeypatch) -> None:
+    """A module that is there outside and not inside; one that ends the process; and no word of other systems' ones."""
+    pytest.importorskip("numpy")
+    with contextlib.closing(Runner(tier, CodeOptions(), Guest(module="programs"))) as runner:
+        assert selftest.faults(runner) == []
+        (fault,) = selftest.faults(runner, ["numpy"])
+        assert fault == "import numpy (ModuleNotFoundError: No module named 'numpy')"
+        assert "asyncio.windows_events" in library.names()
+        monkeypatch.setattr(selftest, "_IMPORTS", "import os\nprint('? gone', flush=True)\nos._exit(3)")
+        assert selftest.faults(runner) == ["import gone (it ends the process)"]
+
+
+def test_a_tier_in_which_an_import_fails_is_refused_by_name(tier: str, monkeypatch) -> None:
+    monkeypatch.setattr(code_answer.selftest, "faults", lambda runner, modules: [f"import {n} (E)" for n in "abcdefg"])
+    with (
+        Verifiers(workers=1) as verifiers,
+        pytest.raises(SandboxLeaks, match=r"cannot import a .*import e \(E\) and 2"),
+    ):
+        verifiers.verify(prompt("code", row={"tests": ["assert f() == 1"]}), "def f(): return 1")
+
+
+def test_a_leaking_sandbox_is_refused(tier: str, monkeypatch) -> None:
     monkeypatch.setattr(code_answer.selftest, "leaks", lambda runner: ["reads a file of the user"])
     with Verifiers(workers=1) as verifiers, pytest.raises(SandboxLeaks, match="reads a file of the user"):
         verifiers.verify(prompt("code", row={"tests": ["assert f() == 1"]}), "def f(): return 1")
 
 
-def test_a_leaking_sandbox_is_used_only_on_request_and_says_so(monkeypatch, caplog) -> None:
+def test_a_leaking_sandbox_is_used_only_on_request_and_says_so(tier: str, monkeypatch, caplog) -> None:
     monkeypatch.setattr(code_answer.selftest, "leaks", lambda runner: ["reads a file of the user"])
     with Verifiers(workers=1, allow_unsafe_sandbox=True) as verifiers:
         assert verifiers.verify(prompt("code", row={"tests": ["assert f() == 1"]}), "def f(): return 1").score == 1.0
@@ -208,7 +290,7 @@ def test_without_any_tier_limits_run_on_request(monkeypatch) -> None:
         assert misjudged(verifiers, [*HONEST, *harmless]) == []
 
 
-def test_a_dead_jail_is_replaced_and_the_job_repeated(tmp_path: Path) -> None:
+def test_a_dead_jail_is_replaced_and_the_job_repeated(tier: str, tmp_path: Path) -> None:
     with Verifiers(workers=1, code=options("auto", tmp_path)) as verifiers:
         row = {"tests": ["assert f() == 1"]}
         assert verifiers.verify(prompt("code", row=row), "def f(): return 1").score == 1.0
@@ -218,7 +300,7 @@ def test_a_dead_jail_is_replaced_and_the_job_repeated(tmp_path: Path) -> None:
         assert pool.restarts == 1
 
 
-def test_a_jail_that_cannot_start_gives_unknown(monkeypatch, tmp_path: Path) -> None:
+def test_a_jail_that_cannot_start_gives_unknown(tier: str, monkeypatch, tmp_path: Path) -> None:
     with Verifiers(workers=1, code=options("auto", tmp_path)) as verifiers:
         row = {"tests": ["assert f() == 1"]}
         assert verifiers.verify(prompt("code", row=row), "def f(): return 1").score == 1.0
@@ -241,6 +323,6 @@ def test_without_memory_files_jobs_travel_in_deleted_ones(monkeypatch, leaves_no
         assert file.read() == b"x" * 100_000
 
 
-def test_a_zygote_that_fails_says_why() -> None:
+def test_a_zygote_that_fails_says_why(tier: str) -> None:
     with pytest.raises(WorkerDied, match="no_such_module"):
-        Zygote(machine_tiers()[-1], Guest(module="programs", modules=("no_such_module",)))
+        Zygote(tier, Guest(module="programs", modules=("no_such_module",)))

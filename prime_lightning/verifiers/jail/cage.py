@@ -45,27 +45,26 @@ class Cage:
         self._threads = int(config["threads"])
         self._filter: kernel.Filter | None = None
         self._ruleset = -1
+        if self.tier not in ("limits", "no-open"):  # before the rights go: what is opened here need not be reachable
+            ruleset = kernel.landlock_ruleset(config["readable"])
+            self._ruleset = _park(ruleset)
+            os.close(ruleset)
         if config["uid"] is not None:
             os.setgroups([])
             os.setresgid(config["uid"], config["uid"], config["uid"])
             os.setresuid(config["uid"], config["uid"], config["uid"])
         if self.tier != "limits":
-            self._harden(config["readable"])
+            self._harden()
         null = os.open(os.devnull, os.O_RDWR)
         self._null = _park(null)
         os.close(null)
         self._zygote = os.getpid()
 
-    def _harden(self, readable: list[str]) -> None:
+    def _harden(self) -> None:
         kernel.not_dumpable()
         kernel.no_new_privileges()
         kernel.drop_capabilities()
-        files = self.tier != "no-open"
-        self._filter = kernel.Filter(syscalls.build_filter(kernel.MACHINE, files=files))
-        if files:
-            ruleset = kernel.landlock_ruleset(readable)
-            self._ruleset = _park(ruleset)
-            os.close(ruleset)
+        self._filter = kernel.Filter(syscalls.build_filter(kernel.MACHINE, files=self.tier != "no-open"))
 
     def enter(self, descriptors: Mapping[int, int], *, cpu_seconds: int, memory_bytes: int) -> None:
         """Lock this process in, for good. Called once, right after the fork.

@@ -112,11 +112,20 @@ def _builtin_name(error: BaseException) -> str:
     return next((name for name in names if name not in ("object", "BaseException")), "Exception")
 
 
+def load(source: str, names: dict[str, Any]) -> None:
+    """Run a program to its end, which `exit()` brings, too: what it defined before can be called."""
+    try:
+        exec(compile(source, "<solution>", "exec"), names)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+
+
 def serve(channel: int, source: str, wanted: list[str], names: dict[str, Any]) -> None:
     """Run the program, announce what it made of the names that the tests want, answer the judge."""
     talk = _Conversation(channel)
     try:
-        exec(compile(source, "<solution>", "exec"), names)
+        load(source, names)
     except BaseException as error:
         talk.send(["E", type(error).__name__[:60], str(error)[:200]])
         return

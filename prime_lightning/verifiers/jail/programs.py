@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import random
+import site
 import socket
 import sys
 import threading
@@ -26,7 +27,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from prime_lightning.verifiers.jail import candidate, codec, judge, wire
+from prime_lightning.verifiers.jail import candidate, codec, judge, library, wire
 from prime_lightning.verifiers.jail.cage import Cage
 from prime_lightning.verifiers.jail.zygote import fork
 
@@ -46,10 +47,15 @@ _COMMON = (  # noqa: SIM905  (a list would be seventy lines)
 
 
 def prepare(config: dict[str, Any]) -> None:
-    """Import what programs often import: in the tier `no-open` they can import nothing else."""
+    """Import what programs often import, whole packages that were asked for, and `exit`, `quit` and their like."""
     for name in _COMMON:
         with contextlib.suppress(ImportError):  # some builds of Python lack some modules
             importlib.import_module(name)
+    for name in config["modules"]:
+        library.complete(name)
+    site.setquit()  # Python was started without `site`, so that no .pth file is run
+    site.setcopyright()
+    site.sethelper()
 
 
 def start(cage: Cage, job: dict[str, Any], descriptors: list[int]) -> list[int]:
@@ -57,7 +63,7 @@ def start(cage: Cage, job: dict[str, Any], descriptors: list[int]) -> list[int]:
     limits = {"cpu_seconds": job["cpu_seconds"], "memory_bytes": job["memory_bytes"]}
     if job["mode"] == "script":
         return _start_script(cage, limits, descriptors)
-    run, layout = (_calls, (3, 4)) if job["mode"] == "calls" else (_stdio, (3, 0, 1))
+    run, layout = (_calls, (4, 3)) if job["mode"] == "calls" else (_stdio, (3, 0, 1))
     child = fork(lambda: _enter(cage, dict(zip(layout, descriptors, strict=True)), limits, run))
     for descriptor in descriptors:
         os.close(descriptor)
@@ -69,10 +75,10 @@ def _start_script(cage: Cage, limits: dict[str, int], descriptors: list[int]) ->
     tests, verdict, source = descriptors
     ours, theirs = (end.detach() for end in socket.socketpair())
     generous = {**limits, "cpu_seconds": limits["cpu_seconds"] + 2}
-    children = [fork(lambda: _enter(cage, {3: tests, 4: verdict, 5: ours}, generous, _judge))]
+    children = [fork(lambda: _enter(cage, {3: verdict, 4: ours, 5: tests}, generous, _judge))]
     for descriptor in (tests, verdict, ours):
         os.close(descriptor)
-    children.append(fork(lambda: _enter(cage, {3: source, 4: theirs}, limits, _candidate)))
+    children.append(fork(lambda: _enter(cage, {3: theirs, 4: source}, limits, _candidate)))
     os.close(source)
     os.close(theirs)
     return children
@@ -96,15 +102,15 @@ def _module(name: str) -> dict[str, Any]:
 
 
 def _calls(leave: Callable[[int], Any] = os._exit) -> None:
-    """Descriptors: 3 the job, 4 for results: `["V", i, value]`, `["O", i, type]`, `["E", i, error]`, `["X", error]`."""
-    job = json.loads(wire.read_all(3))
+    """Descriptors: 4 the job, 3 for results: `["V", i, value]`, `["O", i, type]`, `["E", i, error]`, `["X", error]`."""
+    job = json.loads(wire.read_all(4))
     names = _module("solution")
     write = wire.write_line
     try:
-        exec(compile(job["source"], "<solution>", "exec"), names)
+        candidate.load(job["source"], names)
         exec(compile(job["setup"], "<setup>", "exec"), names)
     except BaseException as error:
-        write(4, ["X", _short(error)])
+        write(3, ["X", _short(error)])
         leave(0)
     for index, expression in enumerate(job["calls"]):
         try:
@@ -113,7 +119,7 @@ def _calls(leave: Callable[[int], Any] = os._exit) -> None:
             line = ["O", index, str(error)[:80]]
         except BaseException as error:
             line = ["E", index, _short(error)]
-        write(4, line)
+        write(3, line)
     leave(0)
 
 
@@ -147,14 +153,14 @@ def _stdio(leave: Callable[[int], Any] = os._exit) -> None:
 
 
 def _candidate(leave: Callable[[int], Any] = os._exit) -> None:
-    """Descriptors: 3 the program and the names that the tests want, 4 to the judge."""
-    job = json.loads(wire.read_all(3))
-    candidate.serve(4, job["source"], job["names"], _module("solution"))
+    """Descriptors: 4 the program and the names that the tests want, 3 to the judge."""
+    job = json.loads(wire.read_all(4))
+    candidate.serve(3, job["source"], job["names"], _module("solution"))
     leave(0)
 
 
 def _judge(leave: Callable[[int], Any] = os._exit) -> None:
-    """Descriptors: 3 the tests, 4 for the verdict, 5 to the candidate. No model code is here."""
-    job = json.loads(wire.read_all(3))
-    wire.write_line(4, judge.judge(5, job))
+    """Descriptors: 5 the tests, 3 for the verdict, 4 to the candidate. No model code is here."""
+    job = json.loads(wire.read_all(5))
+    wire.write_line(3, judge.judge(4, job))
     leave(0)

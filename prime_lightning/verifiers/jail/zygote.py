@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from prime_lightning.verifiers.jail import wire
+from prime_lightning.verifiers.jail import library, wire
 from prime_lightning.verifiers.jail.cage import Cage
 
 Start = Callable[[Cage, dict[str, Any], list[int]], list[int]]
@@ -121,6 +121,7 @@ def _serve_workers(control: socket.socket, cage: Cage, start: Start) -> None:
 
 def main(config: dict[str, Any]) -> None:
     """Import what `config["guest"]` names, lock up, serve until the control channel closes."""
+    library.open_up(config["tier"], other_user=config["uid"] is not None)
     for name in config["modules"]:
         importlib.import_module(name)
     guest = importlib.import_module(f"prime_lightning.verifiers.jail.{config['guest']}")
