@@ -22,7 +22,7 @@ from prime_lightning.verifiers.code_run import Outcome, Plan, Runner
 from prime_lightning.verifiers.code_tests import Task
 from prime_lightning.verifiers.options import CodeOptions
 
-_VERSION = 1  # raise it when what a plan means changes
+_VERSION = 2  # raise it when what a plan means changes
 _REFERENCE_SECONDS = 40  # CPU time that a reference may take
 _SLACK = 4  # a program may take so many times the reference's CPU time
 _REMEMBERED = 100_000

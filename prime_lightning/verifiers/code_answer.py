@@ -89,13 +89,19 @@ class CodeGrader:
             if known is not None:
                 return known[1]
         try:
-            task: Task | str = task_of(row_of(prompt))
+            task: Task | str = self._runnable(task_of(row_of(prompt)))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             task = f"{type(error).__name__}: {error}"
         with self._tasks_lock:
             self._tasks[id(prompt)] = prompt, task  # the prompt is held, so its id stays its own
             while len(self._tasks) > _PARSED:
                 self._tasks.popitem(last=False)
+        return task
+
+    def _runnable(self, task: Task) -> Task:
+        absent = [name for name in task.needs if name not in self.options.modules]
+        if absent:
+            raise ValueError(f"the tests import {', '.join(absent)}, which the code option `modules` does not name")
         return task
 
     def _start(self) -> Runner:

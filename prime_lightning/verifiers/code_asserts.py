@@ -182,3 +182,78 @@ def discards_results(tests: list[str], own: set[str]) -> bool:
 def bound_by(source: str) -> set[str]:
     """Names that the set-up of the tests defines."""
     return _bound(parsed(source))
+
+
+def imports_of(sources: list[str]) -> dict[str, set[str]]:
+    """Modules that sources import at their top, by the first part of their names, and the names taken from each."""
+    found: dict[str, set[str]] = {}
+    for node in (node for source in sources for node in parsed(source).body):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                root = alias.name.partition(".")[0]
+                found.setdefault(root, set()).update(_attributes(sources, alias.asname or root))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {alias.name for alias in node.names} - {"*"}
+            found.setdefault(node.module.partition(".")[0], set()).update(names)
+    return found
+
+
+def _attributes(sources: list[str], module: str) -> set[str]:
+    """Names that are looked up in a module."""
+    nodes = (node for source in sources for node in ast.walk(parsed(source)))
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module
+    }
+
+
+def only_imports(source: str) -> bool:
+    """Whether a source does nothing but import."""
+    body = parsed(source).body
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
+def defines(source: str, name: str) -> bool:
+    """Whether a source defines a function at its top."""
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in parsed(source).body)
+
+
+def calls_at_top(source: str, name: str) -> bool:
+    """Whether a source calls a function as a statement at its top."""
+    return any(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == name
+        for node in parsed(source).body
+    )
+
+
+def refuse_tests_of_nothing(setup: str, tests: list[str]) -> None:
+    """No program can pass a test that asserts nothing, nor can it fail.
+
+    Raises:
+        ValueError: A test neither asserts, nor calls what the tests define.
+    """
+    known = _bound(parsed(setup))
+    for test in tests:
+        tree = parsed(test)
+        known |= _bound(tree)
+        if not any(_may_assert(node, known) for node in ast.walk(tree)):
+            raise ValueError(f"Expected every test to assert something, got {test[:80]!r}.")
+    if not any(_asserts_itself(node) for source in (setup, *tests) for node in ast.walk(parsed(source))):
+        raise ValueError("Expected tests with asserts, got none.")
+
+
+def _may_assert(node: ast.AST, known: set[str]) -> bool:
+    named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    return _asserts_itself(node) or (named and node.func.id in {*known, "__run__"})  # type: ignore[attr-defined]
+
+
+def _asserts_itself(node: ast.AST) -> bool:
+    """An assert, a method like unittest's `assertEqual`, or `raises`."""
+    return isinstance(node, ast.Assert) or (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, (ast.Attribute, ast.Name))
+        and (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id).startswith(
+            ("assert", "raises", "fail")
+        )
+    )

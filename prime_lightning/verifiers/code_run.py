@@ -173,6 +173,7 @@ class Runner:
             "setup": task.setup,
             "names": task.names,
             "modules": dict(task.modules),
+            "aliases": task.aliases,
             "in_place": plan.in_place,
         }
         program = {"source": source, "names": task.names}
@@ -234,12 +235,20 @@ def _loads(line: bytes) -> Any:
 def _expected_calls(task: Task, source: str, tolerance: float) -> tuple[list[tuple[str, Any]], Matching]:
     if task.calls is not None and task.tests:
         return [(call.expression, call.expected) for call in task.calls], Matching(tolerance=tolerance)
-    name = re.escape(task.entry_point)
-    top_level = re.search(rf"^(?:async )?(?:def {name}\b|{name} *=)", source, re.MULTILINE)
-    method = not top_level and re.search(r"^class Solution\b", source, re.MULTILINE)
-    target = f"Solution().{task.entry_point}" if method else task.entry_point
+    target = _where(task.entry_point, source)
     pairs = [(f"{target}({', '.join(map(repr, arguments))})", expected) for arguments, expected in task.functions]
     return pairs, Matching(tolerance=tolerance, json=True)
+
+
+def _where(function: str, source: str) -> str:
+    """How a program's function is called: by its name, or as the method of the class that has it, `Solution` first."""
+    name = re.escape(function)
+    if re.search(rf"^(?:async )?(?:def {name}\b|{name} *=)", source, re.MULTILINE):
+        return function
+    classes = re.findall(r"^class (\w+)(.*(?:\n(?:[ \t#].*)?)*)", source, re.MULTILINE)
+    having = [kind for kind, body in classes if re.search(rf"^[ \t]+(?:async )?def {name}\b", body, re.MULTILINE)]
+    kinds = [kind for kind, _ in classes if kind == "Solution"] or having
+    return f"{kinds[-1]}().{function}" if kinds else function
 
 
 def _agrees(expected: Any, data: Any, how: Matching) -> bool:

@@ -1,19 +1,14 @@
-"""The tests of a data row, whatever its format: asserts, a `check` function, stdin/stdout cases, function calls.
+"""What a program must do, from the tests of a data row, whatever their format.
 
-Reads: MBPP (`tests` or `test_list`), HumanEval (`test`, `entry_point`), APPS and TACO (`inputs`, `outputs`,
-`fn_name`, also inside `input_output`), CodeContests (`public_tests`, `private_tests`, `generated_tests`), Codeforces
-(`official_tests`, `examples`), LiveCodeBench (`public_test_cases`, `private_test_cases`), LeetCode (`inputs`,
-`outputs`, `fn_name`).
+`code_rows.py` reads the columns, `code_units.py` finds functions and classes for pytest and unittest, `code_asserts.py`
+what asserts need. Training and `prime-lightning verify` both come in by `row_of` and `task_of`.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
-import pickle
-import zlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +16,9 @@ from typing import Any
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import code_asserts as asserts
 from prime_lightning.verifiers.code_asserts import Call
+from prime_lightning.verifiers.code_rows import Case, Row, function_of, has_tests, read, structure
+from prime_lightning.verifiers.code_units import PROGRAM_MODULES, units_of
 from prime_lightning.verifiers.jail.judge import MODULES
-
-_MOST_PACKED = 256 << 20  # bytes of an unpacked LiveCodeBench entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +47,10 @@ class Task:
     """What the tests want of the program, for `script` mode."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """What the tests want of the standard library without importing it: local name -> module."""
+    aliases: tuple[str, ...] = ()
+    """Modules by whose names the tests import the program."""
+    needs: tuple[str, ...] = ()
+    """Third-party modules that the tests import."""
     in_place: bool = False
     """Whether tests look, by their form, at what a call does to its arguments."""
     reference: str = ""
@@ -74,97 +73,120 @@ class Task:
         return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def row_of(prompt: Prompt) -> Mapping[str, Any]:
-    """The row with the tests; where it has none, `answer` may hold them as JSON (PRIME's Eurus-2-RL data)."""
-    if prompt.answer.lstrip().startswith(("{", "[")) and not _has_tests(prompt.row):
-        loaded = _json(prompt.answer)
-        return {**prompt.row, **(loaded if isinstance(loaded, dict) else {"tests": loaded})}
-    return prompt.row
+def row_of(prompt: Prompt) -> Row:
+    """The row with the tests; where it has none, `answer` or a ground truth may hold them (PRIME's Eurus-2-RL data)."""
+    row = prompt.row
+    if has_tests(row):
+        return row
+    model = row.get("reward_model")
+    truths = (
+        prompt.answer,
+        row.get("answer"),
+        row.get("ground_truth"),
+        isinstance(model, Mapping) and model.get("ground_truth"),
+    )
+    for truth in truths:
+        if isinstance(truth, str) and not truth.lstrip().startswith(("{", "[")):
+            continue
+        if truth:
+            held = structure(truth)
+            return {**row, **held} if isinstance(held, Mapping) else {**row, "tests": held}
+    return row
 
 
-_SOURCES = (
-    "tests", "test_list", "test", "inputs", "input_output", "public_tests", "private_tests", "generated_tests",
-    "official_tests", "examples", "public_test_cases", "private_test_cases",
-)  # fmt: skip
-
-
-def _has_tests(row: Mapping[str, Any]) -> bool:
-    return any(row.get(name) for name in _SOURCES)
-
-
-def task_of(row: Mapping[str, Any]) -> Task:
+def task_of(row: Row) -> Task:
     """Read the tests of a row.
 
     Raises:
-        ValueError: There are none, or they cannot be read; the message says which.
+        ValueError: There are none, or they cannot be read or run here; the message says which.
     """
+    imports = row.get("test_imports") or []
     common: dict[str, Any] = {
-        "setup": "\n".join(
-            filter(None, [*(row.get("test_imports") or []), row.get("setup") or row.get("test_setup_code") or ""])
-        ),
+        "setup": "\n".join(filter(None, [*imports, row.get("setup") or row.get("test_setup_code") or ""])),
         "prelude": str(row.get("prelude") or ""),
         "entry_point": str(row.get("entry_point") or row.get("fn_name") or ""),
         "reference": str(row.get("reference_solution") or row.get("reference") or ""),
         "tolerance": None if row.get("tolerance") is None else float(row["tolerance"]),
     }
-    tests = _json(row.get("tests") or row.get("test_list") or ())
-    if isinstance(tests, dict):
-        return task_of({**row, "tests": None, "test_list": None, **tests})
-    if tests and all(isinstance(test, str) for test in tests):
-        return _asserts(list(tests), common)
-    if row.get("test"):
-        call = "" if not common["entry_point"] else f"\ncheck({common['entry_point']})\n"
-        return _asserts([row["test"] + call], common)
-    return _cases(row, tests, common)
+    tests = read(row)
+    if isinstance(tests[0], Case):
+        return _cases([case for case in tests if isinstance(case, Case)], row, common)
+    return _sources([str(test) for test in tests], row, common)
 
 
-def _asserts(tests: list[str], common: dict[str, Any]) -> Task:
+def _sources(sources: list[str], row: Row, common: dict[str, Any]) -> Task:
+    """Tests that are Python: `check(candidate)`, functions and classes, or asserts."""
+    tests: list[str] = []
+    for source in sources:
+        units = units_of(source)
+        if units is not None:
+            common["setup"] = f"{common['setup']}\n{units.setup}".strip()
+            common["reference"] = common["reference"] or _solution(row)
+            tests += units.tests
+        elif asserts.only_imports(source):
+            common["setup"] = f"{common['setup']}\n{source}".strip()
+        else:
+            tests.append(_checked(source, common["entry_point"]))
+    imported = asserts.imports_of([common["setup"], *tests])
+    common["aliases"] = tuple(sorted(imported.keys() & PROGRAM_MODULES))
+    common["needs"] = tuple(sorted(imported.keys() - PROGRAM_MODULES - sys.stdlib_module_names - {"pytest"}))
+    program = {name for alias in common["aliases"] for name in imported[alias]}
+    common["entry_point"] = common["entry_point"] or min(program, default="")
+    asserts.refuse_tests_of_nothing(common["setup"], tests)
+    return _asserts(tests, program, common)
+
+
+def _checked(source: str, entry_point: str) -> str:
+    """HumanEval's tests define `check`, which somebody must call."""
+    if not asserts.defines(source, "check"):
+        return source
+    if asserts.calls_at_top(source, "check"):
+        return source
+    if not entry_point:
+        raise ValueError("Expected `entry_point`, the name of the function that `check` is called with.")
+    return f"{source}\ncheck({entry_point})\n"
+
+
+def _solution(row: Row) -> str:
+    """KodCode's solution, if it is a program."""
+    text = str(row.get("solution") or "")
+    return text if asserts.defined_by(text)[0] else ""
+
+
+def _asserts(tests: list[str], program: set[str], common: dict[str, Any]) -> Task:
     own, imported = asserts.defined_by(common["reference"])
-    if common["entry_point"]:
-        own.add(common["entry_point"])
+    own |= program | ({common["entry_point"]} if common["entry_point"] else set())
     own = own or asserts.called_names(tests)
     setup_names = asserts.bound_by(common["setup"])
     calls = [asserts.as_call(test, own, setup_names) for test in tests]
-    wanted = asserts.wanted_names([common["setup"], *tests], own)
+    wanted = asserts.wanted_names([common["setup"], *tests], own) | program
     library = {name: name for name in wanted & MODULES} | {name: imported[name] for name in wanted & imported.keys()}
     return Task(
         tests=tuple(tests),
-        calls=None if None in calls else tuple(call for call in calls if call is not None),
-        names=tuple(sorted(wanted - (library.keys() - own))),
+        calls=None if None in calls or common["aliases"] else tuple(call for call in calls if call is not None),
+        names=tuple(sorted(wanted - (library.keys() - own) - {"__run__", "__name__"})),
         modules={name: module for name, module in library.items() if name not in own},
         in_place=asserts.discards_results(tests, own),
         **common,
     )
 
 
-def _cases(row: Mapping[str, Any], tests: Any, common: dict[str, Any]) -> Task:
-    packed = _json(row.get("input_output") or {})
-    pairs: list[tuple[Any, Any]] = []
-    function = common["entry_point"]
-    for holder in (row, packed):
-        function = str(holder.get("fn_name") or function)
-        pairs += zip(_json(holder.get("inputs") or ()), _json(holder.get("outputs") or ()), strict=True)
-    for name in ("public_tests", "private_tests", "generated_tests"):
-        holder = _json(row.get(name) or {})
-        pairs += zip(holder.get("input") or (), holder.get("output") or (), strict=True)
-    functional = bool(function) and bool(pairs)
-    listed = [*tests]
-    for name in ("official_tests", "public_test_cases", "private_test_cases"):
-        listed += _unpacked(row.get(name) or ())
-    for case in listed or _json(row.get("examples") or ()):
-        if not isinstance(case, Mapping):
-            raise ValueError(f"Expected tests to be strings or mappings, got {type(case).__name__}.")
-        functional = functional or case.get("testtype") == "functional"
-        pairs.append((case.get("stdin", case.get("input", "")), case.get("stdout", case.get("output"))))
-    if not pairs:
-        raise ValueError(f"Expected tests in one of the columns {_SOURCES}, got a row with {sorted(row)}.")
-    if functional:
-        metadata = _json(row.get("metadata") or {})
-        name = function or str(metadata.get("func_name") or "")
-        return Task(
-            functions=tuple(_function_case(*pair) for pair in pairs), **{**common, "entry_point": _identifier(name)}
-        )
-    return Task(stdio=tuple((_lines(stdin), _lines(stdout)) for stdin, stdout in pairs), **common)
+def _cases(cases: list[Case], row: Row, common: dict[str, Any]) -> Task:
+    """Calls where a function is named, by the cases or the row; else programs that read and print."""
+    named = function_of(row)
+    calls = [case.kind == "call" or (not case.kind and bool(case.function or named)) for case in cases]
+    if not any(calls):
+        return Task(stdio=tuple((_lines(case.given), _lines(case.expected)) for case in cases), **common)
+    if not all(calls):
+        raise ValueError("Expected cases of one kind, got calls of a function and runs of a program.")
+    functions = {case.function for case in cases} - {""} or {named}
+    if len(functions) > 1:
+        raise ValueError(f"Expected one function for all cases, got {sorted(functions)}.")
+    entry_point = _identifier(functions.pop().rpartition(".")[2])  # `Solution().f` is looked for in the program
+    return Task(
+        functions=tuple(_function_case(case.given, case.expected) for case in cases),
+        **{**common, "entry_point": entry_point},
+    )
 
 
 def _identifier(name: str) -> str:
@@ -177,9 +199,9 @@ def _function_case(arguments: Any, expected: Any) -> tuple[tuple[Any, ...], Any]
     """LiveCodeBench writes one JSON value per line; APPS and LeetCode hold a list of arguments."""
     if isinstance(arguments, str):
         arguments = [json.loads(line) for line in arguments.split("\n") if line.strip()]
-        expected = _json(expected)
-    if isinstance(arguments, Mapping):
-        raise ValueError("Expected the arguments of a function as a list, got a mapping.")
+        expected = structure(expected)
+    if not isinstance(arguments, (list, tuple)):
+        raise ValueError(f"Expected the arguments of a function as a list, got {type(arguments).__name__}.")
     return tuple(arguments), expected
 
 
@@ -190,30 +212,3 @@ def _lines(text: Any) -> str:
     if text is None:
         raise ValueError("Expected every case to have an output, got none.")
     return str(text)
-
-
-def _json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in the tests, got {value[:60]!r}: {error}") from None
-
-
-class _TextOnly(pickle.Unpickler):
-    """Unpickles strings and refuses everything that has a class."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise ValueError(f"Expected plain text in packed tests, got {module_name}.{global_name}.")
-
-
-def _unpacked(cases: Any) -> list[Any]:
-    """LiveCodeBench packs hidden cases as base64 of zlib of a pickled JSON string."""
-    if isinstance(cases, str) and not cases.lstrip().startswith(("[", "{")):
-        try:
-            raw = zlib.decompressobj().decompress(base64.b64decode(cases), _MOST_PACKED)
-            cases = _TextOnly(io.BytesIO(raw)).load()
-        except (zlib.error, pickle.UnpicklingError, EOFError, TypeError) as error:
-            raise ValueError(f"Expected packed tests, got something else: {error}") from None
-    return list(_json(cases))

@@ -12,10 +12,12 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
-from prime_lightning.verifiers.jail import codec, wire
+from prime_lightning.verifiers.jail import codec, units, wire
 
 MODULES = frozenset(
     {
@@ -47,6 +49,13 @@ class RemoteError(Exception):
 
 class Lost(BaseException):
     """The program is gone, or does not keep to the protocol. Tests cannot catch it by `except Exception`."""
+
+    happened = False
+    """Whether it was ever raised here, whatever the tests made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        Lost.happened = True
 
 
 class Handle:
@@ -115,6 +124,17 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<candidate {self.__kind}>"
+
+
+class Missing:
+    """A name that the tests want and the program lacks: no test passes for the error that its use would be."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """End the run."""
+        raise Lost
+
+    def __getattr__(self, name: str) -> Any:
+        raise Lost
 
 
 class _Conversation:
@@ -226,20 +246,42 @@ def _exception(name: str, message: str) -> Exception:
 
 
 class _CountAsserts(ast.NodeTransformer):
-    """Adds a call after every assert, so that one that is never reached is noticed."""
+    """Adds a call after every assert, also one by a method or a context, so that one never reached is noticed."""
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        return self._counted(node)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
+        return self._counted(node) if self._asserts(node.value) else node
+
+    def visit_With(self, node: ast.With) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        return self._counted(node) if any(self._asserts(item.context_expr) for item in node.items) else node
+
+    @staticmethod
+    def _counted(node: ast.stmt) -> list[ast.stmt]:
         counted = ast.Expr(ast.Call(ast.Name("__count__", ast.Load()), [], []))
         return [node, ast.copy_location(counted, node)]
+
+    @staticmethod
+    def _asserts(node: ast.expr) -> bool:
+        match node:
+            case ast.Call(func=ast.Attribute(attr=name)) | ast.Call(func=ast.Name(id=name)):
+                return name.startswith("assert") or name == "raises"
+        return False
 
 
 def _environment(talk: _Conversation, defined: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Globals of the tests: of the program only what they need, and modules that are the judge's own."""
     names = {name: value for name, value in defined if type(name) is str}
-    space: dict[str, Any] = {"__name__": "__tests__", "__builtins__": builtins}
+    units.install()
+    space: dict[str, Any] = {"__name__": "__tests__", "__builtins__": builtins, "__run__": units.run}
     for name in job["names"]:
-        if name in names:
-            space[name] = talk.decode(names[name])
+        space[name] = talk.decode(names[name]) if name in names else Missing()
+    for alias in job["aliases"]:
+        program = types.ModuleType(alias)
+        vars(program).update({name: space[name] for name in job["names"] if name in names})
+        sys.modules[alias] = program
     for name, module in job["modules"].items():
         if module in MODULES:
             space[name] = importlib.import_module(module)
@@ -252,8 +294,8 @@ def judge(channel: int, job: dict[str, Any]) -> list[Any]:
     Args:
         channel: To the candidate.
         job: `setup` source, `tests` sources, `names` wanted of the program, `modules` wanted of the library (local
-        name ->
-            module), `in_place`: whether changes of arguments count.
+            name -> module), `aliases`: modules by which they import the program, `in_place`: whether changes of
+            arguments count.
 
     Returns:
         `["T", [passed, asserts executed, error], ...]`, one entry per test begun, or `["X", error]` if the program
@@ -288,11 +330,11 @@ def _run(setup: str, tests: list[str], space: dict[str, Any]) -> list[list[Any]]
         try:
             tree = ast.fix_missing_locations(_CountAsserts().visit(ast.parse(test)))
             exec(compile(tree, "<tests>", "exec"), space)
-        except Lost:
-            results.append([False, 0, "lost"])
-            break
         except BaseException as raised:
             error = type(raised).__name__[:80]
+        if Lost.happened:  # whatever a test made of it
+            results.append([False, 0, "lost"])
+            break
         if number or error:
             results.append([not error, executed - before, error])
         if not number and error:
