@@ -6,8 +6,9 @@ one in which a module of the standard library cannot be imported: a program that
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,7 +91,6 @@ def leaks(runner: Runner) -> list[str]:
         ]
 
 
-_OTHER_SYSTEMS = ("asyncio.windows", "encodings.mbcs", "encodings.oem", "_ios_support")
 _IMPORT_SECONDS = 60
 _IMPORTS = """
 import importlib
@@ -99,8 +99,7 @@ for name in NAMES:
     try:
         importlib.import_module(name)
     except BaseException as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        print("!", name, missing, type(error).__name__, " ".join(str(error).split()), sep="\\t", flush=True)
+        print("!", name, type(error).__name__, " ".join(str(error).split()), sep="\\t", flush=True)
 print(".")
 """
 
@@ -139,20 +138,20 @@ def _imports_that_fail(runner: Runner, modules: Iterable[str]) -> list[str]:
     report = runner.printed(source, cpu_seconds=_IMPORT_SECONDS)
     lines = report.output.decode(errors="replace").splitlines()
     entries = [line.split("\t") for line in lines if line.startswith("!\t")]
-    failed = [
-        f"import {name} ({kind}: {message})"
-        for _, name, missing, kind, message in entries
-        if not name.startswith(_OTHER_SYSTEMS) and not _nowhere(missing)
-    ]
+    outside = _importable_outside([entry[1] for entry in entries])
+    failed = [f"import {name} ({kind}: {message})" for _, name, kind, message in entries if name in outside]
     if not report.clean or lines[-1:] != ["."]:
         last = next((line[2:] for line in reversed(lines) if line.startswith("? ")), "anything")
         failed.append(f"import {last} ({report.stopped or 'it ends the process'})")
     return failed
 
 
-def _nowhere(name: str) -> bool:
-    """Whether this machine lacks a module outside of the jail, too: `_gdbm`, or `winreg`."""
-    try:
-        return name != "None" and importlib.util.find_spec(name) is None
-    except (ImportError, ValueError):
-        return True
+def _importable_outside(names: list[str]) -> set[str]:
+    """Those of the modules that this machine has: not those of other systems, or in a package not installed."""
+    source = f"NAMES = {names!r}\n{_IMPORTS}"
+    command = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-W", "ignore", "-c", source]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    return set(names) - {line.split("\t")[1] for line in done.stdout.splitlines() if line.startswith("!\t")}

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from prime_lightning.eurus import EurusPrompts
 from prime_lightning.prompts import DatasetPrompts
 from prime_lightning.rollout import Label
+from prime_lightning.template import Template
 from prime_lightning.verifiers import CodeOptions, Verifiers
 from prime_lightning.verifiers.code_rows import read
 from prime_lightning.verifiers.code_tests import task_of
@@ -99,7 +101,7 @@ SETS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "Add.", "verification_info": str({"language": "python", "test_cases": [CALL]})}, ADD,
     ),
     "Eurus-2": (
-        {"data_source": "x", "ability": "code",
+        {"data_source": "x", "ability": "code", "prompt": [{"role": "user", "content": "Twice."}],
          "reward_model": {"style": "rule", "ground_truth": json.dumps({"inputs": ["4\n"], "outputs": ["8\n"]})}},
         TWICE,
     ),
@@ -138,7 +140,15 @@ def test_a_row_of_each_public_set(verifiers: Verifiers, name: str, tmp_path: Pat
     """Through the data set that trains and as `verify` reads it: the right program passes, and no other."""
     row, right = SETS[name]
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    (trained,) = DatasetPrompts(str(tmp_path / "data.jsonl"), kind="code", shuffle=False).references()
+    path = str(tmp_path / "data.jsonl")
+    shown = next(name for name in ("question", "question_title", "problem", "text", "query", "prompt") if name in row)
+    template = Template(user=f"{{{shown}}}")
+    data = (
+        EurusPrompts(path, revision=None)
+        if name == "Eurus-2"
+        else DatasetPrompts(path, kind="code", shuffle=False, template=template)
+    )
+    (trained,) = data.references()
     for asked in (trained, prompt("code", row=row), prompt("code", row=json.loads(json.dumps(row)))):
         assert not verifiers.check_golds([asked]).bad
         verdicts = {
