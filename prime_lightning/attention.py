@@ -7,7 +7,7 @@ is found out again in every layer, builds no mask, and runs
 
 Both are the same sums. Nobody has run the first on a GPU yet.
 
-Shapes: X tokens of the packed row, q queries and k keys of one sequence, H heads, D numbers of a head.
+Shapes: X tokens of the packed row, Y keys, q queries and k keys of one sequence, H heads, D numbers of a head.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ def varlen(
     device = query.device.type  # rotary embeddings leave queries and keys in float32 under autocast
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else value.dtype
-    query_XHD, key_XHD, value_XHD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    flash = varlen_of_torch() if fits_flash(query_XHD, value_XHD) else None
+    query_XHD, key_YHD, value_YHD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    if sequences.key_Y is not None:
+        key_YHD, value_YHD = key_YHD[sequences.key_Y], value_YHD[sequences.key_Y]
+    flash = varlen_of_torch() if fits_flash(query_XHD, value_YHD) else None
     attended = one_by_one if flash is None else by_flash(flash)
-    return attended(query_XHD, key_XHD, value_XHD, sequences, scaling, sliding_window)[None], None
+    return attended(query_XHD, key_YHD, value_YHD, sequences, scaling, sliding_window)[None], None
 
 
 def fits_flash(query_XHD: Tensor, value_XHD: Tensor) -> bool:
@@ -107,27 +109,27 @@ def by_flash(flash: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Flash attention of torch with the arguments of `one_by_one`."""
 
     def attended(
-        query_XHD: Tensor, key_XHD: Tensor, value_XHD: Tensor, rows: Sequences, scale: float | None, window: int | None
+        query_XHD: Tensor, key_YHD: Tensor, value_YHD: Tensor, rows: Sequences, scale: float | None, window: int | None
     ) -> Tensor:
         longest = max(rows.keys)
         return flash(
             query_XHD,
-            key_XHD,
-            value_XHD,
+            key_YHD,
+            value_YHD,
             rows.query_starts,
             rows.key_starts,
             max(rows.queries),
             longest,
             scale=scale,
             window_size=(-1 if window is None or window >= longest else window - 1, 0),  # counts keys before one's own
-            enable_gqa=query_XHD.shape[1] != key_XHD.shape[1],
+            enable_gqa=query_XHD.shape[1] != key_YHD.shape[1],
         )
 
     return attended
 
 
 def one_by_one(
-    query_XHD: Tensor, key_XHD: Tensor, value_XHD: Tensor, rows: Sequences, scale: float | None, window: int | None
+    query_XHD: Tensor, key_YHD: Tensor, value_YHD: Tensor, rows: Sequences, scale: float | None, window: int | None
 ) -> Tensor:
     """`softmax(scale * query key^T) value` of each sequence, `[X, H, D]`.
 
@@ -138,8 +140,8 @@ def one_by_one(
     """
     parts = zip(
         query_XHD.transpose(0, 1).split(rows.queries, 1),
-        key_XHD.transpose(0, 1).split(rows.keys, 1),
-        value_XHD.transpose(0, 1).split(rows.keys, 1),
+        key_YHD.transpose(0, 1).split(rows.keys, 1),
+        value_YHD.transpose(0, 1).split(rows.keys, 1),
         strict=True,
     )
     return torch.cat([part for x in parts for part in _sequence(*x, scale, window)], 1).transpose(0, 1)

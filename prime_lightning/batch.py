@@ -157,28 +157,46 @@ class Batch:
         order = torch.randperm(groups, generator=generator).to(self.group_B.device)
         return [torch.isin(self.group_B, part).nonzero().squeeze(-1) for part in order.tensor_split(count)]
 
-    def microbatches(self, rows: Tensor, token_budget: int, *, whole_groups: bool = False) -> Iterator[Tensor]:
-        """Cut rows into parts of at most `token_budget` tokens, padding counted; one unit always fits.
+    def microbatches(
+        self, rows: Tensor, token_budget: int, *, whole_groups: bool = False, shared_prompts: bool = False
+    ) -> Iterator[Tensor]:
+        """Cut rows into parts of at most `token_budget` tokens; one unit always fits.
 
-        Units are responses, or whole groups. Units of similar length come together, so that little is padding.
+        Units are responses, or whole groups. Padding counts, and units of similar length come together, so that little
+        is padding. With shared prompts there is none: a prompt counts once, and its responses come together.
         """
-        if not len(rows):
-            return
-        length_B = (self.prompt_length_B + self.response_length_B)[rows]
-        if whole_groups:
-            ids = self.group_B[rows]
-            units = [rows[ids == i] for i in ids.unique()]
-            longest = [int(length_B[ids == i].max()) for i in ids.unique()]
-        else:
-            units, longest = list(rows.split(1)), length_B.tolist()
-        part: list[Tensor] = []
-        for i in sorted(range(len(units)), key=lambda i: longest[i]):
-            if part and (sum(map(len, part)) + len(units[i])) * longest[i] > token_budget:
-                yield torch.cat(part)
-                part = []
-            part.append(units[i])
+        prompt: list[int] = self.prompt_length_B[rows].tolist()
+        response: list[int] = self.response_length_B[rows].tolist()
+        group: list[int] = self.group_B[rows].tolist()
+
+        def longest(unit: list[int]) -> int:
+            return max(prompt[i] + response[i] for i in unit)
+
+        def grown(part: list[int], tokens: int, unit: list[int]) -> int:
+            if not shared_prompts:
+                return (len(part) + len(unit)) * longest(unit)
+            new = not part or group[part[-1]] != group[unit[0]]
+            return tokens + sum(response[i] for i in unit) + prompt[unit[0]] * new
+
+        part: list[int] = []
+        tokens = 0
+        units = _members(group) if whole_groups else [[i] for i in range(len(rows))]
+        for unit in sorted(units, key=lambda unit: (shared_prompts and group[unit[0]], longest(unit))):
+            if part and grown(part, tokens, unit) > token_budget:
+                yield rows[part]
+                part, tokens = [], 0
+            tokens = grown(part, tokens, unit)
+            part += unit
         if part:
-            yield torch.cat(part)
+            yield rows[part]
+
+
+def _members(group: Sequence[int]) -> list[list[int]]:
+    """Places of each group, by the groups' numbers."""
+    found: dict[int, list[int]] = {number: [] for number in sorted(set(group))}
+    for place, number in enumerate(group):
+        found[number].append(place)
+    return list(found.values())
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

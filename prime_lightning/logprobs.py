@@ -44,13 +44,16 @@ class ScoringLM(nn.Module):
         chunk_tokens: Response tokens projected onto the vocabulary at a time.
         packed: Put all rows one behind another without padding (position ids restart at each row). For the attention
             kind `varlen` or flash attention; with others it costs a mask of (all tokens)^2.
+        shared_prompts: Run a prompt once for all of its responses in a batch; for packed rows and `varlen`.
 
     Raises:
         ValueError: for models whose head does more than a projection and a soft cap, or that cannot be
             packed.
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False, shared_prompts: bool = False
+    ) -> None:
         super().__init__()
         config = causal_lm(model).config.get_text_config()
         for name in SCALED_HEADS:
@@ -63,7 +66,7 @@ class ScoringLM(nn.Module):
             check_packed(causal_lm(model))
         self.model = model
         self.chunk_tokens = chunk_tokens
-        self.packed = packed
+        self.packed, self.shared_prompts = packed, shared_prompts
         open_head(causal_lm(model).get_output_embeddings())
 
     def forward(
@@ -90,7 +93,10 @@ class ScoringLM(nn.Module):
         rows_N, steps_N = response_index(prompt_length_B, response_length_B)
         places_N = prompt_length_B[rows_N] + steps_N
         length_B = prompt_length_B + response_length_B
-        hidden_NH = hidden_states(self.model, tokens_BL, length_B, rows_N, places_N - 1, packed=self.packed)
+        shared_B = prompt_length_B if self.shared_prompts else None
+        hidden_NH = hidden_states(
+            self.model, tokens_BL, length_B, rows_N, places_N - 1, packed=self.packed, prompts_B=shared_B
+        )
         targets_N = tokens_BL[rows_N, places_N]
         logprobs_N, entropy_N = self.head_scores(hidden_NH, targets_N, temperature, entropy)
         shape = len(tokens_BL), int(response_length_B.max())
@@ -115,16 +121,19 @@ class ValueLM(nn.Module):
         model: A Hugging Face causal LM; its vocabulary head is dropped.
         chunk_tokens: Not needed here; taken so that it is made like `ScoringLM`.
         packed: As in `ScoringLM`.
+        shared_prompts: As in `ScoringLM`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False, shared_prompts: bool = False
+    ) -> None:
         super().__init__()
         if packed:
             check_packed(causal_lm(model))
         self.model = causal_lm(model).base_model
         self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)  # a critic that knows nothing says 0
-        self.packed = packed
+        self.packed, self.shared_prompts = packed, shared_prompts
 
     def forward(
         self,
@@ -138,7 +147,10 @@ class ValueLM(nn.Module):
         rows_N, steps_N = response_index(prompt_length_B, response_length_B)
         places_N = prompt_length_B[rows_N] + steps_N - 1
         length_B = prompt_length_B + response_length_B
-        hidden_NH = hidden_states(self.model, tokens_BL, length_B, rows_N, places_N, packed=self.packed)
+        shared_B = prompt_length_B if self.shared_prompts else None
+        hidden_NH = hidden_states(
+            self.model, tokens_BL, length_B, rows_N, places_N, packed=self.packed, prompts_B=shared_B
+        )
         values_N = self.head(hidden_NH).squeeze(-1).float()
         shape = len(tokens_BL), int(response_length_B.max())
         values_BT = torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), values_N)
@@ -146,17 +158,33 @@ class ValueLM(nn.Module):
 
 
 def hidden_states(
-    model: nn.Module, tokens_BL: Tensor, length_B: Tensor, rows_N: Tensor, places_N: Tensor, *, packed: bool
+    model: nn.Module,
+    tokens_BL: Tensor,
+    length_B: Tensor,
+    rows_N: Tensor,
+    places_N: Tensor,
+    *,
+    packed: bool,
+    prompts_B: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states `[N, H]` at the given places of right-padded rows.
 
     Padding stands on the right and attention is causal, so no real token sees it and no mask is needed.
+
+    Args:
+        model: Of `ScoringLM`, or its decoder.
+        tokens_BL: The rows.
+        length_B: Their tokens.
+        rows_N: Row of each place.
+        places_N: Token of each place in its row.
+        packed: Without padding.
+        prompts_B: Lengths of prompts that are run once for all of their responses, in packed rows; None shares none.
     """
     decoder: Any = causal_lm(model).base_model
     if not packed:
         states_BLH = decoder(input_ids=tokens_BL, use_cache=False).last_hidden_state
         return states_BLH[rows_N, places_N]
-    row = pack(tokens_BL, length_B)
+    row = pack(tokens_BL, length_B, prompts_B)
     arguments = packed_arguments(decoder.config.get_text_config()._attn_implementation, row.sequences)
     states_1XH = decoder(
         input_ids=row.tokens_X[None], position_ids=row.positions_X[None], use_cache=False, **arguments

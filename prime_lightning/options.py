@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prime_lightning.algorithms.loss import Aggregation, Estimator
 from prime_lightning.algorithms.reward import Granularity, Normalisation
@@ -48,12 +48,33 @@ class Loading:
     """Recompute activations in the backward pass."""
     packed: bool = False
     """Put responses one behind another without padding; for `varlen` and flash attention."""
+    shared_prompts: Literal["auto", "on", "off"] = "auto"
+    """Run a prompt once for all of its responses in a micro-batch: the same numbers from fewer tokens. `auto` does so
+    with `attention: varlen`, the only kind that can."""
     chunk_tokens: int = 4096
     """Response tokens projected onto the vocabulary at a time."""
 
     def __post_init__(self) -> None:
         if self.attention == "varlen" and not self.packed:
             raise ValueError("Expected `loading.packed: true` with `loading.attention: varlen`, got false.")
+        if self.shared_prompts == "on" and self.attention != "varlen":
+            raise ValueError(
+                f"Expected `loading.attention: varlen` with `loading.shared_prompts: on`, got {self.attention!r}."
+            )
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is run once for all of its responses."""
+        return self.attention == "varlen" and self.shared_prompts != "off"
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """The options of `ScoringLM` and `ValueLM`."""
+        return {
+            "chunk_tokens": self.chunk_tokens,
+            "packed": self.packed,
+            "shared_prompts": self.shares_prompts,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,15 @@
 """Rows of different lengths as one row without padding, and which of its tokens attend to which.
 
-Shapes: B responses, L prompt and response tokens, X tokens of the packed row, S sequences of it, N places.
+Responses to one prompt may share it: its tokens stand in the row once, before the first of them, and all of them see
+it. For a prompt of P tokens and K responses of T each, that is P + K T tokens to compute instead of K (P + T).
+
+Shapes: B responses, L prompt and response tokens, X tokens of the packed row, Y keys, S sequences.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ class Sequences:
     """`[S + 1]`, int32: where the queries of each sequence begin in the row, and the row's end."""
     key_starts: Tensor
     """The same for the keys."""
+    key_Y: Tensor | None = None
+    """Token of the row that each key is; None where keys are the queries."""
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | None = None) -> Sequences:
@@ -49,19 +54,53 @@ class Packed:
     sequences: Sequences
 
 
-def pack(tokens_BL: Tensor, length_B: Tensor) -> Packed:
+def pack(tokens_BL: Tensor, length_B: Tensor, prompt_length_B: Tensor | None = None) -> Packed:
     """Rows of these lengths one behind another.
 
+    Args:
+        tokens_BL: Padded on the right.
+        length_B: Tokens of each row.
+        prompt_length_B: Tokens at the beginning of each row that stand in the packed row once if other rows begin with
+            the same ones; None shares nothing.
+
     Example:
-        >>> packed = pack(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]))
+        >>> packed = pack(torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([3, 3]), torch.tensor([2, 2]))
         >>> packed.tokens_X, packed.positions_X
-        (tensor([5, 6, 7, 8, 9]), tensor([0, 1, 2, 0, 1]))
+        (tensor([5, 6, 7, 8]), tensor([0, 1, 2, 2]))
+        >>> packed.sequences.queries, packed.sequences.keys, packed.sequences.key_Y
+        ((3, 1), (3, 3), tensor([0, 1, 2, 0, 1, 3]))
     """
-    real_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) < length_B[:, None]
-    row_X, positions_X = real_BL.nonzero(as_tuple=True)
-    place_BL = real_BL.flatten().cumsum(0).view_as(tokens_BL) - 1
-    sequences = Sequences.of(tuple(length_B.tolist()), tokens_BL.device)
+    B, L = tokens_BL.shape
+    column_L, row_B = (torch.arange(n, device=tokens_BL.device) for n in (L, B))
+    real_BL = column_L < length_B[:, None]
+    first_B = row_B if prompt_length_B is None else first_with_prompt(tokens_BL, prompt_length_B)
+    own_BL = real_BL
+    if prompt_length_B is not None:
+        own_BL = real_BL & ((first_B == row_B)[:, None] | (column_L >= prompt_length_B[:, None]))
+    row_X, positions_X = own_BL.nonzero(as_tuple=True)
+    place_BL = own_BL.flatten().cumsum(0).view(B, L) - 1
+    place_BL = place_BL.where(own_BL, place_BL[first_B])
+    queries, keys = own_BL.sum(1).tolist(), length_B.tolist()
+    asking = [i for i, q in enumerate(queries) if q]
+    sequences = Sequences.of(tuple(queries[i] for i in asking), tokens_BL.device)
+    if prompt_length_B is not None:
+        seen = tuple(keys[i] for i in asking)
+        key_Y = place_BL[real_BL & own_BL.any(1)[:, None]]
+        sequences = replace(sequences, keys=seen, key_starts=_starts(seen, tokens_BL.device), key_Y=key_Y)
     return Packed(tokens_BL[row_X, positions_X], positions_X, place_BL, sequences)
+
+
+def first_with_prompt(tokens_BL: Tensor, prompt_length_B: Tensor) -> Tensor:
+    """Number of the first row, for each row, that begins with the same prompt.
+
+    Example:
+        >>> first_with_prompt(torch.tensor([[5, 6], [5, 7], [5, 8]]), torch.tensor([1, 2, 1]))
+        tensor([0, 1, 0])
+    """
+    P = int(prompt_length_B.max())
+    outside_BP = torch.arange(P, device=tokens_BL.device) >= prompt_length_B[:, None]
+    group_B: Tensor = tokens_BL[:, :P].masked_fill(outside_BP, -1).unique(dim=0, return_inverse=True)[1]
+    return (group_B[:, None] == group_B).int().argmax(1)
 
 
 def _starts(lengths: tuple[int, ...], device: torch.device | None) -> Tensor:

@@ -34,4 +34,4 @@ def load_scoring(
     if loading.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     adapted: Any = with_adapters(lm, lora, seed)
-    return devices.place(kind(adapted, chunk_tokens=loading.chunk_tokens, packed=loading.packed))
+    return devices.place(kind(adapted, **loading.scoring))

@@ -26,7 +26,7 @@ from prime_lightning.batch import Batch
 from prime_lightning.facts import run_facts
 from prime_lightning.head import Entropy, Scores
 from prime_lightning.measures import Measures
-from prime_lightning.options import Update, precision_of
+from prime_lightning.options import Loading, Update, precision_of
 
 Terms = Callable[[Batch, Tensor], Tensor]
 """`(micro-batch, its rows in the batch) -> sum of the loss terms`."""
@@ -73,6 +73,8 @@ class SteppingModule(pl.LightningModule):
     """Roles that have an optimizer, in the order of `configure_optimizers`."""
     updates: dict[str, Update]
     """How each role is updated."""
+    loading: Loading
+    """How the models are run."""
     command = ""
     """What started the run, for the cards of its models."""
 
@@ -159,13 +161,18 @@ class SteppingModule(pl.LightningModule):
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         everything = torch.arange(len(batch), device=self.device)
         with self.timed("score"):
-            for rows in self.level(batch.microbatches(everything, self.updates["policy"].micro_tokens)):
+            for rows in self.level(self.microbatches("policy", batch, everything)):
                 if rows is None:
                     self.logprobs(model, batch.nothing())
                 else:
                     scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
                     out_BT[rows, : scored_bt.shape[1]] = scored_bt
         return out_BT
+
+    def microbatches(self, role: str, batch: Batch, rows: Tensor, *, whole_groups: bool = False) -> Iterator[Tensor]:
+        """Rows in parts of as many tokens as a role may have at a time."""
+        budget, shared = self.updates[role].micro_tokens, self.loading.shares_prompts
+        return batch.microbatches(rows, budget, whole_groups=whole_groups, shared_prompts=shared)
 
     def level(self, micros: Iterable[Tensor]) -> list[Tensor | None]:
         """These micro-batches, and None for each that another rank has more: all ranks do as many forwards."""
@@ -193,7 +200,7 @@ class SteppingModule(pl.LightningModule):
                 total = self.all_reduce(count(rows).float(), "sum")
                 if total == 0:  # on all ranks; weight decay and momentum alone must not move the model
                     continue
-                for micro in self.level(batch.microbatches(rows, update.micro_tokens, whole_groups=whole_groups)):
+                for micro in self.level(self.microbatches(role, batch, rows, whole_groups=whole_groups)):
                     if micro is None:  # by the same computation, which sharding strategies compare over ranks
                         loss = terms(batch.nothing(), torch.zeros(1, dtype=torch.long, device=self.device))
                     else:

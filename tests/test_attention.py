@@ -179,6 +179,77 @@ def test_the_host_waits_once_a_forward_and_not_in_each_layer(name):
     assert len(waits) == 1
 
 
+# ---- prompts that are run once for all of their responses
+
+
+def shared_batch(prompts=(0, 1, 0, 2, 0, 1, 0), responses=(4, 6, 1, 3, 0, 2, 5), *, garbage=0):
+    """Rows of three prompts of 5, 2 and 7 tokens, not in order, of which the third begins with the second."""
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(2, 29, (n,), generator=generator) for n in (5, 2, 7)]
+    texts[2][:2] = texts[1]
+    length = [len(texts[p]) + r for p, r in zip(prompts, responses, strict=True)]
+    tokens = torch.full((len(prompts), max(length)), garbage)
+    for i, p in enumerate(prompts):
+        tail = torch.randint(2, 29, (responses[i],), generator=generator)
+        tokens[i, : length[i]] = torch.cat([texts[p], tail])
+    return tokens, torch.tensor([len(texts[p]) for p in prompts]), torch.tensor(responses)
+
+
+@models
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_prompts_change_no_number_and_no_gradient(name, checkpointing):
+    rows = shared_batch(garbage=7)
+    expected_model, model = model_of(name, "eager"), model_of(name, "varlen").train()
+    expected = plain(expected_model, *rows, 0.7)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    scores = scored(model, rows, 0.7, packed=True, shared_prompts=True, chunk_tokens=3)
+    assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    found = gradients(model, loss_of(*scores))
+    assert_close(found, gradients(expected_model, loss_of(*expected)), rtol=1e-3, atol=1e-3)
+
+
+@models
+def test_the_kernel_gets_shared_prompts_as_longer_keys(name, stand_in):
+    expected = plain(model_of(name, "eager"), *shared_batch())
+    scores = scored(model_of(name, "varlen"), shared_batch(), packed=True, shared_prompts=True)
+    assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    assert stand_in[0]["cu_seq_k"].diff().tolist() == [9, 8, 6, 10, 4, 10]  # the row without a response asks nothing
+    assert stand_in[0]["cu_seq_q"].diff().tolist() == [9, 8, 1, 10, 2, 5]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), min_size=1, max_size=8))
+def test_any_mixture_of_prompts_may_be_shared(rows):
+    given_ = shared_batch(*zip(*rows, strict=True))
+    model = tiny_lm("llama", attention="varlen")
+    apart, shared = (scored(model, given_, packed=True, shared_prompts=on) for on in (False, True))
+    assert_close(apart, shared, rtol=1e-4, atol=1e-4)
+
+
+def test_values_with_shared_prompts_are_those_without():
+    critics = [ValueLM(tiny_lm("llama", attention="varlen"), packed=True, shared_prompts=on) for on in (False, True)]
+    for critic in critics:
+        torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+    assert_close(critics[0](*shared_batch())[0], critics[1](*shared_batch())[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_prompt_is_computed_once():
+    model, seen = tiny_lm("llama", attention="varlen"), []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[1]))
+    rows = shared_batch()
+    for shared in (False, True):
+        ScoringLM(model, packed=True, shared_prompts=shared)(*rows)
+    assert seen == [4 * 5 + 2 * 2 + 7 + 21, 5 + 2 + 7 + 21]  # K (P + T) and P + K T, summed over the prompts
+
+
+def test_shared_prompts_follow_the_attention():
+    assert Loading(attention="varlen", packed=True).scoring["shared_prompts"]
+    assert not Loading(attention="varlen", packed=True, shared_prompts="off").scoring["shared_prompts"]
+    assert not Loading(packed=True).scoring["shared_prompts"]
+    with pytest.raises(ValueError, match=r"Expected `loading.attention: varlen` with `loading.shared_prompts: on`"):
+        Loading(packed=True, shared_prompts="on")
+
+
 # ---- the way over torch's kernel, which needs a GPU: here with a stand-in that takes what the kernel takes
 
 

@@ -1,5 +1,7 @@
 """Batches from groups, and their cuts: every row once, budgets kept, groups whole."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +118,30 @@ def test_microbatches_hold_every_row_once_within_the_budget(shape, budget, whole
         assert units == 1 or batch.select(part).tokens_BL.numel() <= budget
     if whole_groups:
         assert sum(len(batch.group_B[part].unique()) for part in parts) == len(groups)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, st.integers(1, 60), st.booleans(), st.randoms(use_true_random=False))
+def test_microbatches_with_shared_prompts_count_a_prompt_once(shape, budget, whole_groups, random):
+    batch = Batch.of_groups(groups_of(shape))
+    rows = torch.tensor(random.sample(range(len(batch)), random.randint(1, len(batch))))
+    parts = list(batch.microbatches(rows, budget, whole_groups=whole_groups, shared_prompts=True))
+    assert sorted(torch.cat(parts).tolist()) == sorted(rows.tolist())
+
+    def tokens(part):
+        prompts = {batch.group_B[i].item(): batch.prompt_length_B[i].item() for i in part}
+        return batch.response_length_B[part].sum() + sum(prompts.values())
+
+    def units(part):
+        return len(batch.group_B[part].unique()) if whole_groups else len(part)
+
+    assert all(units(part) == 1 or tokens(part) <= budget for part in parts)
+    met = [i for part in parts for i in dict.fromkeys(batch.group_B[part].tolist())]
+    assert [i for i, _ in itertools.groupby(met)] == sorted(set(met))  # the responses of a prompt come together
+    for part, after in itertools.pairwise(parts):  # nothing that would have fitted is left to the next one
+        group = batch.group_B[after]
+        first = after[group == group[0]] if whole_groups else after[:1]
+        assert tokens(torch.cat([part, first])) > budget
 
 
 def test_microbatches_bring_rows_of_similar_length_together():

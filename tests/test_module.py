@@ -277,6 +277,38 @@ def test_scores_after_an_optimizer_step_are_the_new_weights(warm_model, tmp_path
     assert torch.equal(after_BT, fresh_BT) is not cached
 
 
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"shared_prompts": "off"}])
+def test_packed_rows_and_shared_prompts_train_as_padded_rows(warm_model, tmp_path, more):
+    """Policy, PRM, reference and critic; micro-batches of a few groups, which are not those of padded rows."""
+    rows = []
+    for loading in (Loading(), Loading(attention="varlen", packed=True, **more)):
+        prime = tiny.module(
+            warm_model,
+            reference=str(warm_model),
+            critic=str(warm_model),
+            advantage=alg.gae,
+            loading=loading,
+            process_reward=ProcessReward(replay=1),
+            policy_update=Update(minibatches=2, micro_tokens=90),
+        )
+        computed = tokens_of(prime)
+        rows.append((tiny.fit(tmp_path, prime, tiny.data(warm_model), 3).rows, sum(computed)))
+    (padded, before), (packed, after) = rows
+    for row, other in zip(padded, packed, strict=True):
+        assert row.keys() == other.keys()
+        assert all(other[k] == pytest.approx(row[k], rel=2e-3, abs=2e-4, nan_ok=True) for k in row)
+    assert after < (before if more.get("shared_prompts") == "off" else 0.85 * before)  # 6 + 4 x 8 tokens, not 4 x 14
+
+
+def tokens_of(prime):
+    """Tokens of each call of the policy, as a list that grows."""
+    prime.configure_model()
+    seen = []
+    layer = prime.policy.model.model.layers[0].mlp
+    layer.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0][..., 0].numel()))
+    return seen
+
+
 def test_mixed_precision_keeps_float32_weights(warm_model, tmp_path):
     prime = tiny.module(warm_model)
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 2, precision="bf16-mixed")

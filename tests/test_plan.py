@@ -18,7 +18,7 @@ from prime_lightning.logprobs import ScoringLM
 from prime_lightning.plan import memory as mem
 from prime_lightning.plan import timing
 from prime_lightning.plan.memory import Sharding
-from prime_lightning.plan.report import memory_of, switched
+from prime_lightning.plan.report import Rollouts, iteration_of, memory_of, switched
 from prime_lightning.plan.setup import setup_of
 from prime_lightning.plan.shape import adapter_parameters, shape_of, work_bytes
 
@@ -294,6 +294,10 @@ def test_what_the_configuration_says(warm_model):
     assert plain.trained == ("policy", "prm")
     assert (plain.weights, plain.autocast, plain.sharding) == (torch.float32, False, Sharding())
     assert setup(warm_model, "--trainer.precision=bf16-mixed").autocast
+    varlen = ("--model.loading.attention=varlen", "--model.loading.packed=true")
+    assert not plain.shared_prompts
+    assert setup(warm_model, *varlen).shared_prompts
+    assert not setup(warm_model, *varlen, "--model.loading.shared_prompts=off").shared_prompts
     assert setup(warm_model, "--model.process_reward.update=none").trained == ("policy",)
     assert setup(warm_model, "--model.policy_optimizer=torch.optim.SGD").moments["policy"] == 0
     assert setup(warm_model, "--model.prm_loss=prime_lightning.algorithms.dpo").micro_tokens["prm"] == 16_384
@@ -331,3 +335,16 @@ def test_every_switch_does_what_it_says(warm_model, monkeypatch):
     together = [before, *(switch.together for switch in found)]
     assert together == sorted(together, reverse=True)
     assert memory_of(replace(large, checkpointing=True), mem.GIB).peak == found[0].alone
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_shared_prompt_is_counted_once_in_time(warm_model):
+    whole = setup(warm_model)
+    rollouts = Rollouts(prompt=30, response=20, acceptance=1.0)
+    apart, shared = (
+        iteration_of(replace(whole, shared_prompts=on), rollouts, timing.Hardware(), 80 * 2**30) for on in (False, True)
+    )
+    share = (30 + whole.samples * 20) / (whole.samples * 50)
+    assert shared.scoring == pytest.approx(share * apart.scoring)
+    assert shared.training == pytest.approx(share * apart.training)
+    assert shared.sampling == apart.sampling

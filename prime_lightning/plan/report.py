@@ -236,7 +236,8 @@ def iteration_of(setup: Setup, rollouts: Rollouts, hardware: Hardware, gpu_bytes
         matrix = timing.matrix_parameters(shape.parameters, shape.lookup)
         return timing.forward_flops(matrix, shape.layers, shape.hidden, tokens, length)
 
-    tokens = rows * length
+    prompts = setup.groups if setup.shared_prompts else rows
+    tokens = prompts * rollouts.prompt + rows * rollouts.response
     scored = sum(forward(role, tokens) for role in setup.shapes) + setup.extra_score * forward("policy", tokens)
     trained = sum(
         setup.epochs[role]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from prime_lightning.options import precision_of
+from prime_lightning.options import Loading, precision_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
@@ -68,6 +68,8 @@ class Setup:
     """Of the longest response."""
     shared_reference: bool
     """The reference is the policy below its adapters."""
+    shared_prompts: bool
+    """A prompt is run once for all of its responses."""
     extra_score: bool
     """The reference is the policy and the temperature is not 1: one forward more."""
 
@@ -100,6 +102,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
             GPUs is not known, or the prompts of an iteration cannot be shared among them.
     """
     model, data, trainer = config.model, config.data, config.trainer
+    loading = Loading(**model.loading.as_dict())
     named = {role: model.get(role) for role in ROLES if model.get(role)}
     made = {role: read_config(name, files.get(role, files.get(""))) for role, name in named.items()}
     trained = tuple(r for r in TRAINED if r in named and not (r == "prm" and model.process_reward["update"] == "none"))
@@ -113,7 +116,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
     half = sharding.masters and mixed
     longest = data.max_prompt_tokens + data.sampling.max_tokens
     updates = {role: model[f"{role}_update"] for role in trained}
-    shapes = {role: shape_of(config, model.loading.attention) for role, config in made.items()}
+    shapes = {role: shape_of(config, loading.attention) for role, config in made.items()}
     adapters = {role: model.get(f"{role}_lora") for role in trained if model.get(f"{role}_lora")}
     adapted = {r: adapter_parameters(made[r], lora.rank, lora.target_modules) for r, lora in adapters.items()}
     unit = {"prm": data.sampling.samples if _whole_groups(model.prm_loss) else 1}
@@ -124,10 +127,10 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         trainable={role: adapted.get(role, shapes[role].parameters) for role in trained},
         moments={role: _moments(model[f"{role}_optimizer"]) for role in trained},
         sharding=sharding,
-        weights=torch.bfloat16 if half else getattr(torch, model.loading.dtype),
+        weights=torch.bfloat16 if half else getattr(torch, loading.dtype),
         autocast=mixed and not half,
-        checkpointing=model.loading.gradient_checkpointing,
-        chunk_tokens=model.loading.chunk_tokens,
+        checkpointing=loading.gradient_checkpointing,
+        chunk_tokens=loading.chunk_tokens,
         micro_tokens={role: max(updates[role].micro_tokens, longest * unit.get(role, 1)) for role in trained},
         epochs={role: updates[role].epochs for role in trained},
         sampler=sampler_of(data.engine),
@@ -136,6 +139,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.sampling.max_tokens,
         shared_reference="policy" in adapted and named.get("reference") == named["policy"],
+        shared_prompts=loading.shares_prompts,
         extra_score="reference" not in named and data.sampling.temperature != 1.0,
     )
 

@@ -217,7 +217,8 @@ class ImplicitPRM:
         """`[B, T]` log-probs, responses of similar length together."""
         out_BT = torch.zeros(batch.mask_BT.shape)
         device = next(model.parameters()).device
-        for rows in batch.microbatches(torch.arange(len(batch)), self.micro_tokens):
+        shared = model.shared_prompts
+        for rows in batch.microbatches(torch.arange(len(batch)), self.micro_tokens, shared_prompts=shared):
             part = batch.select(rows).to(device)
             logprobs_bt, _ = model(part.tokens_BL, part.prompt_length_B, part.response_length_B)
             out_BT[rows, : logprobs_bt.shape[1]] = logprobs_bt.cpu()

@@ -65,7 +65,13 @@ def test_without_the_reference_it_is_beta_times_the_log_prob(prm_run):
 def test_what_else_is_in_the_batch_does_not_matter(prm_run):
     whole = ImplicitPRM.from_pretrained(prm_run / "prm").score(PROMPTS, RESPONSES)
     packed = Loading(packed=True, chunk_tokens=3)
-    for options in ({"micro_tokens": 1}, {"loading": packed, "micro_tokens": 40}):
+    shared = Loading(packed=True, attention="varlen")
+    for options in (
+        {"micro_tokens": 1},
+        {"loading": packed, "micro_tokens": 40},
+        {"loading": shared, "micro_tokens": 40},
+        {"loading": shared},
+    ):
         other = ImplicitPRM.from_pretrained(prm_run / "prm", **options).score(PROMPTS[::-1], RESPONSES[::-1])
         for a, b in zip(whole, other[::-1], strict=True):
             assert a.token_rewards == pytest.approx(b.token_rewards, abs=1e-5)
