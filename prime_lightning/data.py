@@ -18,7 +18,7 @@ from prime_lightning.ahead import AheadLoader
 from prime_lightning.balance import balanced
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine
-from prime_lightning.loader import Collecting, EvaluationLoader, RolloutSource, TrainingLoader
+from prime_lightning.loader import Collecting, EvaluationLoader, RolloutSource, Surplus, TrainingLoader
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
@@ -40,10 +40,12 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts_per_batch: Groups of one iteration, over all ranks.
         max_prompt_tokens: Longer prompts are skipped and counted.
         accuracy_filter: Which groups are trained on.
-        oversample: Prompts sampled for each group that is missing. Above 1 there are fewer, larger rounds; groups that
-            are whole when the batch is full are trained on one iteration later (the policy lag is logged), the others
-            are sampled again. 1 leaves none over and is exactly on-policy. `auto` takes as many as the filter's
-            acceptance of the last batches asks for, at most 10.
+        oversample: Prompts in work for each group that is missing. Above 1 the engine is better filled, and some are
+            left over when the batch is full: see `surplus`. `auto` takes as many as the filter's acceptance of the last
+            batches asks for, at most 10.
+        surplus: What becomes of those. `drop`: they are sampled anew for the next batch, by its weights; batches are
+            those of `oversample: 1`, exactly on-policy and of unbiased length. `keep`: they are finished, and
+            trained on one iteration later (the policy lag is logged); the batch waits for the longest of them.
         max_staleness: How many iterations old the weights may be that sampled a token. 0 is synchronous: sampling and
             training take turns, exactly on-policy. Above 0 the next batches are sampled while the trainer works.
         patience: Stop with an error once this many times `prompts_per_batch` groups were sampled for one batch.
@@ -66,6 +68,7 @@ class RolloutDataModule(pl.LightningDataModule):
         max_prompt_tokens: int = 1024,
         accuracy_filter: AccuracyFilter = AccuracyFilter(),
         oversample: float | Literal["auto"] = 1.0,
+        surplus: Surplus = "drop",
         max_staleness: int = 0,
         patience: int = 20,
         check_answers: bool = True,
@@ -95,6 +98,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.validation_prompts = validation_prompts
         self.prompts_per_batch, self.max_prompt_tokens = prompts_per_batch, max_prompt_tokens
         self.accuracy_filter, self.oversample, self.patience = accuracy_filter, oversample, patience
+        self.surplus = surplus
         self.max_staleness, self.check_answers, self.balance = max_staleness, check_answers, balance
         self.verifiers = verifiers or Verifiers()
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -167,7 +171,8 @@ class RolloutDataModule(pl.LightningDataModule):
             max_prompt_tokens=self.max_prompt_tokens,
             oversample=self.oversample,
             patience=self.patience,
-            max_age=max(self.max_staleness, int(self.oversample != 1)),
+            surplus=self.surplus,
+            max_age=max(self.max_staleness, int(self.surplus == "keep")),
         )
         return TrainingLoader(self.source(self.train), collecting, rank, world)
 

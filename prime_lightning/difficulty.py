@@ -23,7 +23,7 @@ class ByDifficulty(Prompts):
     anew if the run goes on with another number of ranks.
 
     Args:
-        prompts: The source; a data set, since endless problems never come back.
+        prompts: The source; a data set or a mixture of some, since endless problems never come back.
         easy: Pass rate from which a problem counts as too easy.
         hopeless: Pass rate up to which a problem counts as hopeless; below 0 none does.
         keep: Share of such problems that is sampled again in each pass, since the policy changes.
@@ -51,7 +51,9 @@ class ByDifficulty(Prompts):
         """By problem, when it was last sampled."""
 
     def wanted(self, draw: int) -> bool:
-        """Whether the problem was neither too easy nor hopeless, or is due again."""
+        """Whether the problem was neither too easy nor hopeless, or is due again; and the source wants it."""
+        if not self.prompts.wanted(draw):
+            return False
         pass_rate = self.pass_rates.get(self.prompts.place(draw))
         if pass_rate is None or self.hopeless < pass_rate < self.easy:
             return True
@@ -59,16 +61,22 @@ class ByDifficulty(Prompts):
 
     def learn(self, draw: int, outcomes: Sequence[float]) -> None:
         """Remember how the problem went, if anything is known."""
+        self.prompts.learn(draw, outcomes)
         if outcomes:
             self.pass_rates[self.prompts.place(draw)] = sum(outcomes) / len(outcomes)
 
     def state_dict(self) -> dict[str, Any]:
         """The history."""
-        return {"pass_rates": dict(self.pass_rates)}
+        return {"pass_rates": dict(self.pass_rates), "source": self.prompts.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a history."""
         self.pass_rates = dict(state.get("pass_rates", {}))
+        self.prompts.load_state_dict(state.get("source", {}))
+
+    def parts(self) -> list[Prompts]:
+        """The source, or the sources of a mixture."""
+        return self.prompts.parts()
 
     def row(self, draw: int) -> Mapping[str, Any]:
         """The source's."""

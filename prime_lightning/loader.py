@@ -1,12 +1,15 @@
 """Prompts -> engine -> verifiers -> accuracy filter -> whole groups -> `Batch`, one batch on demand.
 
 Groups are decided in the order of their prompts, whatever order they finish in, so that a batch does not depend on
-speed and short answers have no advantage. Sampling stops as soon as the batch is full. Groups that are whole by then
-wait for the next batch, and the prompts of the others go back to the front of the queue.
+speed and short answers have no advantage. A rejected group is replaced by the next prompt at once. Sampling stops as
+soon as the batch is full. With `surplus: drop` the prompts behind it that were begun go back to the front of the queue
+and are sampled anew, by the next weights, whether their groups were finished or not: a batch is then the one that
+sampling without surplus gives. With `keep` every group that was begun is finished, and waits for the next batch. To
+keep finished ones and begin the others again would favour short answers, for a prompt would keep its first group if
+that was short.
 
-Their finished samples are used again only as long as the weights are those that drew them: the seeds would give the
-same samples then, so they save time and change nothing. After an update they are drawn again like the others. To keep
-them would favour short answers: a slot would hold its old sample if that was short, and a fresh one if it was long.
+Finished samples of groups that are begun again are used as long as the weights are those that drew them: the seeds
+would give the same samples then, so they save time and change nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from prime_lightning.verifiers import Verifiers
 
 LONG_PROMPTS_IN_A_ROW = 10_000
 ENDLESS = 10**9
+Surplus = Literal["drop", "keep"]
+"""What becomes of prompts that were begun when a batch is full."""
 UNKNOWN_ALARM = 0.01
 
 
@@ -51,11 +56,11 @@ Graded = tuple[Prompt, list[Completion], list[Future[Verdict]]]
 
 
 class Round:
-    """Graded groups of some prompts, in the prompts' order; grading runs while later groups are still sampled.
+    """Graded groups of prompts, in the prompts' order; grading runs while later groups are still sampled.
 
     Args:
         source: What samples and grades.
-        prompts: In rising order of their draws.
+        prompts: To begin with; `add` adds more while it runs.
         sampling: How completions are drawn.
         tally: Takes the seconds.
         kept: Finished samples of groups that are not whole, see `Engine.stream`; None keeps none.
@@ -69,31 +74,51 @@ class Round:
         tally: Tally,
         kept: Kept | None = None,
     ) -> None:
-        self.source, self.tally = source, tally
+        self.source, self.sampling, self.tally = source, sampling, tally
         self.undecided = deque(prompts)
+        self._options: dict[str, Any] = {} if kept is None else {"kept": kept}
         self._finished: dict[int, Graded] = {}
-        self._stream = source.engine.stream(prompts, sampling, **({} if kept is None else {"kept": kept}))
+        self._open()
 
     def __iter__(self) -> Iterator[Group]:
         while self.undecided:
             self._advance(until=self.undecided[0].draw)
             yield self._graded(self.undecided.popleft())
 
-    def close(self, *, keep_finished: bool) -> tuple[list[Group], list[Prompt]]:
-        """Stop sampling; returns whole groups that were not taken (if they are kept) and prompts to sample again."""
+    def add(self, prompts: Sequence[Prompt]) -> None:
+        """Begin with these, too, behind the others."""
+        self.undecided.extend(prompts)
+        self._asked.extend(prompts)
+
+    def close(self) -> list[Prompt]:
+        """Stop sampling; returns the prompts whose groups were not taken."""
         self._stream.close()  # type: ignore[attr-defined]
-        whole = [p for p in self.undecided if keep_finished and p.draw in self._finished]
-        kept = {p.draw for p in whole}
-        again = [p for p in self.undecided if p.draw not in kept]
-        return [self._graded(p) for p in whole], again
+        return list(self.undecided)
+
+    def _open(self) -> None:
+        """Ask for all groups that are not finished; the engine sees what is added to the list."""
+        self._asked = [prompt for prompt in self.undecided if prompt.draw not in self._finished]
+        self._stream = self.source.engine.stream(self._asked, self.sampling, **self._options)
 
     def _advance(self, until: int) -> None:
         """Sample until this prompt's group is finished; hand every finished group to the verifiers."""
         with self.tally.timed("sample"):
             while until not in self._finished:
-                prompt, completions = next(self._stream)
+                prompt, completions = next(self._stream, None) or self._again()
                 verdicts = [self.source.verifiers.submit(prompt, completion.text) for completion in completions]
                 self._finished[prompt.draw] = prompt, completions, verdicts
+
+    def _again(self) -> tuple[Prompt, list[Completion]]:
+        """The first group of another stream, after one that ended before it saw what was added.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        self._open()
+        group = next(self._stream, None)
+        if group is None:
+            raise RuntimeError(f"Expected groups of {len(self._asked)} prompts of the engine, got none.")
+        return group
 
     def _graded(self, prompt: Prompt) -> Group:
         prompt, completions, verdicts = self._finished.pop(prompt.draw)
@@ -115,8 +140,9 @@ class Collecting:
     max_prompt_tokens: int
     oversample: float | Literal["auto"]
     patience: int
+    surplus: Surplus
     max_age: int
-    """Iterations that an accepted group may wait; 0 keeps none."""
+    """Iterations that the weights of a token may be old when it is trained on."""
 
 
 class TrainingLoader:
@@ -144,7 +170,7 @@ class TrainingLoader:
             yield self.collect()
 
     def collect(self, trained_at: int | None = None) -> Batch:
-        """Sample rounds of prompts until the batch is full.
+        """Sample prompts until the batch is full.
 
         Args:
             trained_at: Iteration that trains on it; None is that of the engine's present weights.
@@ -153,11 +179,10 @@ class TrainingLoader:
         accepted = self._fresh(self.surplus, tally, self.source.engine.version if trained_at is None else trained_at)
         self.surplus = []
         self.acceptance.next_batch()
-        while len(accepted) < options.groups:
-            missing = options.groups - len(accepted)
-            accepted += self._round(self.take(self._started(missing), tally), missing, tally)
-            self._watch(tally, len(accepted))
-        self.surplus, self.tally = accepted[options.groups :] + self.surplus, None
+        if len(accepted) < options.groups:
+            with self.source.lock:
+                accepted += self._sampled(options.groups - len(accepted), tally)
+        self.surplus, self.tally = accepted[options.groups :], None
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
         if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
             warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
@@ -172,26 +197,27 @@ class TrainingLoader:
         )
 
     def _started(self, missing: int) -> int:
-        """Prompts to begin with where this many groups are missing."""
+        """Prompts that are to be undecided where this many groups are missing."""
         oversample = self.options.oversample
         return self.acceptance.prompts(missing) if oversample == "auto" else math.ceil(missing * oversample)
 
-    def _round(self, prompts: list[Prompt], missing: int, tally: Tally) -> list[Group]:
-        """Up to `missing` accepted groups of these prompts; whole groups behind them may become surplus."""
+    def _sampled(self, wanted: int, tally: Tally) -> list[Group]:
+        """This many accepted groups, in the order of their prompts; with `surplus: keep` all that were begun."""
         accepted: list[Group] = []
-        with self.source.lock:
-            self._check(prompts[0])
-            kept = self._same_weights(prompts, tally) if self.options.max_age > 0 else None
-            sampled = Round(self.source, prompts, self.options.sampling, tally, kept)
-            for decided, group in enumerate(sampled, start=1):  # noqa: B007
-                accepted += self._filtered(group, tally)
-                if len(accepted) == missing:
-                    break
-            self.acceptance.add(accepted=len(accepted), decided=decided)
-            whole, again = sampled.close(keep_finished=self.options.max_age > 0)
-        for group in whole:
-            self.surplus += self._filtered(group, tally)
-        self.returned.extendleft(prompt.draw for prompt in reversed(again))
+        kept = self._same_weights()
+        prompts = self.take(self._started(wanted), tally)
+        self._check(prompts[0])
+        sampled = Round(self.source, prompts, self.options.sampling, tally, kept)
+        for group in sampled:
+            accepted += self._filtered(group, tally)
+            missing = wanted - len(accepted)
+            if missing <= 0 and self.options.surplus == "drop":
+                break
+            self._watch(tally, missing)
+            sampled.add(self.take(self._started(max(missing, 0)) - len(sampled.undecided), tally))
+        dropped = sampled.close()
+        tally.metrics["rollout/dropped_prompts"] = len(dropped)
+        self.returned.extendleft(prompt.draw for prompt in reversed(dropped))
         return accepted
 
     def _check(self, prompt: Prompt) -> None:
@@ -200,21 +226,23 @@ class TrainingLoader:
             check_truncated_logprobs(self.source.engine, prompt, self.options.sampling)
             self._checked = True
 
-    def _same_weights(self, prompts: list[Prompt], tally: Tally) -> Kept:
-        """The finished samples of aborted groups that the present weights would draw again."""
+    def _same_weights(self) -> Kept | None:
+        """The finished samples of aborted groups that the present weights would draw again; None if there are none."""
+        if self.options.max_age == 0 or self.options.surplus == "keep":
+            return None  # nothing is begun twice with the same weights
         present = {self.source.engine.version}
         groups = {
             draw: {k: sample for k, sample in group.items() if set(sample.versions) == present}
             for draw, group in self.kept.items()
         }
         self.kept = {draw: group for draw, group in groups.items() if group}
-        tally.metrics["rollout/kept_samples"] += sum(len(self.kept.get(prompt.draw, ())) for prompt in prompts)
         return self.kept
 
     def _filtered(self, group: Group, tally: Tally) -> list[Group]:
         reason = self.options.accuracy_filter.reject(group)
         self.source.prompts.learn(group[0].prompt.draw, [r.verdict.score for r in group if r.verdict.known])
         tally.add(group, reason)
+        self.acceptance.add(accepted=int(reason is None), decided=1)
         return [group] if reason is None else []
 
     def _fresh(self, groups: list[Group], tally: Tally, trained_at: int) -> list[Group]:
@@ -226,8 +254,10 @@ class TrainingLoader:
 
     def take(self, count: int, tally: Tally) -> list[Prompt]:
         """The next prompts of this rank: returned ones first, then new ones that are not too long."""
-        taken = [self._prompt(self.returned.popleft()) for _ in range(min(count, len(self.returned)))]
-        skipped = 0
+        again = [self.returned.popleft() for _ in range(min(count, len(self.returned)))]
+        if self.options.max_age > 0:
+            tally.metrics["rollout/kept_samples"] += sum(len(self.kept.get(draw, ())) for draw in again)
+        taken, skipped = [self._prompt(draw) for draw in again], 0
         while len(taken) < count:
             draw, self.position = self.start + self.position * self.world + self.rank, self.position + 1
             if not self.source.prompts.wanted(draw):
@@ -249,18 +279,18 @@ class TrainingLoader:
     def _prompt(self, draw: int) -> Prompt:
         return self.source.prompts.prompt(draw, self.source.tokenizer)
 
-    def _watch(self, tally: Tally, accepted: int) -> None:
+    def _watch(self, tally: Tally, missing: int) -> None:
         """Complain when the filter leaves too little: a run that samples for ever looks like one that works."""
-        groups, patience = self.options.groups, self.options.patience
-        if accepted >= groups or tally.groups <= patience * groups / 2:
+        groups, most = self.options.groups, self.options.patience * self.options.groups
+        if missing <= 0 or tally.groups not in (most // 2 + 1, most + 1):
             return
         message = (
-            f"The accuracy filter accepted {accepted} of {tally.groups} groups of this batch, which needs "
+            f"The accuracy filter accepted {groups - missing} of {tally.groups} groups of this batch, which needs "
             f"{groups} (mean outcome {tally.accuracy:.3f}; rejected: {tally.rejected()}). Widen "
             "`data.accuracy_filter`, raise `data.sampling.samples`, or take prompts that suit the model."
         )
-        if tally.groups > patience * groups:
-            raise ValueError(f"{message} It stops here because of `data.patience` {patience}.")
+        if tally.groups > most:
+            raise ValueError(f"{message} It stops here because of `data.patience` {self.options.patience}.")
         warnings.warn(message, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:

@@ -301,6 +301,7 @@ class MixedPrompts(Prompts):
         # Spread each source evenly over the stretch: sort all places by their fraction of the source's share.
         places = [((k + 0.5) / weight, i, k) for i, weight in enumerate(self.weights) for k in range(weight)]
         self._pattern = [(i, k) for _, i, k in sorted(places)]
+        self.source = " + ".join(part.source for part in parts)
 
     def parts(self) -> list[Prompts]:
         """All sources, also those of mixtures inside."""
@@ -311,6 +312,11 @@ class MixedPrompts(Prompts):
         stretch, place = divmod(draw, len(self._pattern))
         part, k = self._pattern[place]
         return part, stretch * self.weights[part] + k
+
+    def place(self, draw: int) -> int:
+        """Which problem of which source."""
+        part, inner = self.locate(draw)
+        return self._parts[part].place(inner) * len(self._parts) + part
 
     def row(self, draw: int) -> Mapping[str, Any]:
         """The row at this position."""

@@ -109,7 +109,7 @@ def test_a_batch_does_not_depend_on_the_order_of_finishing(module):
 @pytest.fixture
 def oversampling(module):
     """Groups finish backwards, so that all of a round are whole before the first is decided."""
-    module.oversample, module.engine = 6.0, tiny.Backwards(batch_size=32)
+    module.oversample, module.surplus, module.engine = 6.0, "keep", tiny.Backwards(batch_size=32)
     module.engine.start(module.model)
     return module
 
@@ -178,9 +178,9 @@ def test_patience_warns_and_then_stops(module):
     module.accuracy_filter = AccuracyFilter(low=0.5, high=0.5, min_valid=100)
     module.patience = 4
     with (
-        pytest.warns(UserWarning, match="accepted 0 of 12 groups of this batch, which needs 4"),
+        pytest.warns(UserWarning, match="accepted 0 of 9 groups of this batch, which needs 4"),
         pytest.raises(
-            ValueError, match=r"accepted 0 of 20 groups.*few_valid 20.*stops here because of `data.patience` 4"
+            ValueError, match=r"accepted 0 of 17 groups.*few_valid 17.*stops here because of `data.patience` 4"
         ),
     ):
         loader(module).collect()

@@ -53,6 +53,22 @@ def test_in_a_mixture_each_source_keeps_its_own_history(tmp_path):
     assert [restored.wanted(draw) for draw in range(16, 48)] == [order.wanted(draw) for draw in range(16, 48)]
 
 
+def test_around_a_mixture_each_problem_has_its_own_history(tmp_path):
+    def around():
+        return ByDifficulty(MixedPrompts([rows(tmp_path, 3), rows(tmp_path, 3)], weights=[1, 2]), keep=1e-9)
+
+    order, restored = around(), around()
+    for draw, pass_rate in enumerate((1.0, 1.0, 0.5)):  # of the second source, the first, the second
+        order.learn(draw, [pass_rate])
+    easy = {order.prompts.place(0), order.prompts.place(1)}
+    assert len(easy) == 2
+    restored.load_state_dict(order.state_dict())
+    for draw in range(9, 36):
+        assert order.wanted(draw) == (order.prompts.place(draw) not in easy) == restored.wanted(draw)
+    assert order.parts() == order.prompts.parts()  # whose references are checked before training
+    assert order.source == "rows + rows"
+
+
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": 1.5}, {"easy": 0.5, "hopeless": 0.5}])
 def test_mistakes(wrong):
     with pytest.raises(ValueError, match="Expected 0 < keep <= 1 and hopeless < easy"):

@@ -32,6 +32,7 @@ def pieces(model, prime_options=None):
         model,
         accuracy_filter=AccuracyFilter(low=0.1, high=0.9),
         oversample=3.0,
+        surplus="keep",
         patience=1000,
         engine=tiny.Backwards(batch_size=32),
     )

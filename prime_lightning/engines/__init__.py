@@ -40,6 +40,9 @@ class Engine(Protocol):
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each prompt with its `sampling.samples` completions as soon as all of them are finished, in any order.
 
+        Prompts that are added to the list while the stream runs are drawn, too: the engine looks for them after each
+        group that it has yielded. One that does not look ends its stream, and is asked for them in another.
+
         A sample is fixed by `sampling.seed`, the prompt's `draw` and the sample's number. Closing the iterator drops
         what is unfinished.
 

@@ -82,10 +82,12 @@ class HFEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield groups as they finish, batch by batch in the order of the prompts."""
-        check_fits(prompts, sampling, getattr(self.model.config, "max_position_embeddings", None))
-        step = max(1, self.batch_size // sampling.samples)
-        for start in range(0, len(prompts), step):
-            yield from self._sample(prompts[start : start + step], sampling, kept)
+        step, done = max(1, self.batch_size // sampling.samples), 0
+        while done < len(prompts):  # which may have become more
+            check_fits(prompts[done:], sampling, getattr(self.model.config, "max_position_embeddings", None))
+            begun = prompts[done : done + step]
+            yield from self._sample(begun, sampling, kept)
+            done += len(begun)
 
     def sleep(self) -> None:
         """Move the weights to the host."""

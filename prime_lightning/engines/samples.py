@@ -6,7 +6,7 @@ groups of a stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ class Groups:
     """Finished samples of the prompts of one stream; a whole group leaves it.
 
     Args:
-        prompts: Of the stream.
+        prompts: Of the stream; `grow` takes those in that were added.
         samples: Of each prompt.
         kept: Where finished samples of groups that are not whole come from and stay; see `Engine.stream`.
 
@@ -109,15 +109,29 @@ class Groups:
 
     def __init__(self, prompts: Sequence[Prompt], samples: int, kept: Kept | None = None) -> None:
         self.prompts, self.samples, self._kept = prompts, samples, kept
-        self._open = {i: {} if kept is None else kept.setdefault(p.draw, {}) for i, p in enumerate(prompts)}
+        self._open: dict[int, dict[int, Completion]] = {}
+        self.known = 0
+        self.grow()
 
     def __len__(self) -> int:
         """Groups that are not whole."""
         return len(self._open)
 
+    def grow(self) -> list[int]:
+        """Take in prompts that were added to the list; returns their places."""
+        added = list(range(self.known, len(self.prompts)))
+        for i in added:
+            self._open[i] = {} if self._kept is None else self._kept.setdefault(self.prompts[i].draw, {})
+        self.known = len(self.prompts)
+        return added
+
     def missing(self) -> list[tuple[int, int]]:
         """Samples to draw: index of the prompt and number of the sample."""
-        return [(i, k) for i, group in self._open.items() for k in range(self.samples) if k not in group]
+        return self.missing_of(self._open)
+
+    def missing_of(self, places: Iterable[int]) -> list[tuple[int, int]]:
+        """Those of some prompts."""
+        return [(i, k) for i in places for k in range(self.samples) if k not in self._open[i]]
 
     def add(self, i: int, k: int, completion: Completion) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Take a finished sample; yield the group that it completes."""

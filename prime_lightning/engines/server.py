@@ -147,6 +147,7 @@ class ServerEngine:
         pool = ThreadPoolExecutor(self.in_flight * len(self.servers))
         try:
             while work.unfinished:
+                check_fits(work.grow(), sampling, self.limit)
                 for request in work.take(self._room()):
                     pool.submit(self._run, work, request, outcomes)
                 try:

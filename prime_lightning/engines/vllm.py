@@ -190,6 +190,7 @@ class VLLMEngine:
             process.open(work.name)
             while work.unfinished:
                 try:
+                    check_fits(work.grow(), sampling, process.info["max_model_len"])
                     self._feed(process, work)
                     yield from self._take(process, work)
                 except EngineDiedError as death:

@@ -56,8 +56,14 @@ class Work:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a group is still missing."""
-        return len(self.groups) > 0
+        """Whether a group is still missing, one that was added to the prompts, too."""
+        return len(self.groups) > 0 or self.groups.known < len(self.prompts)
+
+    def grow(self) -> list[Prompt]:
+        """Take in prompts that were added since; returns them."""
+        added = self.groups.grow()
+        self.waiting.extend(self.groups.missing_of(added))
+        return [self.prompts[i] for i in added]
 
     def take(self, window: int) -> list[Request]:
         """Requests to begin with now, in the order of the prompts, so that at most `window` fly.

@@ -63,7 +63,7 @@ def sampled(
             for group in groups:
                 yield records.of_group(group)
         finally:
-            groups.close(keep_finished=False)
+            groups.close()
 
 
 def graded(
