@@ -51,6 +51,8 @@ class Loading:
     shared_prompts: Literal["auto", "on", "off"] = "auto"
     """Run a prompt once for all of its responses in a micro-batch: the same numbers from fewer tokens. `auto` does so
     with `attention: varlen`, the only kind that can."""
+    kernels: Literal["none", "liger", "compile"] = "none"
+    """Faster layers: `liger` (package liger-kernel, CUDA), or `compile` (torch.compile of each, not under ZeRO-3)."""
     chunk_tokens: int = 4096
     """Response tokens projected onto the vocabulary at a time."""
 

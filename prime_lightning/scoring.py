@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prime_lightning.kernels import apply_kernels
 from prime_lightning.logprobs import ScoringLM, ValueLM
 from prime_lightning.lora import with_adapters
 from prime_lightning.options import Loading, Lora
@@ -31,6 +32,7 @@ def load_scoring(
         kind: `ScoringLM`, or `ValueLM` for a critic.
     """
     lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
+    apply_kernels(lm, loading.kernels, gathers_weights=getattr(devices, "zero_stage_3", False))
     if loading.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     adapted: Any = with_adapters(lm, lora, seed)

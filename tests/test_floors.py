@@ -37,6 +37,7 @@ FLOORS = [
     },
     {
         "algorithms",
+        "kernels",
         "logprobs",
         "batch",
         "prompts",
