@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections.abc import Sized
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -36,7 +37,7 @@ class RolloutDataModule(pl.LightningDataModule):
         validation: Prompts of `validate` and of the validation during `fit`.
         sampling: How training rollouts are drawn; `samples` is the paper's K.
         validation_sampling: How validation rollouts are drawn.
-        validation_prompts: How many of the validation prompts are taken.
+        validation_prompts: How many of the validation prompts are taken; of fewer rows, each equally often.
         prompts_per_batch: Groups of one iteration, over all ranks.
         max_prompt_tokens: Longer prompts are skipped and counted.
         accuracy_filter: Which groups are trained on.
@@ -190,11 +191,24 @@ class RolloutDataModule(pl.LightningDataModule):
         return EvaluationLoader(
             self.source(self.validation),
             self.validation_sampling,
-            self.validation_prompts,
+            self._asked(self.validation),
             chunk,
             self.trainer.global_rank,
             self.trainer.world_size,
         )
+
+    def _asked(self, prompts: Prompts) -> int:
+        """Validation prompts; each row equally often, where there are fewer rows than that."""
+        rows, asked = len(prompts) if isinstance(prompts, Sized) else None, self.validation_prompts
+        if rows is None or asked <= rows or asked % rows == 0:
+            return asked
+        even = asked - asked % rows
+        warnings.warn(
+            f"Validation asks {even} prompts instead of {asked} (`data.validation_prompts`): each of the {rows} rows "
+            f"of {prompts.source!r} {even // rows} times, so that none counts more.",
+            stacklevel=2,
+        )
+        return even
 
     def test_dataloader(self) -> EvaluationLoader | list[Any]:
         """The same as for validation."""

@@ -248,7 +248,7 @@ class TrainingLoader:
     def _fresh(self, groups: list[Group], tally: Tally, trained_at: int) -> list[Group]:
         """Groups that are not too old to be trained on then; the others are dropped and counted."""
         oldest = trained_at - self.options.max_age
-        fresh = [g for g in groups if min(min(r.completion.versions) for r in g) >= oldest]
+        fresh = [g for g in groups if all(version >= oldest for r in g for version in r.completion.versions)]
         tally.metrics["rollout/stale_groups"] += len(groups) - len(fresh)
         return fresh
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import write_jsonl
 
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.loader import EvaluationLoader
@@ -289,3 +292,26 @@ def test_many_unknown_verdicts_raise_an_alarm(module):
     module.verifiers = Failing()
     with pytest.warns(UserWarning, match=r"More than 1% of verdicts are unknown \(.*the verifier failed 1 times"):
         loader(module).collect()
+
+
+@pytest.mark.parametrize(("rows", "asked", "each"), [(3, 8, 2), (3, 9, 3), (9, 8, 1)])
+def test_validation_asks_each_row_equally_often(warm_model, tmp_path, rows, asked, each):
+    chains = tiny.ArithmeticPrompts(seed=1, operations=2)
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(chains.row(i)) for i in range(rows)])
+    few = DatasetPrompts(path, kind="exact", template=Template(user="{problem}", chat=False))
+    data = tiny.data(
+        warm_model, validation=few, validation_prompts=asked, validation_sampling=Sampling(samples=1, max_tokens=8)
+    )
+    drawn, stream = Counter(), data.engine.stream
+
+    def seen(prompts, *rest):
+        drawn.update(prompt.text for prompt in prompts)
+        yield from stream(prompts, *rest)
+
+    data.engine.stream = seen
+    words = pytest.warns(UserWarning, match=r"asks 6 prompts instead of 8 .*each of the 3 rows of 'rows' 2 times")
+    uneven = words if asked == 8 and rows == 3 else nullcontext()
+    with uneven:
+        tiny.trainer(tmp_path, 1).validate(tiny.module(warm_model), data, verbose=False)
+    assert set(drawn.values()) == {each}
+    assert len(drawn) == min(rows, asked)

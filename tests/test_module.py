@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from concurrent.futures import Future
 
 import pytest
 import tiny
@@ -11,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from prime_lightning import algorithms as alg
 from prime_lightning.acceptance import AccuracyFilter
+from prime_lightning.batch import Batch
 from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
 from prime_lightning.pretrained import load_tokenizer
-from prime_lightning.rollout import Sampling, Verdict
+from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
 
 
@@ -400,3 +402,57 @@ def test_an_engine_with_other_weights_stops_the_run(sharp_folder, warm_model, tm
 
     with pytest.raises(ValueError, match=r"got a mean difference of \d.* nats a token"):
         tiny.fit(tmp_path, tiny.module(warm_model), tiny.data(warm_model, engine=Stale()), 1)
+
+
+class Mute(tiny.HFEngine):
+    """Says nothing at all, in some of its samples."""
+
+    def stream(self, prompts, sampling, kept=None):
+        for prompt, completions in super().stream(prompts, sampling, kept):
+            nothing = Completion(text="", token_ids=[], logprobs=[], finish=Finish.STOP, versions=[])
+            yield prompt, [nothing, nothing, *completions[2:]]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 512])
+@pytest.mark.parametrize("packed", [False, True])
+def test_empty_completions_are_responses_without_tokens(model_folder, tmp_path, micro_tokens, packed):
+    update = Update(minibatches=2, micro_tokens=micro_tokens, grad_clip=10.0)
+    rollouts = tiny.data(model_folder, engine=Mute(batch_size=32), oversample=2.0, surplus="keep")
+    rollouts.verifiers.submit = tiny.parity
+    options = {"policy_update": update, "prm_update": update, "loading": Loading(packed=packed)}
+    history = tiny.fit(tmp_path, tiny.module(model_folder, reference=model_folder, **options), rollouts, 3)
+    out = history.outputs[0]
+    empty_B = out["batch"].response_length_B == 0
+    assert int(empty_B.sum()) == 8
+    assert not out["batch"].mask_BT[empty_B].any()
+    assert out["advantage_BT"].isfinite().all()
+    assert history.rows[0]["policy/grad_norm"] > 0
+
+
+def test_a_batch_of_empty_completions_alone_is_a_batch():
+    done = Completion(text="", token_ids=[], logprobs=[], finish=Finish.STOP, versions=[])
+    prompt = Prompt(draw=0, token_ids=(1, 2), text="", kind="exact")
+    group = [Rollout(prompt=prompt, completion=done, verdict=Verdict.of_score(x)) for x in (0.0, 1.0)]
+    batch = Batch.of_groups([group])
+    assert batch.mask_BT.shape == (2, 0)
+    assert batch.response_tokens().shape == (2, 0)
+
+
+def test_minibatches_without_a_term_do_not_step(model_folder, tmp_path):
+    """DPO compares right and wrong responses to one prompt; where all are right there is nothing to learn, and weight
+    decay and momentum alone must not move the PRM."""
+    rollouts = tiny.data(model_folder)
+    rollouts.verifiers.submit = lambda *_: done_with(1.0)
+    decaying = {"prm_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1.0), "prm_loss": alg.dpo}
+    prime = tiny.module(model_folder, advantage=alg.reinforce, **decaying)
+    prime.configure_model()
+    before = {role: weights(prime, role) for role in ("prm", "policy")}
+    tiny.fit(tmp_path, prime, rollouts, 2)
+    assert moved(prime, "prm", before["prm"]) == 0
+    assert moved(prime, "policy", before["policy"]) > 0
+
+
+def done_with(score):
+    done = Future()
+    done.set_result(Verdict.of_score(score))
+    return done
