@@ -20,7 +20,7 @@ from prime_lightning.balance import balanced
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine
 from prime_lightning.loader import Collecting, EvaluationLoader, RolloutSource, Surplus, TrainingLoader
-from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
 from prime_lightning.sync import PolicyWeights, send
@@ -109,9 +109,18 @@ class RolloutDataModule(pl.LightningDataModule):
         """Load the tokenizer and start the engine."""
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model)
-            self.engine.start(self.model)
+            warn_of_padding(self.model, self.tokenizer)
+            self._try_prompts(self.tokenizer)
+            with plain_folder(self.model) as model:
+                self.engine.start(model)
         if stage == "fit" and self.check_answers:
             self._drop_unusable()
+
+    def _try_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The first prompt of each source, before anything is loaded: template, chat template and row must agree."""
+        for source in (self.train, self.validation):
+            for part in source.parts() if source else ():
+                part.prompt(0, tokenizer)
 
     def _drop_unusable(self) -> None:
         """Leave rows out whose reference answer its own verifier does not accept; one rank checks for all."""

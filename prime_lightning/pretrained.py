@@ -1,17 +1,24 @@
 """Load Hugging Face models and tokenizers, with errors that say what to do; save them again.
 
-A name is a hub id or a folder, as everywhere in `transformers`.
+A name is a hub id or a folder, as everywhere in `transformers`. A folder of LoRA adapters (`adapter_config.json`)
+stands for the model that they were trained on, with the adapters added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from prime_lightning.attention import check_attention
 from prime_lightning.guests import GuestBar
@@ -26,15 +33,18 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
         ValueError: if there is no such folder or hub id, or it holds no causal LM; if a package is missing that the
             attention needs, or the model needs more than this attention.
     """
+    base = base_of(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=attention, tqdm_class=GuestBar
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base, dtype=getattr(torch, dtype, dtype), attn_implementation=attention, tqdm_class=GuestBar
         )
     except ImportError as error:
         raise ValueError(_not_installed(attention, error)) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(_missing("causal language model", name, error)) from error
+        raise ValueError(_missing("causal language model", base, error)) from error
     check_attention(model, attention)
+    if base != name:
+        model = _with_adapters(model, name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -44,18 +54,117 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """The tokenizer of a model; of the model below, for adapters that come without one.
 
     Raises:
-        ValueError: if there is no such folder or hub id, or it holds no tokenizer.
+        ValueError: if there is no such folder or hub id, it holds no tokenizer, or one with more tokens than the model.
     """
+    base = base_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer files")  # transformers makes up an empty tokenizer then
     except (OSError, ValueError, KeyError) as error:
+        if base != name:
+            return load_tokenizer(base)
         raise ValueError(_missing("tokenizer", name, error)) from error
+    rows = embedding_rows(base)
+    beyond = [token for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows]
+    if beyond:
+        raise ValueError(
+            f"Expected a row of the embedding for each token, got {rows} rows in {base!r} and {len(beyond)} tokens of "
+            f"the tokenizer beyond them, such as {beyond[:3]}. Take the model's own tokenizer, or make rows for them: "
+            "`model.resize_token_embeddings(len(tokenizer))`, then save both into one folder."
+        )
     return tokenizer
+
+
+def embedding_rows(name: str) -> int | None:
+    """Rows of a model's embedding by its configuration; None where there is none to be read."""
+    try:
+        config = AutoConfig.from_pretrained(base_of(name))
+    except (OSError, ValueError, KeyError):
+        return None
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return int(rows) if rows is not None else None
+
+
+def ids_without_token(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the model has and the tokenizer has not, since embeddings are padded; they decode to nothing."""
+    rows = embedding_rows(name) or 0
+    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+
+
+def warn_of_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say how many ids without a token the model could draw."""
+    if unused := ids_without_token(name, tokenizer):
+        warnings.warn(
+            f"{len(unused)} of the {embedding_rows(name)} ids of {name!r} have no token (from {unused[0]} on). A model "
+            "that was trained with them hardly draws them; ids of completions that decode to nothing are of these.",
+            stacklevel=2,
+        )
+
+
+def base_of(name: str) -> str:
+    """The model that a folder (or hub id) of adapters was trained on; the name itself for any other.
+
+    Raises:
+        ValueError: if the adapters do not say.
+    """
+    folder = Path(name)
+    found = folder / "adapter_config.json" if folder.is_dir() else _adapters_on_hub(name)
+    if found is None or not found.is_file():
+        return name
+    base = json.loads(found.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"Expected `base_model_name_or_path` in {str(found)!r}, got none. Write it there, or merge them."
+        )
+    beside = folder / base
+    return str(beside) if folder.is_dir() and not Path(base).exists() and beside.is_dir() else str(base)
+
+
+def _adapters_on_hub(name: str) -> Path | None:
+    if Path(name).is_absolute() or name.count("/") > 1:
+        return None
+    try:
+        found = find_adapter_config_file(name)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def _with_adapters(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model with the adapters of a folder added to its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError(
+            f"Expected `peft` to be installed, since {name!r} holds adapters, got no such module.\n"
+            'Install it: pip install "prime-lightning[lora]"'
+        ) from None
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, name).merge_and_unload()  # type: ignore[operator]
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected adapters in {name!r} that can be added to the weights of {base_of(name)!r}, got: "
+            f"{str(error).splitlines()[0]}."
+        ) from error
+    return merged.requires_grad_(True)  # peft froze them
+
+
+@contextmanager
+def plain_folder(name: str) -> Iterator[str]:
+    """A name that any engine can load: the same, or for adapters a folder with the sum, gone again afterwards.
+
+    The copy is written where `TMPDIR` says, and as large as the model.
+    """
+    if base_of(name) == name:
+        yield name
+        return
+    with tempfile.TemporaryDirectory(prefix="merged-") as folder:
+        save(load_causal_lm(name, dtype="auto"), load_tokenizer(name), folder)
+        yield os.fspath(folder)
 
 
 def check_same_vocabulary(role: str, name: str, other_role: str, other_name: str) -> None:

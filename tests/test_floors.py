@@ -72,7 +72,7 @@ DOORS = {
     "vllm": {"engines.*"},
     "deepspeed": {"strategy"},
     "evaluate": {"evaluation.metrics"},
-    "peft": {"lora"},
+    "peft": {"lora", "pretrained"},
     "plotly": {"report.page"},
     "jinja2": {"report.page"},
     "rich": {"guests", "progress", "verifiers.*", "evaluation.command"},

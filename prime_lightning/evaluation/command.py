@@ -25,7 +25,7 @@ from prime_lightning.evaluation.folder import ResultsFolder, file_digest, finger
 from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, graded, read_completions, sampled
 from prime_lightning.loader import RolloutSource
-from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
 from prime_lightning.usage import TypedParser
@@ -162,8 +162,12 @@ def engine_of(options: Namespace, todo: Sequence[Evaluation], verifiers: Verifie
         yield None
         return
     tokenizer = load_tokenizer(options.model)
+    warn_of_padding(options.model, tokenizer)
+    for evaluation in todo:
+        evaluation.prompts.prompt(0, tokenizer)  # template and chat template must agree, before the model is loaded
     try:
-        options.engine.start(options.model)
+        with plain_folder(options.model) as model:
+            options.engine.start(model)
         yield RolloutSource(prompts=todo[0].prompts, tokenizer=tokenizer, engine=options.engine, verifiers=verifiers)
     finally:
         options.engine.close()

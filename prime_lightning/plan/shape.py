@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from prime_lightning.attention import check_attention
 from prime_lightning.head import chosen_logprobs
 from prime_lightning.logprobs import ScoringLM
+from prime_lightning.pretrained import base_of
 
 ROW = 128  # tokens; attention in blocks keeps the same for many short rows as for few long ones
 FEW = 4  # layers that are counted one by one; even, for models whose layers alternate
@@ -55,7 +56,7 @@ def read_config(name: str, file: str | None = None) -> PretrainedConfig:
     """
     try:
         if file is None:
-            return AutoConfig.from_pretrained(name)  # type: ignore[no-any-return]
+            return AutoConfig.from_pretrained(base_of(name))  # type: ignore[no-any-return]
         values = json.loads(Path(file).read_text())
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (OSError, ValueError, KeyError) as error:

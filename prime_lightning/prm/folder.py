@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import prime_lightning
-from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.pretrained import base_of, load_tokenizer
 from prime_lightning.prm.facts import PRMFacts
 
 WHAT = {
@@ -82,6 +82,7 @@ def write_model(
 
 def _skeleton(source: str, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model without memory, once its weights and the given ones are found to be the same."""
+    source = base_of(source)
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
