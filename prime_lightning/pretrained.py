@@ -18,10 +18,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prime_lightning.attention import check_attention
 from prime_lightning.guests import GuestBar
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+)
 
 
 def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:
@@ -59,24 +68,38 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if there is no such folder or hub id, it holds no tokenizer, or one with more tokens than the model.
     """
-    base = base_of(name)
+    tokenizer = _read_tokenizer(name)
+    rows = embedding_rows(name)
+    beyond = [token for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows]
+    beyond = [token for token in beyond if _of_files(name, token)]  # not those that a tokenizer class brings along
+    if beyond:
+        raise ValueError(
+            f"Expected a row of the embedding for each token, got {rows} rows in {base_of(name)!r} and {len(beyond)} "
+            f"tokens of the tokenizer beyond them, such as {beyond[:3]}. Take the model's own tokenizer, or make rows "
+            "for them: `model.resize_token_embeddings(len(tokenizer))`, then save both into one folder."
+        )
+    return tokenizer
+
+
+def _read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer files")  # transformers makes up an empty tokenizer then
     except (OSError, ValueError, KeyError) as error:
+        base = base_of(name)
         if base != name:
-            return load_tokenizer(base)
+            return _read_tokenizer(base)
         raise ValueError(_missing("tokenizer", name, error)) from error
-    rows = embedding_rows(base)
-    beyond = [token for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows]
-    if beyond:
-        raise ValueError(
-            f"Expected a row of the embedding for each token, got {rows} rows in {base!r} and {len(beyond)} tokens of "
-            f"the tokenizer beyond them, such as {beyond[:3]}. Take the model's own tokenizer, or make rows for them: "
-            "`model.resize_token_embeddings(len(tokenizer))`, then save both into one folder."
-        )
     return tokenizer
+
+
+def _of_files(name: str, token: str) -> bool:
+    """Whether a token stands in the files of a tokenizer."""
+    files = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
+    return any(
+        json.dumps(token, ensure_ascii=False) in Path(file).read_text(encoding="utf-8") for file in files if file
+    )
 
 
 def embedding_rows(name: str) -> int | None:
@@ -173,7 +196,7 @@ def check_same_vocabulary(role: str, name: str, other_role: str, other_name: str
     Raises:
         ValueError: if their tokenizers have different vocabularies.
     """
-    if name != other_name and load_tokenizer(name).get_vocab() != load_tokenizer(other_name).get_vocab():
+    if name != other_name and _read_tokenizer(name).get_vocab() != _read_tokenizer(other_name).get_vocab():
         raise ValueError(
             f"Expected the {role} to have the {other_role}'s tokenizer, since they score the same tokens; got "
             f"{name!r} and {other_name!r} with different vocabularies."

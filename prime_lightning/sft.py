@@ -25,7 +25,7 @@ from prime_lightning.prompts import permutation
 from prime_lightning.rows import check_filled, load_rows
 from prime_lightning.scoring import load_scoring
 from prime_lightning.stepping import devices
-from prime_lightning.template import Template
+from prime_lightning.template import Template, messages_of
 
 Lesson = tuple[Tensor, Tensor, Tensor]
 """`tokens_BL`, `prompt_length_B`, `response_length_B`: ready for `ScoringLM`, padded or packed."""
@@ -50,8 +50,9 @@ class DatasetLessons:
 
     Args:
         path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
-        response_field: Field with the response.
-        template: How a row becomes the prompt.
+        response_field: Field with the response; or with chat messages, of which the last answer is the response, and
+            what stands before it the prompt.
+        template: How a row becomes the prompt; by default PRIME's for mathematics, or the row's own messages.
         split: Split of a hub data set.
         name: Configuration of a hub data set.
         revision: Commit of a hub data set.
@@ -66,9 +67,25 @@ class DatasetLessons:
         name: str | None = None,
         revision: str | None = None,
     ) -> None:
-        self.template, self.response_field = template or Template(), response_field
+        self.response_field = response_field
         self.rows = load_rows(path, split=split, name=name, revision=revision)
         check_filled(self.rows, response_field, path, option="response_field")
+        without = [i for i, value in enumerate(self.rows[response_field]) if not response_of(value)]
+        if without:
+            raise ValueError(
+                f"Expected an answer at the end of `{response_field}` in every row of {path!r}, got none in "
+                f"{len(without)} of {len(self.rows)} (rows {without[:5]} ..., counted from 0). Drop these rows."
+            )
+        self.template = template or self._usual_template()
+        for field in dict.fromkeys(self.template.fields(self.rows[0])):
+            check_filled(self.rows, field, path, option="template.user", blank=True)
+
+    def _usual_template(self) -> Template:
+        """The messages before the response, where there are some; otherwise that of PRIME's authors."""
+        for field in (self.response_field, "prompt"):
+            if any(message["role"] == "user" for message in messages_of(self.rows[0].get(field)) or ()):
+                return Template(user=f"{{{field}}}")
+        return Template()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -77,7 +94,20 @@ class DatasetLessons:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """A row, its response under `response`."""
         row = self.rows[index]
-        return {**row, "response": row[self.response_field]}
+        return {**row, "response": response_of(row[self.response_field])}
+
+
+def response_of(value: Any) -> str:
+    """The response that a field holds: its text, or the last message if that is an assistant's; empty without one.
+
+    Example:
+        >>> response_of("4"), response_of([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}])
+        ('4', '4')
+    """
+    talk = messages_of(value)
+    if talk is None:
+        return str(value)
+    return talk[-1]["content"] if talk[-1]["role"] == "assistant" else ""
 
 
 class Feed(Protocol):

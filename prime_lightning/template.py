@@ -66,6 +66,13 @@ class Template:
     reveal: tuple[str, ...] = ()
     """Fields with the reference that `user` may show all the same; without, naming one is an error."""
 
+    def __post_init__(self) -> None:
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError(
+                f"Expected no `chat_template_kwargs` without the chat template, got {self.chat_template_kwargs} and "
+                "`chat: false`."
+            )
+
     def fields(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Names and paths in `user` that are fields of this row."""
         found = (match["field"] for match in _BRACES.finditer(self.user))
@@ -116,9 +123,9 @@ class Template:
                 f"the answer. Double the braces for the word itself, or set `template.reveal: [{name}]` if it is meant."
             )
         value = at(row, name)
-        talk = structure(value)
-        if is_conversation(talk):
-            return [_message(part) for part in talk]
+        talk = messages_of(value)
+        if talk is not None:
+            return talk
         if value is None or isinstance(value, Mapping):
             what = "null" if value is None else f"a mapping with the fields {sorted(value)}; name one by its path"
             raise ValueError(f"Expected text in the field {name!r} that the template {self.user!r} names, got {what}.")
@@ -222,6 +229,17 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
         return match[0] if match["latex"] else str(values.get(match["field"], match[0]))
 
     return _BRACES.sub(one, template)
+
+
+def messages_of(value: Any) -> list[Message] | None:
+    """The chat messages that a value, or its text as JSON, is; None if it is something else.
+
+    Example:
+        >>> messages_of([{"from": "human", "value": "2+2?"}]), messages_of("2+2?")
+        ([{'role': 'user', 'content': '2+2?'}], None)
+    """
+    talk = structure(value)
+    return [_message(part) for part in talk] if is_conversation(talk) else None
 
 
 def _message(part: Mapping[str, Any]) -> Message:

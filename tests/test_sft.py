@@ -1,5 +1,6 @@
 """The warm start: lessons in order, what is learned from them, and resuming."""
 
+import json
 import math
 
 import lightning.pytorch as pl
@@ -208,3 +209,32 @@ def test_lessons_from_a_file(tmp_path, model_folder):
 def test_lessons_that_cannot_work_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         DatasetLessons(write_jsonl(tmp_path / "lessons.jsonl", rows))
+
+
+# ---- rows of messages ------------------------------------------------------------------------------------------------
+
+ASKED = [{"role": "system", "content": "-"}, {"role": "user", "content": "1+1="}]
+TALK = [*ASKED, {"role": "assistant", "content": "2"}]
+SHAREGPT = [{"from": "system", "value": "-"}, {"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": TALK}, "messages"),
+        ({"conversations": SHAREGPT}, "conversations"),
+        ({"messages": json.dumps(TALK)}, "messages"),
+        ({"prompt": ASKED, "completion": TALK[-1:]}, "completion"),
+        ({"prompt": ASKED, "response": "2"}, "response"),
+    ],
+)
+def test_the_last_answer_of_messages_is_the_response_and_the_rest_the_prompt(tmp_path, model_folder, row, field):
+    lessons = DatasetLessons(write_jsonl(tmp_path / "rows.jsonl", [row]), response_field=field)
+    assert lessons[0]["response"] == "2"
+    assert lessons.template.messages(lessons[0]) == ASKED
+
+
+def test_messages_without_an_answer_are_named(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TALK}, {"messages": ASKED}])
+    with pytest.raises(ValueError, match=r"an answer at the end of `messages` .* none in 1 of 2 \(rows \[1\]"):
+        DatasetLessons(path, response_field="messages")

@@ -53,13 +53,21 @@ class Benchmark:
             raise ValueError(f"Expected a template of {sorted(groups)} for the benchmark {self.name!r}, got {name!r}.")
         return groups[name]
 
-    def load(self, *, data: str | None = None, template: str = "prime", chat: bool = True) -> Prompts:
+    def load(
+        self,
+        *,
+        data: str | None = None,
+        template: str = "prime",
+        chat: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompts:
         """The prompts, with their number checked.
 
         Args:
             data: A local file instead of the hub data set.
             template: Which prompt template.
             chat: Use the tokenizer's chat template; False for base models.
+            chat_template_kwargs: Variables of the chat template, added to the template's own.
 
         Raises:
             ValueError: if the rows cannot be read, or their number is not that of the benchmark.
@@ -73,7 +81,9 @@ class Benchmark:
             return made(**arguments)
         if data is not None:
             arguments |= {"path": data, "name": None, "revision": None}
-        rows = made(**arguments, source=self.name, template=chosen if chat else replace(chosen, chat=False))
+        variables = {**(chosen.chat_template_kwargs if chat else {}), **(chat_template_kwargs or {})}
+        chosen = replace(chosen, chat=chat and chosen.chat, chat_template_kwargs=variables)
+        rows = made(**arguments, source=self.name, template=chosen)
         allowed = self.rows if isinstance(self.rows, list) else [self.rows]
         if len(rows) not in allowed:
             raise ValueError(

@@ -40,6 +40,7 @@ class Benchmarks(Callback):
         chat: Use the tokenizer's chat template; False for base models.
         data: Local files by benchmark, instead of the hub.
         max_tokens: Longest completion; None takes the benchmark's.
+        chat_template_kwargs: Variables of the chat template, such as `enable_thinking: false`.
 
     Raises:
         ValueError: if a benchmark cannot be read, or the data module has no engine.
@@ -57,12 +58,14 @@ class Benchmarks(Callback):
         chat: bool = True,
         data: dict[str, str] | None = None,
         max_tokens: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if every < 1 or (limit is not None and limit < 1):
             raise ValueError(f"Expected `every` and `limit` of at least 1, got {every} and {limit}.")
         self.folder, self.benchmarks, self.every = Path(folder), benchmarks, every
         self.before, self.after, self.limit = before, after, limit
         self.template, self.chat, self.data, self.max_tokens = template, chat, data or {}, max_tokens
+        self.variables = chat_template_kwargs
         self.loaded: list[tuple[Benchmark, Prompts]] = []
         self.tally: Tally | None = None  # of the benchmark that is running, for the progress bar
         self._done = -1
@@ -81,7 +84,10 @@ class Benchmarks(Callback):
         for name in self.benchmarks:
             benchmark = load_benchmark(name)
             local = self.data.get(benchmark.name)
-            self.loaded.append((benchmark, benchmark.load(data=local, template=self.template, chat=self.chat)))
+            prompts = benchmark.load(
+                data=local, template=self.template, chat=self.chat, chat_template_kwargs=self.variables
+            )
+            self.loaded.append((benchmark, prompts))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget results that a resumed run will get again, take up the last one, and evaluate before training."""

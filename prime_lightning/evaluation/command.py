@@ -48,6 +48,12 @@ def parser() -> ArgumentParser:
     made.add_argument("--limit", type=int, help="Only the first problems.")
     made.add_argument("--template", type=str, default="prime", help="Prompt template: prime or chat.")
     made.add_argument("--chat", type=bool, default=True, help="Use the chat template; false for base models.")
+    made.add_argument(
+        "--chat_template_kwargs",
+        type=dict[str, Any],
+        default={},
+        help="Of the chat template: {enable_thinking: false}.",
+    )
     for name in ("samples", "max_tokens", "top_k", "seed"):
         made.add_argument(f"--{name}", type=int, help="Instead of the benchmark's own.")
     for name in ("temperature", "top_p"):
@@ -88,7 +94,12 @@ class Evaluation:
     def __init__(self, name: str, options: Namespace, folder: ResultsFolder) -> None:
         self.options, self.folder = options, folder
         self.benchmark: Benchmark = load_benchmark(name)
-        self.prompts: Prompts = self.benchmark.load(data=options.data, template=options.template, chat=options.chat)
+        self.prompts: Prompts = self.benchmark.load(
+            data=options.data,
+            template=options.template,
+            chat=options.chat,
+            chat_template_kwargs=options.chat_template_kwargs,
+        )
         self.problems = self.benchmark.size(self.prompts, options.limit)
         changed = ("samples", "max_tokens", "top_k", "seed", "temperature", "top_p")
         self.sampling: Sampling = self.benchmark.sampled(**{key: options[key] for key in changed})
@@ -113,10 +124,13 @@ class Evaluation:
         if self.given:
             return {**own, "completions": file_digest(self.options.completions)}
         name, engine = self.options.template, type(self.options.engine)
+        template = {key: value for key, value in asdict(self.benchmark.template(name)).items() if value not in ({}, ())}
+        variables = self.options.chat_template_kwargs
         return {
             **own,
-            "template": {"name": name, **asdict(self.benchmark.template(name))},
+            "template": {"name": name, **template},
             "chat": self.options.chat,
+            **({"chat_template_kwargs": variables} if variables else {}),
             "sampling": asdict(self.sampling),
             "engine": f"{engine.__module__}.{engine.__qualname__}",
         }

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.batch import Batch, pad
 from prime_lightning.rows import load_rows
+from prime_lightning.template import rendered
 
 Prompt = str | Sequence[Mapping[str, str]]
 """The text that the model sees, or chat messages."""
@@ -142,7 +143,7 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             f"Expected a tokenizer with a chat template for prompts that are messages, got {tokenizer.name_or_path!r} "
             "without one. Give the prompts as text (for `processbench`: `--chat false`)."
         )
-    text = str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))  # type: ignore
+    text = rendered([dict(message) for message in prompt], tokenizer)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
