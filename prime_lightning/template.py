@@ -117,13 +117,13 @@ class Template:
         return [*system, *before, {"role": "user", "content": user}]
 
     def _value(self, name: str, row: Mapping[str, Any], hidden: tuple[str, ...]) -> str | list[Message]:
-        if any(_overlap(name, path) for path in hidden) and name not in self.reveal:
+        value = at(row, name)
+        talk = messages_of(value)
+        if any(_overlap(name, path) and not (talk and name != path) for path in hidden) and name not in self.reveal:
             raise ValueError(
                 f"Expected a template without the reference, got {{{name}}} in {self.user!r}: it would show the model "
                 f"the answer. Double the braces for the word itself, or set `template.reveal: [{name}]` if it is meant."
             )
-        value = at(row, name)
-        talk = messages_of(value)
         if talk is not None:
             return talk
         if value is None or isinstance(value, Mapping):

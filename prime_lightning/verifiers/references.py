@@ -62,7 +62,7 @@ def reference_text(value: Any) -> str:
     if isinstance(value, list):
         if not value:
             raise ValueError("an empty list")
-        return reference_text(value[0]) if len(value) == 1 else ", ".join(_elements(value))
+        return ", ".join(_elements(value))
     text = _scalar(value)
     if not text.strip():
         raise ValueError("nothing" if value is None else "empty text")
