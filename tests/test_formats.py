@@ -4,10 +4,13 @@ The column names are those of the sets; the words and numbers are our own.
 """
 
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from toys import write_jsonl
 
 from prime_lightning.arithmetic import build_tokenizer
@@ -20,7 +23,6 @@ ASK = "What is 6*7?"
 SOLUTION = r"Six sevens are $6 \cdot 7 = \boxed{42}$."
 TALK = [{"role": "user", "content": f"{ASK} Put it into a box."}]
 ANSWERED = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SOLUTION}]
-QUESTION = Template(user=r"{question} Use \boxed{}.")
 VERL = {
     "data_source": "own",
     "prompt": [{"role": "system", "content": "Think."}, *TALK],
@@ -28,87 +30,51 @@ VERL = {
     "extra_info": {"index": 0, "split": "train"},
 }
 
-FORMATS = {
-    "NuminaMath-CoT": (
-        {"source": "own", "problem": ASK, "solution": SOLUTION, "messages": ANSWERED},
-        {"answer_field": "solution", "answer_pattern": "boxed"},
-    ),
-    "NuminaMath-1.5": (
-        {"problem": ASK, "solution": SOLUTION, "answer": "42", "problem_type": "Algebra", "question_type": "MCQ",
+ROWS = {
+    "NuminaMath-CoT": {"source": "own", "problem": ASK, "solution": SOLUTION, "messages": ANSWERED},
+    "NuminaMath-1.5": {"problem": ASK, "solution": SOLUTION, "answer": "42", "problem_type": "Algebra",
          "problem_is_valid": "Yes", "solution_is_valid": "Yes", "source": "own", "synthetic": False},
-        {},
-    ),
-    "DeepScaleR": ({"problem": ASK, "answer": "42", "solution": SOLUTION}, {}),
-    "Big-Math": (
-        {"problem": ASK, "answer": "42", "source": "own", "domain": ["Arithmetic"], "llama8b_solve_rate": 0.7},
-        {},
-    ),
-    "OpenR1-Math": (
-        {"problem": ASK, "solution": SOLUTION, "answer": "42", "uuid": "1", "generations": [SOLUTION],
+    "DeepScaleR": {"problem": ASK, "answer": "42", "solution": SOLUTION},
+    "Big-Math": {"problem": ASK, "answer": "42", "source": "own", "domain": ["Arithmetic"], "llama8b_solve_rate": 0.7},
+    "OpenR1-Math": {"problem": ASK, "solution": SOLUTION, "answer": "42", "uuid": "1", "generations": [SOLUTION],
          "correctness_math_verify": [True], "messages": ANSWERED},
-        {},
-    ),
-    "DAPO-17k": ({**VERL, "prompt": TALK, "ability": "MATH"}, {"answer_field": "reward_model.ground_truth"}),
-    "DAPO-17k, processed": (
-        {"prompt": ASK, "solution": "42", "data_source": "own", "ability": "MATH", "source_prompt": TALK,
+    "DAPO-Math-17k": {**VERL, "prompt": TALK, "ability": "MATH"},
+    "DAPO-Math-17k, processed": {"prompt": ASK, "solution": "42", "data_source": "own", "ability": "MATH",
          "reward_model": {"ground_truth": "42", "style": "rule"}},
-        {"answer_field": "solution", "template": Template(user=r"{prompt} Use \boxed{}.")},
-    ),
-    "Skywork-OR1": (
-        {**VERL, "ability": "math", "reward_model": {"style": "rule", "ground_truth": '["42"]'}},
-        {"answer_field": "reward_model.ground_truth"},
-    ),
-    "verl": ({**VERL, "ability": "math"}, {"answer_field": "reward_model.ground_truth"}),
-    "SimpleRL": (
-        {"input": f"<|user|>{ASK}", "answer": "42", "gt_answer": "42", "subject": "own", "level": 1, "question": ASK,
+    "Skywork-OR1": {**VERL, "ability": "math", "reward_model": {"style": "rule", "ground_truth": '["42"]'}},
+    "others for verl": {**VERL, "ability": "math"},
+    "SimpleRL": {"input": f"<|user|>{ASK}", "answer": "42", "gt_answer": "42", "level": 1, "question": ASK,
          "ground_truth_answer": "42", "target": "42"},
-        {"template": QUESTION},
-    ),
-    "SimpleRL-Zoo": (
-        {"prompt": [{"content": ASK, "role": "user"}], "ability": "math", "gt_answer": "42", "question": ASK,
+    "SimpleRL-Zoo": {"prompt": [{"content": ASK, "role": "user"}], "ability": "math", "question": ASK,
          "reward_model": {"ground_truth": "42", "style": "rule"}, "extra_info": {"answer": "42", "question": ASK}},
-        {"answer_field": "reward_model.ground_truth"},
-    ),
-    "OlympiadBench": (
-        {"id": 1, "question": ASK, "solution": [SOLUTION], "final_answer": ["$42$"], "is_multiple_answer": False,
-         "unit": None, "answer_type": "Numerical", "error": None, "context": None},
-        {"answer_field": "final_answer", "template": QUESTION},
-    ),
-    "ORZ": (
-        [{"from": "human", "value": ASK}, {"from": "assistant", "ground_truth": {"value": "42"}}],
-        {"answer_field": "1.ground_truth.value", "template": Template(user=r"{0.value} Use \boxed{}.")},
-    ),
-    "GSM8K": (
-        {"question": ASK, "answer": "Six sevens are 6*7=<<6*7=42>>42.\n#### 42"},
-        {"answer_pattern": r"####\s*(.+)", "template": QUESTION},
-    ),
-    "MATH": (
-        {"problem": ASK, "level": "Level 1", "type": "Prealgebra", "solution": SOLUTION},
-        {"answer_field": "solution", "answer_pattern": "boxed"},
-    ),
-    "AIME": (
-        {"ID": "2024-I-1", "Problem": ASK, "Solution": SOLUTION, "Answer": 42},
-        {"answer_field": "Answer", "template": Template(user=r"{Problem} Use \boxed{}.")},
-    ),
-    "SYNTHETIC-1": (
-        {"problem_id": "1", "task_type": "verifiable_math", "prompt": ASK, "gold_standard_solution": SOLUTION,
+    "OlympiadBench": {"id": 1, "question": ASK, "solution": [SOLUTION], "final_answer": ["$42$"], "error": None,
+         "unit": None, "answer_type": "Numerical", "is_multiple_answer": False, "context": None},
+    "ORZ": [{"from": "human", "value": ASK}, {"from": "assistant", "ground_truth": {"value": "42"}}],
+    "GSM8K": {"question": ASK, "answer": "Six sevens are 6*7=<<6*7=42>>42.\n#### 42"},
+    "MATH": {"problem": ASK, "level": "Level 1", "type": "Prealgebra", "solution": SOLUTION},
+    "AIME": {"ID": "2024-I-1", "Problem": ASK, "Solution": SOLUTION, "Answer": 42},
+    "SYNTHETIC-1, mathematics": {"problem_id": "1", "task_type": "verifiable_math", "prompt": ASK, "in_source_id": "7",
          "verification_info": "{'ground_truth': '42'}"},
-        {"answer_field": "verification_info.ground_truth", "template": Template(user=r"{prompt} Use \boxed{}.")},
-    ),
-    "TRL, conversational": ({"prompt": TALK, "solution": "42"}, {"answer_field": "solution"}),
-    "TRL, with completion": (
-        {"prompt": TALK, "completion": [ANSWERED[1]]},
-        {"answer_field": "completion[0].content", "answer_pattern": "boxed"},
-    ),
-    "OpenMathInstruct": (
-        {"problem": ASK, "generated_solution": SOLUTION, "expected_answer": "42", "problem_source": "own"},
-        {"answer_field": "expected_answer"},
-    ),
-    "OpenThoughts": (
-        {"conversations": [{"from": "user", "value": ASK}, {"from": "assistant", "value": SOLUTION}]},
-        {"answer_field": "conversations[1].value", "answer_pattern": "boxed"},
-    ),
+    "TRL, conversational": {"prompt": TALK, "solution": "42"},
+    "TRL, prompt and completion": {"prompt": TALK, "completion": [ANSWERED[1]]},
+    "OpenMathInstruct": {"problem": ASK, "generated_solution": SOLUTION, "expected_answer": "42"},
+    "OpenThoughts": {"conversations": [{"from": "user", "value": ASK}, {"from": "assistant", "value": SOLUTION}]},
 }  # fmt: skip
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "own_data.md"
+LINE = re.compile(r"^\| (?P<names>[^|`]+) \| `[^|]+ \| `(?P<options>\{.*\})`[^`]*(?:`\w+`[^`]*)*\|$", re.MULTILINE)
+
+
+def documented():
+    """The options of each set in the table of the page."""
+    found = {}
+    for line in LINE.finditer(PAGE.read_text()):
+        options = yaml.safe_load(line["options"])
+        if "template" in options:
+            options["template"] = Template(**options["template"])
+        found |= {name.strip(): options for name in line["names"].split("·")}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +94,14 @@ def graded(prompt, verifiers):
     return [verifiers.verify(prompt, rf"It is \boxed{{{box}}}.").label.value for box in ("42", "41")]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def test_the_page_names_these_sets():
+    assert documented().keys() == {*ROWS, "Countdown"}
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_a_published_set_is_asked_and_graded(name, tmp_path, verifiers, tokenizer):
-    row, options = FORMATS[name]
-    prompts = DatasetPrompts(write_jsonl(tmp_path / "rows.jsonl", [row, row]), **options)
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[name]] * 2)
+    prompts = DatasetPrompts(path, **documented()[name])
     prompt = prompts.prompt(0, tokenizer)
     assert ASK in prompt.text
     assert "42" not in prompt.text
@@ -174,6 +144,23 @@ def countdown(prompt, text):
     """A verifier of one's own: it gets the row, and the mapping as JSON."""
     truth = json.loads(prompt.answer)
     return float(str(truth["target"]) in text and prompt.row["target"] == truth["target"])
+
+
+def makes(prompt, text):
+    """Another, for rows whose answer is a number to be made: the numbers are in the row."""
+    made, _, target = text.partition("=")
+    numbers = sorted(int(number) for number in made.split("*"))
+    return float(target == prompt.answer and numbers == sorted(prompt.row["nums"]))
+
+
+def test_countdown_is_for_a_verifier_of_ones_own(tmp_path, tokenizer, verifiers):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"target": 24, "nums": [4, 6]}])
+    options = documented()["Countdown"]
+    prompt = DatasetPrompts(path, **{**options, "kind": "test_formats.makes"}).prompt(0, tokenizer)
+    assert prompt.text == "<user>Make 24 of [4, 6]."
+    assert [verifiers.verify(prompt, text).score for text in ("6*4=24", "3*8=24")] == [1.0, 0.0]
+    with pytest.raises(ValueError, match="without the reference"):
+        DatasetPrompts(path, answer_field="target", template=Template(user="Make {target} of {nums}."))
 
 
 def test_a_mapping_is_for_a_verifier_of_ones_own(tmp_path, tokenizer, verifiers):
