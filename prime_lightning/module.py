@@ -111,7 +111,7 @@ class PrimeModule(PanelModule):
         """One iteration of Algorithm 1, from its rollouts on, until the engine has the new policy."""
         self.rest()
         with self.one_step():
-            proximal_BT = self.score(self.policy, batch, batch.temperature)
+            proximal_BT = self.proximal_logprobs(batch)
             reference_BT = self.reference_logprobs(batch, proximal_BT)
             anchor_BT = self.anchor_logprobs(batch, reference_BT)
             batch = self.finite(batch, proximal_BT, reference_BT, anchor_BT)
@@ -130,6 +130,14 @@ class PrimeModule(PanelModule):
         numbers = self.log_iteration(batch)
         self.send_weights()
         return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
+
+    def proximal_logprobs(self, batch: Batch) -> Tensor:
+        """`log pi_old`, what the clipped ratio starts from: by the trainer's policy, or what the engine said."""
+        if self.loss.proximal == "trainer":
+            return self.score(self.policy, batch, batch.temperature)
+        if not self.engine_checked:  # without this look nothing would ever compare the two
+            self.compare_with_engine(batch, self.score(self.policy, batch, batch.temperature))
+        return batch.behaviour_logprobs_BT
 
     def reference_logprobs(self, batch: Batch, proximal_BT: Tensor) -> Tensor:
         """`log pi_ref`: of the frozen reference, or of the policy that sampled; always at temperature 1."""

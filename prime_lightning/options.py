@@ -160,6 +160,9 @@ class PolicyLoss:
     """Schulman's estimator; `k1` inside the reward, `k2` inside the loss."""
     entropy_weight: float = 0.0
     """Bonus on the entropy of the policy."""
+    proximal: Literal["trainer", "engine"] = "trainer"
+    """Whose log-probs the clipped ratio starts from: the trainer's policy, for one forward pass more and a correction
+    by `importance_cap`, or the engine's own, which makes the ratio the whole importance weight."""
     importance_cap: float | None = 2.0
     """Largest weight of the truncated importance correction from engine to trainer; null is no correction."""
     value_clip: float = 0.2

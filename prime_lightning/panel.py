@@ -41,22 +41,24 @@ class PanelModule(SteppingModule):
         """How far the policy is from the engine and from the reference; returns the weights that correct the first."""
         corrected_BT, measured = alg.importance_weight(proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=cap)
         self.measures.add_all(measured, batch.mask_BT.sum())
-        self.compare_with_engine(batch, measured["importance/abs_diff"])
+        if not self.engine_checked:
+            self.compare_with_engine(batch, proximal_BT)
         if self.reference is not None:
             kl_BT = alg.kl(proximal_BT, anchor_BT, "k3")
             self.measures.add("policy/reference_kl", alg.masked_sum(kl_BT, batch.mask_BT), batch.mask_BT.sum())
         return corrected_BT
 
-    def compare_with_engine(self, batch: Batch, abs_diff: Tensor) -> None:
+    def compare_with_engine(self, batch: Batch, policy_BT: Tensor) -> None:
         """Stop a run whose engine does not sample from the policy, at the first batch that is all on-policy.
 
         Raises:
             ValueError: if engine and trainer differ by more than `ENGINE_GAP` nats a token.
         """
         lag_BT = self.trainer.global_step - batch.version_BT
+        abs_diff = alg.masked_sum((policy_BT - batch.behaviour_logprobs_BT).abs(), batch.mask_BT)
         sums = torch.stack([abs_diff, batch.mask_BT.sum().float(), lag_BT[batch.mask_BT].abs().sum().float()])
         gap, tokens, lag = self.all_reduce(sums, "sum").tolist()
-        if self.engine_checked or lag > 0 or tokens == 0:
+        if lag > 0 or tokens == 0:
             return
         self.engine_checked = True
         if gap / tokens > ENGINE_GAP + batch.truncation:
