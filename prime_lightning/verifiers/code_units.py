@@ -48,11 +48,21 @@ def units_of(source: str) -> Units | None:
     tree = parsed(source)
     fixtures = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and _is_fixture(node)}
     tests = [call for node in tree.body for call in _tests_in(node, fixtures)]
-    if not tests:
+    if not tests or _runs_itself(tree):
         return None
     _refuse_what_is_not_here(tree)
     tree.body = [node for node in tree.body if not _starts_runner(node)]
     return Units(ast.unparse(tree), tuple(tests))
+
+
+def _runs_itself(tree: ast.Module) -> bool:
+    """Whether the source calls its functions, or runs its classes and asserts that they went well."""
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    defined = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    rest = [node for node in tree.body if not isinstance(node, defined) and not _starts_runner(node)]
+    names = {node.id for part in rest for node in ast.walk(part) if isinstance(node, ast.Name)}
+    tests = {name for name in functions if name.startswith("test")}
+    return bool(names & tests) or any(isinstance(node, ast.Assert) for node in rest)
 
 
 def _is_fixture(node: ast.FunctionDef) -> bool:

@@ -4,7 +4,7 @@ Tiers, best first; `code_answer.py` takes the best one whose self-test leaks not
 - `bubblewrap`: own mount, process, network, IPC and host-name namespaces for each zygote, and all of the next tier
   inside;
 - `landlock`: seccomp allow-list, Landlock, rlimits, no capabilities, and for root a user of its own;
-- `no-open`: as before without Landlock, so no file can be opened at all: modules must be preloaded;
+- `no-open`: as before without Landlock, so no file can be opened at all: modules come from memory (`jail/library.py`);
 - `limits`: rlimits only (macOS, old kernels). Network, files and processes are NOT protected; a user must ask for it.
 
 Leaves out: cgroups (memory is limited per process by its address space), macOS's sandbox-exec (deprecated, and not

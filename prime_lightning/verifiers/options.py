@@ -77,7 +77,7 @@ class CodeOptions:
     tier: str = "auto"
     """`auto`, `bubblewrap`, `landlock` or `no-open`: which walls to use."""
     modules: tuple[str, ...] = ()
-    """Third-party modules that programs may import, loaded once per worker (`numpy`)."""
+    """Third-party modules that programs and their tests may import, loaded once per worker (`numpy`)."""
     cache_folder: str = ""
     """Where calibrations are kept; empty is `~/.cache/prime_lightning/verifiers` (or below `XDG_CACHE_HOME`)."""
 

@@ -216,6 +216,25 @@ def test_each_function_is_a_test(verifiers: Verifiers) -> None:
     assert (verdict.label, verdict.score) == (Label.PARTIAL, 0.5)
 
 
+RUNS = "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(add(1, 2), 3)\n"
+
+
+@needs_sandbox
+def test_tests_that_run_themselves_are_left_to_do_so(verifiers: Verifiers) -> None:
+    """By a call, or with an assert of the outcome; a runner whose outcome nobody looks at would let everything pass."""
+    sources = [
+        "def test_a():\n    assert add(1, 2) == 3\ntest_a()\n",
+        f"{RUNS}r = unittest.TestResult()\nT('test_a').run(r)\nassert r.wasSuccessful()\n",
+    ]
+    for source in sources:
+        asked = prompt("code", row={"test": source})
+        assert verifiers.verify(asked, ADD).label is Label.CORRECT
+        for program in ("def add(a, b): return 4", PRINTS_3, "import os\ndef add(a, b): os._exit(0)"):
+            assert verifiers.verify(asked, program).label is Label.WRONG
+    asked = prompt("code", row={"test": f"{RUNS}unittest.TextTestRunner().run(T('test_a'))\n"})
+    assert verifiers.verify(asked, "def add(a, b): return 4").label is Label.UNKNOWN
+
+
 UNUSABLE = {
     "no asserts": ({"tests": ["print(add(1, 2))"]}, "assert something"),
     "a function without asserts": ({"test": "def test_a():\n    add(1, 2)\n"}, "asserts"),

@@ -69,7 +69,7 @@ INJECTIONS = [
 
 
 @pytest.mark.timeout(240)
-def test_nothing_takes_longer_than_its_limit(leaves_nothing: None) -> None:
+def test_nothing_takes_longer_than_its_limit(tier: str, leaves_nothing: None) -> None:
     """The bound here is wide, for a busy machine; the benchmark measures the excess over the limit."""
     options = MathOptions(seconds=1.0, wall_seconds=4.0)
     with Verifiers(workers=2, math=options) as verifiers:
@@ -82,14 +82,14 @@ def test_nothing_takes_longer_than_its_limit(leaves_nothing: None) -> None:
         assert verifiers.verify(prompt("math", "x^3"), r"\boxed{x\cdot x^2}").score == 1.0
 
 
-def test_a_hanging_reference_does_not_hang_the_check() -> None:
+def test_a_hanging_reference_does_not_hang_the_check(tier: str) -> None:
     with Verifiers(workers=1, math=MathOptions(seconds=1.0)) as verifiers:
         report = verifiers.check_golds([prompt("math", "9^{9^{9^{9}}}-1"), prompt("math", "x+1")])
         assert report.checked == 2
         assert 1 in report.usable
 
 
-def test_no_text_is_executed(tmp_path: Path) -> None:
+def test_no_text_is_executed(tier: str, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     with Verifiers(workers=1, math=MathOptions(seconds=1.0, box=False)) as verifiers:
         for payload in INJECTIONS:
@@ -102,7 +102,7 @@ def test_no_text_is_executed(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_workers_do_not_use_gmpy2() -> None:
+def test_workers_do_not_use_gmpy2(tier: str) -> None:
     """Its long operations cannot be interrupted; sympy picks it up by itself where it is installed."""
     probe = Guest(module="maths", path=libraries(("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")))
     brood = Brood(probe, protected=True, memory_bytes=2 << 30)
@@ -118,7 +118,7 @@ def test_workers_do_not_use_gmpy2() -> None:
         brood.close()
 
 
-def test_a_killed_worker_is_told_from_a_wrong_answer() -> None:
+def test_a_killed_worker_is_told_from_a_wrong_answer(tier: str) -> None:
     brood = Brood(Guest(module="maths", path=libraries(("math_verify", "sympy"))), protected=True, memory_bytes=2 << 30)
     worker = LastingWorker(brood)
     try:
@@ -130,7 +130,7 @@ def test_a_killed_worker_is_told_from_a_wrong_answer() -> None:
         brood.close()
 
 
-def test_from_threads_and_coroutines() -> None:
+def test_from_threads_and_coroutines(tier: str) -> None:
     with Verifiers(workers=2) as verifiers:
         pairs = [(rf"\sqrt{{{n * n * 2}}}", rf"\boxed{{{n}\sqrt{{2}}}}") for n in range(2, 22)]
         with ThreadPoolExecutor(4) as threads:

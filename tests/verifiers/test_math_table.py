@@ -15,7 +15,7 @@ EXACT_CLASSES = ("integer", "fraction", "tuple", "thousands", "decimal", "mixed 
 
 
 @pytest.fixture(scope="module")
-def verifiers() -> Iterator[Verifiers]:
+def verifiers(tier: str) -> Iterator[Verifiers]:
     with Verifiers(workers=1) as made:
         yield made
 
@@ -62,12 +62,12 @@ def test_the_policy_of_the_documentation(
         (MathOptions(tolerance=0.01), r"\frac{1}{2}", "0.501", False),
     ],
 )
-def test_options_per_data_set(options: MathOptions, reference: str, box: str, correct: bool) -> None:
+def test_options_per_data_set(tier: str, options: MathOptions, reference: str, box: str, correct: bool) -> None:
     with Verifiers(workers=1, math=options) as verifiers:
         assert (verifiers.verify(prompt("math", reference), rf"\boxed{{{box}}}").score == 1.0) == correct
 
 
-def test_unboxed_answers_on_request() -> None:
+def test_unboxed_answers_on_request(tier: str) -> None:
     with Verifiers(workers=1, math=MathOptions(box=False)) as verifiers:
         assert verifiers.verify(prompt("math", "42"), "Hence the answer is: 42.").score == 1.0
         assert verifiers.verify(prompt("math", "42"), r"the answer is 42 \boxed{41}").score == 0.0

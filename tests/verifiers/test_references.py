@@ -124,7 +124,7 @@ def test_what_an_answer_can_meet_is_kept(verifiers: Verifiers, reference: str) -
 
 
 @pytest.fixture(scope="module")
-def verifiers():
+def verifiers(tier: str):
     with Verifiers(workers=1) as made:
         yield made
 

@@ -20,7 +20,7 @@ from prime_lightning.rollout import Label, Verdict
 from prime_lightning.verifiers import CodeOptions, SandboxLeaks, Verifiers, code_answer, selftest
 from prime_lightning.verifiers.code_run import Runner
 from prime_lightning.verifiers.jail import library
-from prime_lightning.verifiers.launch import Guest
+from prime_lightning.verifiers.launch import Guest, machine_tiers
 from prime_lightning.verifiers.pool import WorkerDied
 from prime_lightning.verifiers.sandbox import Zygote, memory_file
 
@@ -259,6 +259,17 @@ def test_a_tier_in_which_an_import_fails_is_refused_by_name(tier: str, monkeypat
         pytest.raises(SandboxLeaks, match=r"cannot import a .*import e \(E\) and 2"),
     ):
         verifiers.verify(prompt("code", row={"tests": ["assert f() == 1"]}), "def f(): return 1")
+
+
+def test_without_bubblewrap_on_the_path_the_next_tier_runs_numpy(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("numpy")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(code_answer, "machine_tiers", machine_tiers)
+    with Verifiers(workers=1, code=CodeOptions(modules=("numpy",), cache_folder=str(tmp_path))) as verifiers:
+        row = {"tests": ["assert f(3) == 3"]}
+        program = "import numpy as n\ndef f(k): return len(n.random.rand(k))"
+        assert verifiers.verify(prompt("code", row=row), program).label is Label.CORRECT
+        assert verifiers._graders["code"].tier in ("landlock", "no-open")
 
 
 def test_a_leaking_sandbox_is_refused(tier: str, monkeypatch) -> None:

@@ -130,7 +130,7 @@ def names() -> list[str]:
     """Every module of the standard library but `UNSEEN`, submodules too; some are for other systems."""
     folder = os.path.dirname(os.__file__)
     found = {*sys.builtin_module_names, *_extensions(folder), *(name for name, _ in _sources(folder))}
-    return sorted(found - {"__main__"})
+    return sorted(found - {"__main__", "sitecustomize", "usercustomize"})  # those are a machine's own
 
 
 def _extensions(folder: str) -> list[str]:
