@@ -5,6 +5,8 @@ import json
 import pytest
 import yaml
 from real_files import FILES, REPOSITORY, real, write
+from toys import write_jsonl
+from transformers import AutoTokenizer
 
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.metrics import load_metric
@@ -204,3 +206,24 @@ def test_the_prompts_of_mbpp_are_those_of_the_authors_file():
         rows = [json.loads(line) for line in lines]
     assert len(rows) == 399
     assert [template.messages(row)[1]["content"] for row in rows] == [row["instruction"] + CODE for row in rows]
+
+
+def test_variables_of_the_chat_template_reach_it(tmp_path, chat_model):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<|no|>{% endif %}"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "How many hens?", "answer": "2"}])
+    init = {"path": path, "kind": "math"}
+    rows = {"class_path": "prime_lightning.evaluation.rows.BenchmarkRows", "init_args": init}
+    thinking = {"user": "{problem}", "chat_template_kwargs": {"enable_thinking": True}}
+    (tmp_path / "own.yaml").write_text(
+        json.dumps({"title": "Own", "licence": "own", "rows": 1, "prompts": rows, "templates": {"prime": thinking}})
+    )
+    benchmark = load_benchmark(str(tmp_path / "own.yaml"))
+    texts = [
+        benchmark.load(chat_template_kwargs=variables).prompt(0, tokenizer).text
+        for variables in (None, {"enable_thinking": False})
+    ]
+    assert [text.endswith("<|no|>") for text in texts] == [False, True]
+    assert benchmark.load(chat=False).prompt(0, tokenizer).text == "How many hens?"
+    with pytest.raises(ValueError, match="no `chat_template_kwargs` without the chat template"):
+        benchmark.load(chat=False, chat_template_kwargs={"enable_thinking": False})
