@@ -3,7 +3,7 @@
 The projection onto the vocabulary is the memory peak of such training (tokens x 150,000 floats), so it is done in
 chunks that are computed again in the backward pass; log-softmax is float32. The chunks lie inside one call of the head:
 strategies that shard weights gather the head's in hooks of its call, and all ranks must gather equally often, however
-many tokens each of them has.
+many tokens each of them has. Fused kernels of other packages, which never have all logits, are in `fused.py`.
 
 Shapes: N response tokens of all rows, n those of a chunk, H hidden width, V vocabulary.
 """
@@ -18,8 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prime_lightning.fused import FUSED, check_fused, fused_logprobs
+
 Entropy = Literal["none", "measured", "trained"]
 """Not computed; computed without gradient; computed as a part of the graph."""
+Kind = Literal["auto", "plain", "compile", "liger", "cce"]
+"""How logits become log-probs: see `options.Loading.head`."""
 Scores = tuple[Tensor, Tensor | None]
 """Log-probs and entropies, the latter None where none were asked for."""
 
@@ -46,17 +50,25 @@ def chosen_logprobs(
     return logprobs_N, entropy_N
 
 
-def chunked_logprobs(
+@functools.cache
+def compiled_logprobs() -> Callable[..., Scores]:
+    """`chosen_logprobs` in few passes over the logits, for any number of tokens."""
+    return torch.compile(chosen_logprobs, dynamic=True)
+
+
+def head_logprobs(
     head: OpenHead,
     hidden_NH: Tensor,
     targets_N: Tensor,
     temperature: float,
     entropy: Entropy,
     *,
-    chunk_tokens: int,
+    kind: Kind = "plain",
+    dtype: torch.dtype | None = None,
+    chunk_tokens: int = 4096,
     soft_cap: float | None = None,
 ) -> Scores:
-    """`chosen_logprobs` of a head's logits, of which one chunk at a time exists.
+    """`chosen_logprobs` of a head's logits, of which one chunk at a time exists, or none.
 
     Args:
         head: Inside its call, see `OpenHead`.
@@ -64,21 +76,41 @@ def chunked_logprobs(
         targets_N: The token after each of them.
         temperature: Divides the logits.
         entropy: Whether it is computed, and has a gradient.
+        kind: How. A fused kernel knows no entropy and no temperature: in the place of a measured entropy it gives
+            `-log p` of the target, whose mean over sampled tokens estimates it; what it cannot do is done in chunks.
+        dtype: Of the projection; None is that of the weights, or autocast's.
         chunk_tokens: Tokens projected at a time.
         soft_cap: `c` of `c * tanh(logits / c)`; None for none.
     """
+    if kind in FUSED and entropy != "trained" and temperature == 1.0 and len(targets_N):
+        logprobs_N = fused_logprobs(kind, head, hidden_NH, targets_N, dtype, soft_cap)
+        return logprobs_N, None if entropy == "none" else -logprobs_N.detach()
+    project = head.project if dtype is None else projection(head, dtype)
+    wanted = kind == "compile" or (kind == "auto" and hidden_NH.is_cuda)
 
     def chosen(hidden_nH: Tensor, targets_n: Tensor) -> Scores:
-        logits_nV = head.project(hidden_nH)
+        logits_nV = project(hidden_nH)
         if soft_cap is not None:
             logits_nV = soft_cap * torch.tanh(logits_nV / soft_cap)
-        return chosen_logprobs(logits_nV, targets_n, temperature, entropy)
+        compiled = wanted and len(targets_n) > 1  # for 0 and 1 tokens it would be compiled once more
+        return (compiled_logprobs() if compiled else chosen_logprobs)(logits_nV, targets_n, temperature, entropy)
 
     again = torch.is_grad_enabled() and hidden_NH.requires_grad
     run = functools.partial(checkpoint, chosen, use_reentrant=False) if again else chosen
     chunks = zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
     logprobs, entropies = zip(*(run(*chunk) for chunk in chunks), strict=True)
     return torch.cat(logprobs), None if entropy == "none" else torch.cat(entropies)
+
+
+def projection(head: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A linear head's projection in a type of its own, whatever autocast does; its weight is cast once."""
+    weight_VH, bias_V = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+    def project(hidden_NH: Tensor) -> Tensor:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            return nn.functional.linear(hidden_NH.to(dtype), weight_VH, bias_V)
+
+    return project
 
 
 class OpenHead(nn.Module):
@@ -100,8 +132,19 @@ class OpenHead(nn.Module):
         return super().forward(hidden_NH)  # type: ignore[no-any-return]
 
 
-def open_head(head: nn.Module) -> None:
-    """Make a head an `OpenHead`, in place."""
+def open_head(head: nn.Module, kind: Kind = "plain", dtype: torch.dtype | None = None) -> None:
+    """Make a head an `OpenHead`, in place.
+
+    Raises:
+        ValueError: if the head is none that can be computed in this way, or a package is missing.
+    """
+    if kind in FUSED:
+        check_fused(kind, head)
+    if dtype is not None and not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"Expected a linear layer as the vocabulary head with `loading.head_dtype`, got {type(head).__name__}. "
+            "Leave the head out of the adapters' `target_modules`, or set `head_dtype: null`."
+        )
     if not isinstance(head, OpenHead):
         head.__class__ = _opened(type(head))  # type: ignore[arg-type]
 

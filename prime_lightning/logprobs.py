@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prime_lightning.attention import check_packed, packed_arguments
-from prime_lightning.head import Entropy, Scores, chunked_logprobs, open_head
+from prime_lightning.head import Entropy, Kind, Scores, head_logprobs, open_head
 from prime_lightning.packing import pack
 
 SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -45,6 +45,8 @@ class ScoringLM(nn.Module):
         packed: Put all rows one behind another without padding (position ids restart at each row). For the attention
             kind `varlen` or flash attention; with others it costs a mask of (all tokens)^2.
         shared_prompts: Run a prompt once for all of its responses in a batch; for packed rows and `varlen`.
+        head: How logits become log-probs, see `options.Loading`.
+        head_dtype: Type that the vocabulary is projected onto in.
 
     Raises:
         ValueError: for models whose head does more than a projection and a soft cap, or that cannot be
@@ -52,7 +54,14 @@ class ScoringLM(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False, shared_prompts: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        chunk_tokens: int = 4096,
+        packed: bool = False,
+        shared_prompts: bool = False,
+        head: Kind = "auto",
+        head_dtype: str | None = None,
     ) -> None:
         super().__init__()
         config = causal_lm(model).config.get_text_config()
@@ -67,7 +76,8 @@ class ScoringLM(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.packed, self.shared_prompts = packed, shared_prompts
-        open_head(causal_lm(model).get_output_embeddings())
+        self.kind, self.dtype = head, getattr(torch, head_dtype) if head_dtype else None
+        open_head(causal_lm(model).get_output_embeddings(), self.kind, self.dtype)
 
     def forward(
         self,
@@ -110,7 +120,8 @@ class ScoringLM(nn.Module):
         """Log-probs and entropies `[N]` from last hidden states, in one call of the vocabulary head."""
         lm = causal_lm(self.model)
         cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-        within = partial(chunked_logprobs, chunk_tokens=self.chunk_tokens, soft_cap=cap)
+        how: dict[str, Any] = {"kind": self.kind, "dtype": self.dtype, "chunk_tokens": self.chunk_tokens}
+        within = partial(head_logprobs, soft_cap=cap, **how)
         return lm.get_output_embeddings()(hidden_NH, targets_N, temperature, entropy, within=within)  # type: ignore
 
 
@@ -119,13 +130,13 @@ class ValueLM(nn.Module):
 
     Args:
         model: A Hugging Face causal LM; its vocabulary head is dropped.
-        chunk_tokens: Not needed here; taken so that it is made like `ScoringLM`.
         packed: As in `ScoringLM`.
         shared_prompts: As in `ScoringLM`.
+        head: Options of a vocabulary head, which it has none of; taken so that it is made like `ScoringLM`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, chunk_tokens: int = 4096, packed: bool = False, shared_prompts: bool = False
+        self, model: PreTrainedModel, *, packed: bool = False, shared_prompts: bool = False, **head: Any
     ) -> None:
         super().__init__()
         if packed:

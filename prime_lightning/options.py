@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from prime_lightning.algorithms.loss import Aggregation, Estimator
 from prime_lightning.algorithms.reward import Granularity, Normalisation
-from prime_lightning.head import Entropy
+from prime_lightning.head import Entropy, Kind
 
 PRECISIONS = {"32-true": "32-true", "32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed"}
 """Lightning's names of the precisions that runs may have, and its short ones."""
@@ -55,6 +55,13 @@ class Loading:
     """Faster layers: `liger` (package liger-kernel, CUDA), or `compile` (torch.compile of each, not under ZeRO-3)."""
     chunk_tokens: int = 4096
     """Response tokens projected onto the vocabulary at a time."""
+    head: Kind = "auto"
+    """How logits become log-probs: `plain`, `compile` (the same by torch.compile), `auto` (`compile` on CUDA, `plain`
+    elsewhere), or a fused kernel that never has all logits: `liger`, `cce` (extra `fused`, CUDA only). These estimate
+    `policy/entropy` by `-log p` of the sampled tokens; an entropy bonus or a temperature other than 1 is computed as by
+    `plain`."""
+    head_dtype: Literal["float32"] | None = None
+    """Type of the projection onto the vocabulary; null takes that of the weights, or `bf16-mixed`'s."""
 
     def __post_init__(self) -> None:
         if self.attention == "varlen" and not self.packed:
@@ -76,6 +83,8 @@ class Loading:
             "chunk_tokens": self.chunk_tokens,
             "packed": self.packed,
             "shared_prompts": self.shares_prompts,
+            "head": self.head,
+            "head_dtype": self.head_dtype,
         }
 
 
