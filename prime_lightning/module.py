@@ -8,7 +8,6 @@ Shapes: B responses, T response tokens, b and t those of a micro-batch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -28,7 +27,6 @@ from prime_lightning.panel import PanelModule
 from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.replay import Replay, share
 from prime_lightning.scoring import load_scoring
-from prime_lightning.stepping import SKIPS_IN_A_ROW
 from prime_lightning.sync import PolicyWeights, check_takes_weights
 
 ROLES = ("prm", "policy", "critic")
@@ -254,18 +252,6 @@ class PrimeModule(PanelModule):
             return total
 
         self.optimise("policy", batch, terms, lambda rows: alg.denominator(batch.mask_BT[rows], options.aggregate))
-
-    def give_up(self, role: str) -> None:
-        """A PRM whose gradients stay broken does not end the run, which goes on by outcomes."""
-        if role != "prm":
-            super().give_up(role)
-        if not self.gate.closed and self.trainer.is_global_zero:
-            warnings.warn(
-                f"The PRM's gradient was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
-                f"{self.trainer.global_step}: its reward is off from now on. Lower its learning rate.",
-                stacklevel=2,
-            )
-        self.gate.close()
 
     def update_critic(self, batch: Batch, values_BT: Tensor | None, advantage_BT: Tensor) -> None:
         """The critic's clipped regression towards the returns of GAE."""

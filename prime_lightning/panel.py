@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.measures import Measures
 from prime_lightning.options import ProcessReward
-from prime_lightning.stepping import SteppingModule
+from prime_lightning.stepping import SKIPS_IN_A_ROW, SteppingModule
 
 ENGINE_GAP = 0.1  # nats; bfloat16 engines come to about 0.01, engines with other weights to more than 1
 
@@ -81,6 +82,18 @@ class PanelModule(SteppingModule):
             if getattr(self.gate, name) is not None:
                 self.measures.add(f"gate/{name}", getattr(self.gate, name))
         return bool(broken_tokens == 0)
+
+    def give_up(self, role: str) -> None:
+        """A PRM whose gradients stay broken does not end the run, which goes on by outcomes."""
+        if role != "prm":
+            super().give_up(role)
+        if not self.gate.closed and self.trainer.is_global_zero:
+            warnings.warn(
+                f"The PRM's gradient was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
+                f"{self.trainer.global_step}: its reward is off from now on. Lower its learning rate.",
+                stacklevel=2,
+            )
+        self.gate.close()
 
     def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
         """Measure the PRM on the other side of its update, too; its rewards there are not used."""
