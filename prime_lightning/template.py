@@ -47,7 +47,8 @@ class Template:
     Example:
         >>> Template(user="{problem} =", chat=False).messages({"problem": "1+1"})
         [{'role': 'user', 'content': '1+1 ='}]
-        >>> Template(user=r"{problem} Write \boxed{answer}.").messages({"problem": "1+1", "answer": "2"})[0]["content"]
+        >>> [message] = Template(user=r"{problem} Write \boxed{answer}.").messages({"problem": "1+1", "answer": "2"})
+        >>> message["content"]
         '1+1 Write \\boxed{answer}.'
         >>> Template(user="{prompt}").messages({"prompt": [{"role": "user", "content": "Hello"}]})
         [{'role': 'user', 'content': 'Hello'}]

@@ -153,7 +153,8 @@ def grpo(
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(2, 1).bool(), torch.zeros(2).long(), torch.ones(2).bool()
-        >>> grpo(torch.tensor([1.0, 0.0]), None, mask_BT, group_B, valid_B)[0][:, 0].round(decimals=3)
+        >>> outcome_BT, _ = grpo(torch.tensor([1.0, 0.0]), None, mask_BT, group_B, valid_B)
+        >>> outcome_BT[:, 0].round(decimals=3)
         tensor([ 0.7070, -0.7070])
     """
     return _credit(_standardised, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
