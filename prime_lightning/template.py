@@ -47,8 +47,8 @@ class Template:
     Example:
         >>> Template(user="{problem} =", chat=False).messages({"problem": "1+1"})
         [{'role': 'user', 'content': '1+1 ='}]
-        >>> [message] = Template(user=r"{problem} Write \boxed{answer}.").messages({"problem": "1+1", "answer": "2"})
-        >>> message["content"]
+        >>> messages = Template(user=r"{problem} Write \boxed{answer}.").messages({"problem": "1+1", "answer": "2"})
+        >>> messages[0].get("content")
         '1+1 Write \\boxed{answer}.'
         >>> Template(user="{prompt}").messages({"prompt": [{"role": "user", "content": "Hello"}]})
         [{'role': 'user', 'content': 'Hello'}]
