@@ -37,6 +37,7 @@ from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.engines.samples import sample_seeds
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_arguments import arguments_of, environment_of
 from prime_lightning.engines.vllm_process import clean_environment
 from prime_lightning.engines.work import sampling_arguments
 from prime_lightning.loader import TrainingLoader
@@ -178,9 +179,9 @@ class Bare:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=clean_environment(engine._environment()),
+            env=clean_environment(environment_of(engine, [])),
         )
-        self._tell(engine._arguments())
+        self._tell(arguments_of(engine, None, can_sleep=False))
 
     def draw(self, prompts: list[Prompt]) -> int:
         seeds = {prompt.draw: sample_seeds(self.sampling.seed, prompt.draw, 4) for prompt in prompts}

@@ -322,6 +322,26 @@ def test_sleep_wake_and_close_keep_it_usable(engine):
     assert sample(engine, EVEN, samples=1, temperature=0, max_tokens=5) == expected
 
 
+def test_a_sleeping_engine_holds_no_weights_and_gets_new_ones(sharp_folder):
+    engine = HFEngine(device="cpu")
+    engine._can_sleep = True  # as on a GPU
+    engine.start(sharp_folder)
+    for parameter in engine.model.parameters():
+        parameter.data = parameter.data.clone()  # memory of its own, not the file's
+    engine.model.tie_weights()
+    weights = {name: w.clone() for name, w in engine.model.named_parameters()}
+    engine.load_weights(weights.items(), version=3)
+    expected = sample(engine, EVEN, samples=1, temperature=0, max_tokens=5)
+    engine.sleep()
+    assert sum(p.untyped_storage().nbytes() for p in engine.model.parameters()) == 0
+    assert engine.version == -1
+    engine.wake()
+    with pytest.raises(ValueError, match="`wake` and sync it"):
+        sample(engine, EVEN, samples=1)
+    engine.load_weights(weights.items(), version=3)
+    assert sample(engine, EVEN, samples=1, temperature=0, max_tokens=5) == expected
+
+
 def test_end_tokens_come_from_tokenizer_and_generation_config(engine):
     assert end_token_ids(engine.tokenizer, None) == [1]
     assert end_token_ids(engine.tokenizer, 5) == [1, 5]

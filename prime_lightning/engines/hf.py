@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from prime_lightning.engines import Kept
 from prime_lightning.engines.hf_cache import grown_cache
+from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
@@ -34,7 +35,7 @@ class HFEngine:
 
     Args:
         batch_size: Most samples at a time.
-        dtype: Of the engine's copy of the weights.
+        dtype: Of the engine's copy of the weights; `auto` is bfloat16 on GPUs, float32 on CPU.
         device: `auto` takes the current CUDA device if there is one.
         attention: Attention kind of `transformers` (`sdpa`, `eager`, `flash_attention_2`).
     """
@@ -42,14 +43,16 @@ class HFEngine:
     def __init__(
         self,
         batch_size: int = 256,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         device: str = "auto",
         attention: str = "sdpa",
     ) -> None:
         self.version = -1
-        self.batch_size, self.dtype, self.attention = batch_size, dtype, attention
+        self.batch_size, self.attention = batch_size, attention
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
+        self.dtype = dtype_of(dtype, self.device.type == "cuda")
+        self._can_sleep, self._hollow = self.device.type != "cpu", False  # hollow: without weights
         self._lock = threading.Lock()  # weights come between two forward passes, from whichever thread
 
     def start(self, model: str) -> None:
@@ -57,7 +60,8 @@ class HFEngine:
         self.tokenizer = load_tokenizer(model)
         self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)  # type: ignore[arg-type]
         self.model.eval().requires_grad_(False)
-        self.version = -1
+        warn_of_float32(self.dtype, self.device.type == "cuda", self.model.num_parameters())
+        self.version, self._hollow = -1, False
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -76,12 +80,14 @@ class HFEngine:
                 missing.pop(id(own[name]), None)
             if missing:
                 raise ValueError(f"Expected all weights of the policy, got none for {sorted(missing.values())[:3]} ...")
-            self.version = version
+            self.version, self._hollow = version, False
 
     def stream(
         self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield groups as they finish, batch by batch in the order of the prompts."""
+        if self._hollow:
+            raise ValueError("Expected an engine with weights, got one that slept: `wake` and sync it.")
         step, done = max(1, self.batch_size // sampling.samples), 0
         while done < len(prompts):  # which may have become more
             check_fits(prompts[done:], sampling, getattr(self.model.config, "max_position_embeddings", None))
@@ -90,12 +96,24 @@ class HFEngine:
             done += len(begun)
 
     def sleep(self) -> None:
-        """Move the weights to the host."""
-        self.model.to("cpu")
+        """Give up the weights' memory on a GPU: they are sent again before the next sample."""
+        with self._lock:
+            if self._can_sleep and not self._hollow:
+                self._sizes = {storage: storage.nbytes() for storage in self._storages()}
+                for storage in self._sizes:
+                    storage.resize_(0)
+                self.version, self._hollow = -1, True
 
     def wake(self) -> None:
-        """Move the weights back."""
-        self.model.to(self.device)
+        """Take the memory back; the weights must be sent."""
+        with self._lock:
+            if self._hollow:
+                torch.cuda.empty_cache()
+                for storage, nbytes in self._sizes.items():
+                    storage.resize_(nbytes)
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        return list({(s := p.untyped_storage()).data_ptr(): s for p in self.model.parameters()}.values())
 
     def close(self) -> None:
         """Nothing runs beside the trainer's process, so there is nothing to end."""

@@ -48,7 +48,7 @@ class ServerEngine:
         served_model: Name under which they serve the model; None is the only one.
         api_key_variable: Environment variable with the API key, if the servers want one.
         certificate: File with the authority of `https` servers; None is the system's.
-        dtype: Of the servers' weights (their `--dtype`).
+        dtype: Of the servers' weights (their `--dtype`); `auto` takes what they report, which must be the same of all.
         in_flight: Samples of one rank that a server has at a time.
         transfer: How weights come: `host` (servers on this machine), `disk` (`shared_folder`), `nccl` (GPUs).
         shared_folder: A folder that trainer and servers see under the same path, for `disk`.
@@ -65,7 +65,7 @@ class ServerEngine:
         served_model: str | None = None,
         api_key_variable: str = "VLLM_API_KEY",
         certificate: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         in_flight: int = 64,
         transfer: Literal["host", "disk", "nccl"] = "host",
         shared_folder: str | None = None,
@@ -111,11 +111,12 @@ class ServerEngine:
         except OSError:
             listed = None
         self.end_ids = end_token_ids(self.tokenizer, listed)
-        self.copy = WeightCopy(model, self.dtype, self.shared_folder)
-        self.limit = min(
-            server.introduce(self.served_model, self.tokenizer, self.dtype, self.transfer, self.start_timeout)
-            for server in self.servers
-        )
+        dtype, limits = self.dtype, []
+        for server in self.servers:
+            limits.append(server.introduce(self.served_model, self.tokenizer, dtype, self.transfer, self.start_timeout))
+            dtype = server.dtype
+        self.limit = min(limits)
+        self.copy = WeightCopy(model, dtype, self.shared_folder)
         self._closed = threading.Event()
         threading.Thread(target=self._probe, args=(self._closed,), daemon=True).start()
 

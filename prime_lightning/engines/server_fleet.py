@@ -20,7 +20,7 @@ class Server:
         self.client = client
         self.well = False
         self.why = "it was not asked yet"
-        self.model = ""
+        self.model = self.dtype = ""
         self.samples = 0
 
     def introduce(
@@ -87,7 +87,8 @@ class Server:
             "--dtype": str(config["model_config"]["dtype"]).removeprefix("torch."),
             "--weight-transfer-config": (config.get("weight_transfer_config") or {}).get("backend"),
         }
-        expected = {"--logprobs-mode": "processed_logprobs", "--dtype": dtype, "--weight-transfer-config": backend}
+        self.dtype = found["--dtype"] if dtype == "auto" else dtype
+        expected = {"--logprobs-mode": "processed_logprobs", "--dtype": self.dtype, "--weight-transfer-config": backend}
         wrong = {name: value for name, value in found.items() if value != expected[name]}
         if wrong:
             raise ValueError(

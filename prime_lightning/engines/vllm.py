@@ -22,21 +22,17 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from prime_lightning.engines import Kept
+from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
 from prime_lightning.engines.vllm_adapters import Adapters, room_for
-from prime_lightning.engines.vllm_devices import check_devices, own_gpu, transfer_of, visible
-from prime_lightning.engines.vllm_errors import MISSING, explain
+from prime_lightning.engines.vllm_arguments import arguments_of, environment_of
+from prime_lightning.engines.vllm_devices import check_devices, own_gpu, transfer_of
+from prime_lightning.engines.vllm_errors import MISSING, explain, may_pass
 from prime_lightning.engines.vllm_process import Channel, EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Work, sampling_arguments
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
-
-CPU_ARGUMENTS = {
-    "enforce_eager": True,
-    "block_size": 32,  # the default of 128 would cache no short prompt
-    "enable_chunked_prefill": False,  # a seeded sample of half a prompt fails: "CPU Generator does not use offset"
-}
 
 
 class VLLMEngine:
@@ -44,19 +40,20 @@ class VLLMEngine:
 
     Args:
         device: `cpu`, `cuda`, or `auto` for CUDA where torch sees it.
-        dtype: Of the engine's weights; the trainer's are converted on their way.
+        dtype: Of the engine's weights; the trainer's are converted. `auto` is bfloat16 on GPUs, float32 on CPU.
         max_sequences: Samples computed at the same time.
+        max_batched_tokens: Tokens of one step on GPUs, prompts and samples together; None is 8192.
         max_model_len: Longest prompt and completion in tokens; None is the model's own limit.
         kv_cache_gib: Memory for keys and values; None is 0.25 on CPU, and `gpu_memory_utilization` decides on GPUs.
         gpu_memory_utilization: Share of the GPU for weights, keys and values; 0.3 to 0.5 beside a trainer.
         tensor_parallel: GPUs (on CPU: processes) that share the model; on GPUs it needs `devices`.
         devices: CUDA devices of the engine's own, as the trainer numbers them; None is the trainer's current one.
         transfer: How weights come: `host` (shared memory), `ipc` (same GPU), `nccl` (other GPUs); `auto` picks one.
-        seeded: Fix each sample by seed, draw and number; without it sampling is faster and does not repeat.
+        seeded: Fix each sample by seed, draw and number; without it nothing repeats, and a CPU samples faster.
         threads: Of the engine on CPU; docs/vllm.md says when more than one helps.
         start_timeout: Seconds until the model must be loaded.
         stall_timeout: Seconds without a sign of life after which a busy engine counts as dead.
-        restarts: Deaths that a run survives.
+        restarts: Deaths that a run survives, failed starts included.
         lora_rank: Compute with a LoRA policy's adapters, of this rank at most, beside the weights that the engine reads
             from disk; None gets them merged.
         sleep_level: What an engine on the trainer's GPU does while the trainer works: stay as it is (0), keep its
@@ -68,8 +65,9 @@ class VLLMEngine:
     def __init__(
         self,
         device: Literal["auto", "cpu", "cuda"] = "auto",
-        dtype: str = "float32",
+        dtype: str = "auto",
         max_sequences: int = 256,
+        max_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         kv_cache_gib: float | None = None,
         gpu_memory_utilization: float = 0.4,
@@ -87,14 +85,15 @@ class VLLMEngine:
         env: dict[str, str] | None = None,
     ) -> None:
         self.version = -1
-        self.dtype, self.max_sequences, self.max_model_len = dtype, max_sequences, max_model_len
+        self.cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        self.dtype, self.max_model_len = dtype_of(dtype, self.cuda), max_model_len
+        self.max_sequences, self.max_batched_tokens = max_sequences, max_batched_tokens
         self.kv_cache_gib, self.gpu_memory_utilization = kv_cache_gib, gpu_memory_utilization
         self.tensor_parallel, self.devices, self.seeded, self.threads = tensor_parallel, devices, seeded, threads
         self.start_timeout, self.stall_timeout, self.restarts = start_timeout, stall_timeout, restarts
         self.lora_rank = lora_rank
         self.sleep_level = sleep_level if lora_rank is None else min(sleep_level, 1)  # nobody would send the weights
         self.args, self.env = args or {}, env or {}
-        self.cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         self._check_tensor_parallel()
         self.transfer = transfer_of(transfer, self.cuda, devices)
         self._can_sleep = self.cuda and devices is None and sleep_level > 0
@@ -112,8 +111,10 @@ class VLLMEngine:
         self.adapters: Adapters | None = None
         self.process: EngineProcess | None = None
         self.deaths = 0
+        self.first_cache_bytes: int | None = None
         self._sender: tuple[EngineProcess, Any] | None = None
         self._asleep = self._hollow = False  # hollow: without weights that one could sample with
+        self._cacheless = False  # awake, but for keys and values
         self._lock = threading.RLock()  # one sync, restart or sleep at a time
         self._streams, self._prefix = itertools.count(), "s"
 
@@ -137,7 +138,8 @@ class VLLMEngine:
         self.close()
         self._prepare(model)
         self.copy = WeightCopy(model, self.dtype)
-        self.deaths, self.process = 0, self._spawn()
+        warn_of_float32(self.dtype, self.cuda, self.copy.parameters)
+        self.deaths, self.first_cache_bytes, self.process = 0, None, self._spawn()
         if self.cuda:
             self.ready()  # vLLM measures the GPU's free memory, which must stand still for that
 
@@ -148,6 +150,10 @@ class VLLMEngine:
             ValueError: if a name or a shape does not fit, or one is missing.
             RuntimeError: if the engine does not have what was sent.
         """
+        self._load(weights, version)
+        self._wake_cache()
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         with self._lock:
             process = self.ready()
             passing = self.copy.passing(weights, version)
@@ -213,12 +219,20 @@ class VLLMEngine:
                     self.version, self._hollow = -1, True
 
     def wake(self) -> None:
-        """Take GPU memory back; after sleep level 2 the weights must be sent again."""
+        """Take GPU memory back; after sleep level 2 that of weights, which must be sent, and then the rest."""
         with self._lock:
             if self._asleep:
                 torch.cuda.empty_cache()  # what the trainer's allocator holds for later
-                self._asleep = False
-                self._call("wake")
+                self._asleep, self._cacheless = False, self._hollow
+                self._call("wake", tags=["weights"] if self._hollow else None)
+
+    def _wake_cache(self) -> None:
+        """Take memory for keys and values back, now that the weights are there and nothing of their way is left."""
+        with self._lock:
+            if self._cacheless:
+                torch.cuda.empty_cache()
+                self._cacheless = False
+                self._call("wake", tags=["kv_cache"])
 
     def _call(self, method: str, **arguments: Any) -> None:
         """Call the process, or the one in its place if it died meanwhile."""
@@ -226,7 +240,7 @@ class VLLMEngine:
         try:
             process.call(method, self.stall_timeout, **arguments)
         except EngineDiedError as death:
-            self.revive(process, death)  # awake, with the last weights
+            self.revive(process, death)  # wide awake, with the last weights
             if method == "sleep":
                 self.ready().call(method, self.stall_timeout, **arguments)
 
@@ -238,6 +252,7 @@ class VLLMEngine:
                 self.copy.close()
             self.adapters = None
             self.process, self._sender, self._asleep, self.version = None, None, False, -1
+            self._cacheless = False
 
     # ---- samples
 
@@ -267,11 +282,33 @@ class VLLMEngine:
         """
         if self.process is None:
             raise RuntimeError("Expected a started engine, got none: call `start` with a model first.")
+        process = self.process
         try:
-            self.process.wait_ready(self.start_timeout)
+            process.wait_ready(self.start_timeout)
         except EngineDiedError as death:
-            raise ValueError(explain(str(death))) from None
-        return self.process
+            with self._lock:
+                process = self._start_again(process, death)
+        if self.first_cache_bytes is None:
+            self.first_cache_bytes = process.info.get("cache_bytes")
+        return process
+
+    def _start_again(self, failed: EngineProcess, death: EngineDiedError) -> EngineProcess:
+        """A process in the place of one that did not start, where that may help; a failed start counts as a death."""
+        if self.process is not None and self.process is not failed:
+            return self.ready()
+        failures = [explain(str(death))]
+        while self.deaths < self.restarts and may_pass(str(death)):
+            self.deaths += 1
+            warnings.warn(f"{death}\nIt is started again (death {self.deaths} of {self.restarts}).", stacklevel=2)
+            failed.close(0)
+            self.process = failed = self._spawn()
+            try:
+                failed.wait_ready(self.start_timeout)
+                return failed
+            except EngineDiedError as again:
+                death = again
+                failures.append(explain(str(death)))
+        raise ValueError("\nThe next start: ".join(dict.fromkeys(failures)))
 
     def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
         """What draws samples: the process, or the one in the place of one that died."""
@@ -288,13 +325,17 @@ class VLLMEngine:
         self._hollow = self.args.get("load_format") == "dummy"
 
     def _spawn(self) -> EngineProcess:
-        return EngineProcess(self._arguments(), self._environment())
+        if self.cuda:
+            torch.cuda.empty_cache()  # an engine that starts beside a trainer gets what that only holds for later
+        arguments = arguments_of(self, self._room, self._can_sleep)
+        return EngineProcess(arguments, environment_of(self, self._devices()))
 
     def revive(self, died: Channel, death: EngineDiedError) -> EngineProcess:
         """The process in a dead one's place, with the last weights; whoever needs it first starts it.
 
         Raises:
             EngineDiedError: if it died too often, or the last weights are not known.
+            ValueError: if it does not start any more.
         """
         with self._lock:
             if self.process is not died and self.process is not None:
@@ -309,8 +350,8 @@ class VLLMEngine:
                 stacklevel=2,
             )
             self.process.close(0)
-            self.process, self._asleep = self._spawn(), False
-            self.process.wait_ready(self.start_timeout)
+            self.process, self._asleep, self._cacheless = self._spawn(), False, False
+            self.process = self.ready()
             if self.adapters is not None:
                 self._send_adapters(self.process, self.adapters)
             elif self.copy.version is not None:
@@ -339,48 +380,9 @@ class VLLMEngine:
             self._sender = process, sender
         return self._sender[1]
 
-    def _arguments(self) -> dict[str, Any]:
-        """Engine arguments by vLLM's names."""
-        gib = self.kv_cache_gib if self.kv_cache_gib is not None or self.cuda else 0.25
-        return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "max_num_seqs": self.max_sequences,
-            "max_model_len": self.max_model_len,
-            "tensor_parallel_size": self.tensor_parallel,
-            "kv_cache_memory_bytes": None if gib is None else int(gib * 2**30),
-            "logprobs_mode": "processed_logprobs",  # the default leaves temperature and top-p out
-            "generation_config": "vllm",  # not the model's own sampling numbers
-            "weight_transfer_config": {"backend": "prime_host" if self.transfer == "host" else self.transfer},
-            "worker_extension_cls": "prime_lightning.engines.vllm_worker.VLLMWorker",
-            **(
-                {
-                    "gpu_memory_utilization": self.gpu_memory_utilization,
-                    "enable_sleep_mode": self._can_sleep,
-                }
-                if self.cuda
-                else CPU_ARGUMENTS
-            ),
-            **({"enable_lora": True, "max_loras": 1, "max_lora_rank": self._room} if self._room else {}),
-            **self.args,
-        }
-
     def _devices(self) -> list[int]:
         """CUDA devices of the engine."""
         return [own_gpu()] if self.devices is None else self.devices
-
-    def _environment(self) -> dict[str, str]:
-        """Environment of the engine's process, besides what it inherits."""
-        if self.cuda:
-            return {"CUDA_VISIBLE_DEVICES": visible(self._devices()), **self.env}
-        cores = "|".join(map(str, range(self.tensor_parallel)))
-        return {
-            "TORCHDYNAMO_DISABLE": "1",  # else the first log-probs wait half a minute for a compiler
-            "OMP_NUM_THREADS": str(self.threads),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if self.tensor_parallel == 1 else cores,
-            "MALLOC_ARENA_MAX": "1",  # memory stays flat over thousands of weight updates
-            **self.env,
-        }
 
 
 def _generation_end(model: str) -> int | list[int] | None:

@@ -49,6 +49,7 @@ def main(fd: int) -> int:
     config = engine.vllm_config
     info = {
         "max_model_len": config.model_config.max_model_len,
+        "cache_bytes": cache_bytes(engine),
         "world_size": config.parallel_config.world_size,
         "shared_memory": vllm_group.shared_memory(os.getpgrp()),
     }
@@ -57,6 +58,12 @@ def main(fd: int) -> int:
         return Server(connection, engine).run()
     finally:
         engine.engine_core.shutdown()
+
+
+def cache_bytes(engine: LLMEngine) -> int:
+    """Memory of each worker for keys and values."""
+    cache = engine.engine_core.engine_core.scheduler.kv_cache_config  # the core is in this process
+    return sum(tensor.size for tensor in cache.kv_cache_tensors)
 
 
 def warm_up(engine: LLMEngine) -> None:
@@ -190,9 +197,9 @@ class Server:
         self.engine.reset_prefix_cache()
         self.engine.sleep(level)
 
-    def do_wake(self) -> None:
-        """Take device memory back."""
-        self.engine.wake_up()
+    def do_wake(self, tags: list[str] | None = None) -> None:
+        """Take device memory back; with tags (`weights`, `kv_cache`) a part of it."""
+        self.engine.wake_up(tags)
 
     def do_unfinished(self) -> int:
         """Samples that are queued or computed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -27,9 +28,24 @@ def transfer_of(transfer: str, cuda: bool, devices: Sequence[int] | None) -> str
         raise ValueError(f"Expected transfer `host` or `auto` on CPU, got {transfer!r}, which is for GPUs.")
     if transfer == "ipc" and devices is not None:
         raise ValueError(f"Expected transfer `nccl` or `host` for GPUs of the engine's own, got {transfer!r}.")
-    if transfer != "auto":
-        return transfer
-    return "host" if not cuda else "ipc" if devices is None else "nccl"
+    if transfer == "auto":
+        transfer = "host" if not cuda else "ipc" if devices is None else "nccl"
+    if transfer == "ipc" and expandable_segments():
+        warnings.warn(
+            "PYTORCH_ALLOC_CONF has expandable_segments:True, and such memory cannot be opened by the engine's "
+            "process: weights go by `transfer: host`. Leave it out of the environment for `ipc`, which is faster.",
+            stacklevel=3,
+        )
+        return "host"
+    return transfer
+
+
+def expandable_segments() -> bool:
+    """Whether torch's allocator on GPUs was told to take segments that grow."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first that is set, as torch has it
+    conf = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    fields = dict(field.split(":", 1) for field in conf.replace(" ", "").split(",") if ":" in field)
+    return fields.get("expandable_segments", "").lower() in ("true", "1")
 
 
 def own_gpu() -> int:

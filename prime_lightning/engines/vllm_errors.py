@@ -35,6 +35,22 @@ HINTS = (  # what vLLM prints, what to do; the first that fits
 )
 
 
+FINAL = (  # what another start would say again
+    *("nms does not exist", "ImportError", "ModuleNotFoundError", "CPU attention configuration", "max_model_len"),
+    *("cache blocks", "KV cache", "ValidationError", "not supported", "Available memory on node"),
+)
+
+
+def may_pass(why: str) -> bool:
+    """Whether another start may go better, as where a port or memory was taken.
+
+    Example:
+        >>> may_pass("OSError: Address already in use"), may_pass("ModuleNotFoundError: No module named 'triton'")
+        (True, False)
+    """
+    return not any(sign in why for sign in FINAL)
+
+
 def explain(why: str) -> str:
     """The cause of a failed start, in vLLM's own words, and what to do about it.
 

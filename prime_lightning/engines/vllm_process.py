@@ -25,9 +25,16 @@ from typing import Any, Protocol
 import prime_lightning
 from prime_lightning.engines import vllm_group
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
+LAUNCHER = (
+    *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED"),
+    *(
+        "NCCL_ASYNC_ERROR_HANDLING",
+        "NCCL_BLOCKING_WAIT",
+        "NCCL_COMM_ID",
+    ),  # how ranks fail and meet
+)
 LAUNCHER_PREFIXES = (
-    *("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_", "NCCL_"),
+    *("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_"),
     *("SLURM_", "PMI_", "PMIX_", "OMPI_", "HYDRA_"),
 )
 TAIL = 25  # lines of the log in an error

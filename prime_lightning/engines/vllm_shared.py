@@ -80,6 +80,10 @@ class SharedVLLMEngine(VLLMEngine):
         weights = iter(weights)
         together(lambda: self._send(weights, version))
         self.version, self._hollow = version, False
+        if self._can_sleep:
+            torch.cuda.empty_cache()
+            of_all_ranks()
+            together(self._wake_cache)
 
     def sleep(self) -> None:
         """Give up memory of the ranks' GPUs, once none of them samples."""
@@ -154,7 +158,7 @@ class SharedVLLMEngine(VLLMEngine):
     def _send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         try:
             if self.owns:
-                super().load_weights(weights, version)
+                self._load(weights, version)
         finally:
             deque(weights, maxlen=0)  # which all ranks gather together
 

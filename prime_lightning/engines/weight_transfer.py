@@ -80,6 +80,7 @@ class WeightCopy:
         self.version: int | None = None
         self.offsets: dict[str, int] = {}
         self.nbytes = 0
+        self.parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         for name, shape in self.shapes.items():
             self.offsets[name] = self.nbytes
             length = torch.Size(shape).numel() * self.dtype.itemsize

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from prime_lightning.engines.number_format import dtype_of
 from prime_lightning.options import Loading, precision_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
@@ -17,7 +18,7 @@ from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, s
 TRAINED = ("policy", "prm", "critic")
 ROLES = (*TRAINED, "reference")
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1}
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,8 @@ def sharding_of(trainer: Any, gpus: int) -> Sharding:
 def sampler_of(engine: Any) -> Sampler:
     """The engine's share of the GPU."""
     options, name = engine.get("init_args") or {}, engine.class_path.rsplit(".", 1)[-1]
-    width = WIDTH.get(options.get("dtype", "float32"), 4)
+    dtype = dtype_of(options.get("dtype") or "auto", cuda=options.get("device") != "cpu")
+    width = WIDTH.get(dtype, 4)
     if name in ("VLLMEngine", "SharedVLLMEngine"):
         return Sampler(
             name=name,

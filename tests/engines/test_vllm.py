@@ -12,7 +12,8 @@ import torch
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.engines import Engine, check_truncated_logprobs
 from prime_lightning.engines.hf import HFEngine, truncate
-from prime_lightning.engines.vllm import CPU_ARGUMENTS, VLLMEngine
+from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_arguments import CPU_ARGUMENTS
 from prime_lightning.lora import merged_parameters, with_adapters
 from prime_lightning.options import Lora
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer

@@ -11,6 +11,7 @@ import torch
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_arguments import arguments_of
 from prime_lightning.engines.weight_transfer import WeightCopy, column_of
 from prime_lightning.pretrained import load_causal_lm
 
@@ -183,7 +184,7 @@ def test_vllm_knows_all_arguments_of_an_engine_on_gpus(model, options):
 
     engine = VLLMEngine(device="cuda", **options)
     engine.model = model
-    made = EngineArgs(disable_log_stats=True, **engine._arguments())
+    made = EngineArgs(disable_log_stats=True, **arguments_of(engine, engine._room, engine._can_sleep))
     assert made.enable_sleep_mode is (options in ({}, {"transfer": "host"}))
     backend = {"transfer": "prime_host"}.get(next(iter(options), ""), "nccl" if "devices" in options else "ipc")
     assert made.weight_transfer_config.backend == backend
@@ -197,7 +198,7 @@ def test_vllm_has_the_methods_that_are_called_on_gpus():
 
     for owner, method, arguments in (
         *((owner, "sleep", (2,)) for owner in (LLMEngine, InprocClient, EngineCore, Worker)),
-        *((owner, "wake_up", ()) for owner in (LLMEngine, InprocClient, EngineCore, Worker)),
+        *((owner, "wake_up", (["weights"],)) for owner in (LLMEngine, InprocClient, EngineCore, Worker)),
         (LLMEngine, "set_weight_version", ("1",)),
     ):
         inspect.signature(getattr(owner, method)).bind(None, *arguments)

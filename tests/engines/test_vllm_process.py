@@ -251,9 +251,9 @@ class Sleeping:
 @pytest.mark.parametrize(
     ("options", "slept", "version"),
     [
-        ({}, [("sleep", {"level": 2}), ("wake", {})], -1),
-        ({"sleep_level": 1}, [("sleep", {"level": 1}), ("wake", {})], 3),
-        ({"lora_rank": 8}, [("sleep", {"level": 1}), ("wake", {})], 3),
+        ({}, [("sleep", {"level": 2}), ("wake", {"tags": ["weights"]})], -1),
+        ({"sleep_level": 1}, [("sleep", {"level": 1}), ("wake", {"tags": None})], 3),
+        ({"lora_rank": 8}, [("sleep", {"level": 1}), ("wake", {"tags": None})], 3),
         ({"sleep_level": 0}, [], 3),
         ({"devices": [1]}, [], 3),
         ({"device": "cpu"}, [], 3),
@@ -275,8 +275,11 @@ def test_an_engine_sleeps_on_the_trainers_gpu_alone(options, slept, version):
 def test_the_engine_inherits_nothing_of_the_trainers_launcher(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NCCL_DEBUG", "KEPT"):
         monkeypatch.setenv(name, "1")
+    for name in ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_COMM_ID", "TORCH_NCCL_BLOCKING_WAIT"):
+        monkeypatch.setenv(name, "1")
     found = clean_environment({"NCCL_DEBUG": "INFO"})
-    assert found["KEPT"] == "1"
+    assert all(found[name] == "1" for name in ("KEPT", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE"))
+    assert not {"NCCL_COMM_ID", "TORCH_NCCL_BLOCKING_WAIT"} & set(found)
     assert found["NCCL_DEBUG"] == "INFO"
     assert not {"RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & set(found)
 

@@ -13,6 +13,7 @@ import torch
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm_arguments import environment_of
 from prime_lightning.engines.vllm_shared import SharedVLLMEngine
 from prime_lightning.rollout import Prompt
 
@@ -171,7 +172,7 @@ def test_engines_for_gpus_without_a_gpu():
     with pytest.raises(ValueError, match=words):
         SharedVLLMEngine(device="cuda").start("nowhere")
     with pytest.raises(ValueError, match=words):
-        VLLMEngine(device="cuda")._environment()
+        VLLMEngine(device="cuda")._devices()
 
 
 @pytest.mark.parametrize(("rank", "owner", "devices"), [(0, 0, [0, 1]), (1, 0, [0, 1]), (2, 2, [2, 3]), (3, 2, [2, 3])])
@@ -189,4 +190,6 @@ def test_an_engine_lies_on_the_gpus_of_its_ranks(rank, owner, devices, monkeypat
     assert engine._can_sleep
     assert engine._devices() == (devices if engine.owns else [])
     if engine.owns:
-        assert engine._environment() == {"CUDA_VISIBLE_DEVICES": ",".join(str(4 + device) for device in devices)}
+        assert environment_of(engine, engine._devices()) == {
+            "CUDA_VISIBLE_DEVICES": ",".join(str(4 + device) for device in devices)
+        }
