@@ -328,7 +328,7 @@ class VLLMEngine:
         if self.cuda:
             torch.cuda.empty_cache()  # an engine that starts beside a trainer gets what that only holds for later
         arguments = arguments_of(self, self._room, self._can_sleep)
-        return EngineProcess(arguments, environment_of(self, self._devices()))
+        return EngineProcess(arguments, environment_of(self, self._devices() if self.cuda else []))
 
     def revive(self, died: Channel, death: EngineDiedError) -> EngineProcess:
         """The process in a dead one's place, with the last weights; whoever needs it first starts it.

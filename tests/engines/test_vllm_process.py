@@ -142,7 +142,7 @@ def test_a_start_that_fails_says_why_and_what_to_do(model, tmp_path, options, si
 
 @real
 def test_an_engine_that_is_killed_while_it_starts_tells_of_memory(model):
-    engine = VLLMEngine(device="cpu")
+    engine = VLLMEngine(device="cpu", restarts=0)
     engine.start(model)
     os.kill(engine.process.process.pid, signal.SIGKILL)
     with pytest.raises(ValueError, match=r"killed from outside.*\n.*Lower the engine's `kv_cache_gib`") as raised:
