@@ -27,6 +27,7 @@ def test_heads_are_gathered_once_a_forward_and_eleven_passes_make_an_iteration(t
                 gathers = first[f"{role} head gathers"]
                 assert gathers == second[f"{role} head gathers"]
                 assert 0 < gathers <= first[f"{role} forwards"] * (1 if role == "reference" else 2)
-        # scores of policy, reference and PRM, and two updates with activations computed again
-        assert found[name]["forward_units"][0] == 1 + 1 + 1 + 4 + 4
+        # scores of policy, reference and PRM, and two updates with activations computed again; a little more where
+        # a rank without rows of a minibatch takes part by a row of two tokens
+        assert found[name]["forward_units"][0] == pytest.approx(1 + 1 + 1 + 4 + 4, abs=0.1)
     assert "ZeRO-3 over DDP" in capsys.readouterr().out
