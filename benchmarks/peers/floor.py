@@ -1,4 +1,4 @@
-"""The passes of an iteration in plain `transformers`, on as many tokens: what `benchmarks/training.py` calls the floor."""
+"""The passes of an iteration in plain `transformers`, on as many tokens: the floor of `benchmarks/training.py`."""
 
 from __future__ import annotations
 
