@@ -14,10 +14,15 @@ from torch import Tensor
 from prime_lightning.measures import Measures
 from prime_lightning.rollout import Group, Rollout
 
+LENGTHS = ("prompt_length_B", "response_length_B")
+
 
 @dataclass(kw_only=True)
 class Batch:
-    """The rollouts of one iteration as tensors, all of one device."""
+    """The rollouts of one iteration as tensors, all of one device but for the lengths, which stay on the host.
+
+    They say how a batch is cut up and laid out. A host that asks a device waits for all the work before.
+    """
 
     tokens_BL: Tensor
     """Prompt and response, zeros behind."""
@@ -55,9 +60,9 @@ class Batch:
 
     def response_tokens(self) -> Tensor:
         """`[B, T]` tokens of the responses; what stands outside of them means nothing."""
-        T, device = self.mask_BT.shape[1], self.tokens_BL.device
-        columns_BT = self.prompt_length_B[:, None] + torch.arange(T, device=device)
-        return self.tokens_BL.gather(1, columns_BT.clamp_max(self.tokens_BL.shape[1] - 1))
+        columns_BT = self.prompt_length_B[:, None] + torch.arange(self.mask_BT.shape[1])
+        columns_BT = columns_BT.clamp_max(self.tokens_BL.shape[1] - 1)
+        return self.tokens_BL.gather(1, columns_BT.to(self.tokens_BL.device, non_blocking=True))
 
     @classmethod
     def of_groups(
@@ -110,19 +115,22 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-        return replace(self, **moved)
+        moved = [f.name for f in fields(self) if f.type == "Tensor" and f.name not in LENGTHS]
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def select(self, rows: Tensor) -> Batch:
-        """These responses only, without the columns that they do not need."""
+        """These responses only, without the columns that they do not need.
+
+        Args:
+            rows: On the host.
+        """
         prompt_length_B, response_length_B = self.prompt_length_B[rows], self.response_length_B[rows]
         L, T = int((prompt_length_B + response_length_B).max()), int(response_length_B.max())
         width = {"tokens_BL": L, "mask_BT": T, "behaviour_logprobs_BT": T, "version_BT": T}
-        cut = {
-            f.name: getattr(self, f.name)[rows][:, : width[f.name]] if f.name in width else getattr(self, f.name)[rows]
-            for f in fields(self)
-            if f.type == "Tensor"
-        }
+        there = rows.to(self.tokens_BL.device, non_blocking=True)
+        names = [f.name for f in fields(self) if f.type == "Tensor"]
+        cut = {name: getattr(self, name)[rows if name in LENGTHS else there] for name in names}
+        cut |= {name: cut[name][:, :columns] for name, columns in width.items()}
         return replace(self, **cut, rollouts=[self.rollouts[i] for i in rows.tolist()] if self.rollouts else [])
 
     def nothing(self) -> Batch:
@@ -136,7 +144,7 @@ class Batch:
         return replace(self, mask_BT=self.mask_BT & False, valid_B=self.valid_B & False, rollouts=[])
 
     def minibatches(self, count: int, generator: torch.Generator, groups: int | None = None) -> list[Tensor]:
-        """Shuffle the groups of all ranks into `count` parts of equal size; returns this rank's rows of each.
+        """Shuffle the groups of all ranks into `count` equal parts; returns this rank's rows of each, on the host.
 
         The parts do not depend on which rank has which group; a rank may have no rows of one.
 
@@ -154,20 +162,20 @@ class Batch:
                 f"Expected at least one prompt for each of {count} minibatches, got {groups} prompts. "
                 "Lower `minibatches` or raise `data.prompts_per_batch`."
             )
-        order = torch.randperm(groups, generator=generator).to(self.group_B.device)
-        return [torch.isin(self.group_B, part).nonzero().squeeze(-1) for part in order.tensor_split(count)]
+        order, group_B = torch.randperm(groups, generator=generator), self.group_B.cpu()
+        return [torch.isin(group_B, part).nonzero().squeeze(-1) for part in order.tensor_split(count)]
 
     def microbatches(
         self, rows: Tensor, token_budget: int, *, whole_groups: bool = False, shared_prompts: bool = False
     ) -> Iterator[Tensor]:
-        """Cut rows into parts of at most `token_budget` tokens; one unit always fits.
+        """Cut rows, on the host, into parts of at most `token_budget` tokens; one unit always fits.
 
         Units are responses, or whole groups. Padding counts, and units of similar length come together, so that little
         is padding. With shared prompts there is none: a prompt counts once, and its responses come together.
         """
         prompt: list[int] = self.prompt_length_B[rows].tolist()
         response: list[int] = self.response_length_B[rows].tolist()
-        group: list[int] = self.group_B[rows].tolist()
+        group: list[int] = self.group_B.cpu()[rows].tolist()
 
         def longest(unit: list[int]) -> int:
             return max(prompt[i] + response[i] for i in unit)

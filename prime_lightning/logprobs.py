@@ -34,6 +34,16 @@ def response_index(prompt_length_B: Tensor, response_length_B: Tensor) -> tuple[
     return rows_N, steps_N
 
 
+def response_places(prompt_length_B: Tensor, response_length_B: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """`response_index` and the place `[N]` of each response token in its row, on a device.
+
+    Of lengths on the host they are computed there, and the host does not wait for the device.
+    """
+    rows_N, steps_N = response_index(prompt_length_B, response_length_B)
+    found = rows_N, steps_N, prompt_length_B[rows_N] + steps_N
+    return tuple(x_N.to(device, non_blocking=True) for x_N in found)
+
+
 class ScoringLM(nn.Module):
     """A causal LM whose forward returns log-probs of given responses instead of logits.
 
@@ -91,7 +101,7 @@ class ScoringLM(nn.Module):
 
         Args:
             tokens_BL: Prompt and response, padded on the right; what stands in the padding does not matter.
-            prompt_length_B: Tokens of each prompt, at least 1.
+            prompt_length_B: Tokens of each prompt, at least 1; lengths are best on the host.
             response_length_B: Tokens of each response.
             temperature: Divides the logits.
             entropy: Whether it is computed, and has a gradient.
@@ -100,8 +110,7 @@ class ScoringLM(nn.Module):
             Two tensors `[B, T]`, T the longest response, zero behind each response; None in the place of the second
             where `entropy` is "none".
         """
-        rows_N, steps_N = response_index(prompt_length_B, response_length_B)
-        places_N = prompt_length_B[rows_N] + steps_N
+        rows_N, steps_N, places_N = response_places(prompt_length_B, response_length_B, tokens_BL.device)
         length_B = prompt_length_B + response_length_B
         shared_B = prompt_length_B if self.shared_prompts else None
         hidden_NH = hidden_states(
@@ -155,8 +164,8 @@ class ValueLM(nn.Module):
         entropy: Entropy = "none",
     ) -> Scores:
         """Values `[B, T]` before each response token is sampled, zero behind each response; called like `ScoringLM`."""
-        rows_N, steps_N = response_index(prompt_length_B, response_length_B)
-        places_N = prompt_length_B[rows_N] + steps_N - 1
+        rows_N, steps_N, places_N = response_places(prompt_length_B, response_length_B, tokens_BL.device)
+        places_N = places_N - 1
         length_B = prompt_length_B + response_length_B
         shared_B = prompt_length_B if self.shared_prompts else None
         hidden_NH = hidden_states(

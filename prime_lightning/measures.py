@@ -1,4 +1,7 @@
-"""Sums and counts that travel through micro-batches and ranks and become means once, at the logging edge."""
+"""Sums and counts that travel through micro-batches and ranks and become means once, at the logging edge.
+
+They stay on the device where they were computed until then: to read a number, the host waits for all work before it.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +64,12 @@ class Measures:
             all_reduce: Reduces over ranks.
             union: Gives the names of all ranks, as one rank may have had nothing to measure.
         """
-        added, tops = sorted(self._sums), sorted(self._totals | self._maxima)
+        sums, counts, highest = _read(self._sums, self._counts, self._totals | self._maxima)
+        added, tops = sorted(sums), sorted(highest)
         if union is not None:
             named = union({f"+{name}" for name in added} | {f"<{name}" for name in tops})
             added, tops = ([name[1:] for name in sorted(named) if name[0] == kind] for kind in "+<")
-        table = torch.stack([NOTHING, *(d.get(n, NOTHING) for n in added for d in (self._sums, self._counts))])
-        highest = self._totals | self._maxima
+        table = torch.stack([NOTHING, *(d.get(n, NOTHING) for n in added for d in (sums, counts))])
         maxima = torch.stack([NOTHING, *(highest.get(n, -torch.inf * (NOTHING + 1)) for n in tops)])
         if all_reduce is not None:
             table, maxima = all_reduce(table, "sum"), all_reduce(maxima, "max")
@@ -75,4 +78,14 @@ class Measures:
 
 
 def _number(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value).detach().double().cpu()
+    return torch.as_tensor(value).detach().double()
+
+
+def _read(*tables: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The same numbers on the host, by one transfer from each device that has some."""
+    numbers = [number for table in tables for number in table.values()]
+    read = {
+        device: iter(torch.stack([number for number in numbers if number.device == device]).cpu())
+        for device in {number.device for number in numbers}
+    }
+    return [{name: next(read[number.device]) for name, number in table.items()} for table in tables]

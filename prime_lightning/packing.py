@@ -59,7 +59,7 @@ def pack(tokens_BL: Tensor, length_B: Tensor, prompt_length_B: Tensor | None = N
 
     Args:
         tokens_BL: Padded on the right.
-        length_B: Tokens of each row.
+        length_B: Tokens of each row; best on the host, which then waits for no device.
         prompt_length_B: Tokens at the beginning of each row that stand in the packed row once if other rows begin with
             the same ones; None shares nothing.
 
@@ -71,7 +71,7 @@ def pack(tokens_BL: Tensor, length_B: Tensor, prompt_length_B: Tensor | None = N
         ((3, 1), (3, 3), tensor([0, 1, 2, 0, 1, 3]))
     """
     B, L = tokens_BL.shape
-    column_L, row_B = (torch.arange(n, device=tokens_BL.device) for n in (L, B))
+    column_L, row_B = (torch.arange(n, device=length_B.device) for n in (L, B))
     real_BL = column_L < length_B[:, None]
     first_B = row_B if prompt_length_B is None else first_with_prompt(tokens_BL, prompt_length_B)
     own_BL = real_BL
@@ -80,14 +80,16 @@ def pack(tokens_BL: Tensor, length_B: Tensor, prompt_length_B: Tensor | None = N
     row_X, positions_X = own_BL.nonzero(as_tuple=True)
     place_BL = own_BL.flatten().cumsum(0).view(B, L) - 1
     place_BL = place_BL.where(own_BL, place_BL[first_B])
+    laid_out = (x.to(tokens_BL.device, non_blocking=True) for x in (row_X, positions_X, place_BL))
+    there_X, positions_X, there_BL = laid_out
     queries, keys = own_BL.sum(1).tolist(), length_B.tolist()
     asking = [i for i, q in enumerate(queries) if q]
     sequences = Sequences.of(tuple(queries[i] for i in asking), tokens_BL.device)
     if prompt_length_B is not None:
         seen = tuple(keys[i] for i in asking)
-        key_Y = place_BL[real_BL & own_BL.any(1)[:, None]]
+        key_Y = place_BL[real_BL & own_BL.any(1)[:, None]].to(tokens_BL.device, non_blocking=True)
         sequences = replace(sequences, keys=seen, key_starts=_starts(seen, tokens_BL.device), key_Y=key_Y)
-    return Packed(tokens_BL[row_X, positions_X], positions_X, place_BL, sequences)
+    return Packed(tokens_BL[there_X, positions_X], positions_X, there_BL, sequences)
 
 
 def first_with_prompt(tokens_BL: Tensor, prompt_length_B: Tensor) -> Tensor:
@@ -98,10 +100,12 @@ def first_with_prompt(tokens_BL: Tensor, prompt_length_B: Tensor) -> Tensor:
         tensor([0, 1, 0])
     """
     P = int(prompt_length_B.max())
-    outside_BP = torch.arange(P, device=tokens_BL.device) >= prompt_length_B[:, None]
+    outside_BP = (torch.arange(P, device=prompt_length_B.device) >= prompt_length_B[:, None]).to(tokens_BL.device)
     group_B: Tensor = tokens_BL[:, :P].masked_fill(outside_BP, -1).unique(dim=0, return_inverse=True)[1]
+    group_B = group_B.to(prompt_length_B.device)
     return (group_B[:, None] == group_B).int().argmax(1)
 
 
 def _starts(lengths: tuple[int, ...], device: torch.device | None) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return starts if device is None else starts.to(device, non_blocking=True)

@@ -131,6 +131,8 @@ class SteppingModule(pl.LightningModule):
         start, self.doing = time.perf_counter(), phase
         yield
         self.doing = ""
+        if self.device.type == "cuda":  # what was asked for is not done yet
+            torch.cuda.synchronize(self.device)
         self.measures.total(f"time/{phase}", time.perf_counter() - start)
 
     @contextmanager
@@ -159,20 +161,24 @@ class SteppingModule(pl.LightningModule):
     def score(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> Tensor:
         """Log-probs (or values) of all response tokens, `[B, T]`, in micro-batches without gradient."""
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
-        everything = torch.arange(len(batch), device=self.device)
+        everything = torch.arange(len(batch))
         with self.timed("score"):
             for rows in self.level(self.microbatches("policy", batch, everything)):
                 if rows is None:
                     self.logprobs(model, batch.nothing())
                 else:
                     scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
-                    out_BT[rows, : scored_bt.shape[1]] = scored_bt
+                    out_BT[self.placed(rows), : scored_bt.shape[1]] = scored_bt
         return out_BT
 
     def microbatches(self, role: str, batch: Batch, rows: Tensor, *, whole_groups: bool = False) -> Iterator[Tensor]:
         """Rows in parts of as many tokens as a role may have at a time."""
         budget, shared = self.updates[role].micro_tokens, self.loading.shares_prompts
         return batch.microbatches(rows, budget, whole_groups=whole_groups, shared_prompts=shared)
+
+    def placed(self, rows: Tensor) -> Tensor:
+        """Numbers of rows on the device; the host does not wait until they are there."""
+        return rows.to(self.device, non_blocking=True)
 
     def level(self, micros: Iterable[Tensor]) -> list[Tensor | None]:
         """These micro-batches, and None for each that another rank has more: all ranks do as many forwards."""
@@ -202,9 +208,9 @@ class SteppingModule(pl.LightningModule):
                     continue
                 for micro in self.level(self.microbatches(role, batch, rows, whole_groups=whole_groups)):
                     if micro is None:  # by the same computation, which sharding strategies compare over ranks
-                        loss = terms(batch.nothing(), torch.zeros(1, dtype=torch.long, device=self.device))
+                        loss = terms(batch.nothing(), self.placed(torch.zeros(1, dtype=torch.long)))
                     else:
-                        loss = terms(batch.select(micro), micro)
+                        loss = terms(batch.select(micro), self.placed(micro))
                     self.manual_backward(loss * (self.trainer.world_size / total))
                 self.step(role, update.grad_clip)
 
