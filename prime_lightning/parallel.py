@@ -190,7 +190,11 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
         super().setup_environment()
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Shard layer by layer; what is not in a layer is a unit of its own."""
+        """Shard layer by layer; what is not in a layer is a unit of its own.
+
+        By default FSDP2 leaves that unit gathered after a forward pass, for the backward pass. Most passes here have
+        none: embeddings and head of each model would stay whole, and rounded to the type in which they compute.
+        """
         policy = MixedPrecisionPolicy()
         if "bf16" in str(self.precision_plugin.precision):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -199,7 +203,7 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
         for module in list(model.modules()):
             if type(module).__name__ in layers:
                 fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         return model
 
     def whole(self, parameter: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_logprobs import batch, gradients, loss_of, plain, scored
 from torch.nn.attention.varlen import varlen_attn
@@ -60,6 +60,7 @@ def rows_of(queries, keys):
     return Sequences(tuple(queries), tuple(keys), *starts)
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=4),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]),
@@ -218,6 +219,7 @@ def test_the_kernel_gets_shared_prompts_as_longer_keys(name, stand_in):
     assert stand_in[0]["cu_seq_q"].diff().tolist() == [9, 8, 1, 10, 2, 5]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), min_size=1, max_size=8))
 def test_any_mixture_of_prompts_may_be_shared(rows):
     given_ = shared_batch(*zip(*rows, strict=True))

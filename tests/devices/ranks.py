@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lightning.pytorch as pl
 import tiny
 import torch
+from torch.distributed.tensor import DTensor
 
 from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
+from prime_lightning.callbacks import HuggingFaceExport
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.parallel import Sharded
 from prime_lightning.pretrained import load_tokenizer
@@ -273,6 +275,28 @@ def sums(folder: Path, scene: str) -> None:
         torch.save(found, folder / f"{scene}.pt")
 
 
+def export(folder: Path, scene: str) -> None:
+    """`export:none`: FSDP2 in bfloat16 whose last pass of the PRM has no gradient, then a Hugging Face folder."""
+    update, written = scene.split(":")[1], folder / scene
+    prime, rollouts = pieces(folder, process_reward=ProcessReward(beta=0.5, update=update))
+    gathered: list[str] = []
+    look = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: gathered.extend(not_sharded(prime)))
+    tiny.trainer(
+        folder, 2, devices=2, strategy=strategy("fsdp2"), precision="bf16-mixed", enable_checkpointing=False,
+        callbacks=[look, HuggingFaceExport(str(written), ["prm"])],
+    ).fit(prime, rollouts)  # fmt: skip
+    masters = weights(prime)
+    if prime.global_rank == 0:
+        torch.save({"gathered": gathered, "weights": masters}, folder / f"{scene}.pt")
+
+
+def not_sharded(prime: tiny.PrimeModule) -> list[str]:
+    """Weights of which this rank holds more than its part."""
+    roles = {"policy": prime.policy, "prm": prime.prm, "reference": prime.reference}
+    named = [(f"{role}.{n}", p) for role, model in roles.items() if model for n, p in model.named_parameters()]
+    return [name for name, parameter in named if not isinstance(parameter, DTensor)]
+
+
 def spoil(prime: tiny.PrimeModule) -> None:
     """NaN in the policy's gradients of the first iteration, on the last rank only."""
     backward = prime.manual_backward
@@ -313,6 +337,8 @@ def run(folder: Path, scene: str) -> None:
         return endless(folder, scene)
     if scene.startswith("prm:"):
         return prm(folder, scene)
+    if scene.startswith("export:"):
+        return export(folder, scene)
     if scene.startswith("sums:"):
         return sums(folder, scene)
     if scene == "loose":

@@ -7,6 +7,8 @@ import pytest
 import ranks
 import torch
 
+from prime_lightning.pretrained import load_causal_lm
+
 pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
 OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan", "packed"]
 EXACT = ("loss", "grad_norm", "entropy", "ce")  # in bfloat16, differences of small numbers are noise
@@ -15,6 +17,7 @@ SCENES = [
     "nan:zero2", "nan:zero3", "nan:fsdp2", "packed:zero3", "packed:fsdp2",
 ]  # fmt: skip
 SUMS = [f"sums:zero{stage}:float32" for stage in (1, 2, 3)] + ["sums:zero2:bfloat16"]
+EXPORTS = ["export:none", "export:before"]
 TOLERANCE = {"bf16": 0.05}  # relative to 1 + |x|; others 1e-5. docs/scaling.md has what was measured
 
 
@@ -25,7 +28,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     shutil.copytree(model_folder, folder / "prm")
     for option in OPTIONS:
         ranks.run(folder, f"variant:{option}:one")
-    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS))
+    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS, *EXPORTS))
     return folder
 
 
@@ -87,3 +90,15 @@ def test_a_checkpoint_is_validated_without_a_fit(folder):
 def test_gradients_of_many_micro_batches_add_up(folder, scene):
     lost = scene.endswith("bfloat16")  # 1 + 2^-9 is 1 there
     assert torch.load(folder / f"{scene}.pt") == [1.0 if lost else 1.0 + 256 * 2.0**-9]
+
+
+@pytest.mark.parametrize("scene", EXPORTS)
+def test_fsdp2_gathers_nothing_for_longer_than_a_pass_and_exports_float32_weights(folder, scene):
+    found = torch.load(folder / f"{scene}.pt")
+    assert found["gathered"] == []
+    written = load_causal_lm(str(folder / scene / "prm")).state_dict()
+    masters = {n.removeprefix("prm.model."): w for n, w in found["weights"].items() if n.startswith("prm.")}
+    assert written.keys() == masters.keys() >= {"lm_head.weight", "model.embed_tokens.weight"}
+    assert all(torch.equal(written[name], weight) for name, weight in masters.items())
+    rounded = [name for name, weight in masters.items() if torch.equal(weight, weight.bfloat16().float())]
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(rounded)  # or the test would prove nothing
