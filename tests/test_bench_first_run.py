@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,30 @@ def test_a_broken_part_is_reported_and_the_next_one_runs(tmp_path, monkeypatch, 
     out = tmp_path / "results.json"
     assert first_run.main(["--device", "cpu", "--tiny", "--parts", "qwen", "smollm", "--out", str(out)]) == 1
     found = json.loads(out.read_text())["parts"]
-    assert [part["error"] for part in found.values()] == ["ended with 3", "ended with 4"]
+    assert [part["error"] for part in found.values()] == ["ended with status 3", "ended with status 4"]
     assert "no such card" in capsys.readouterr().out
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    broken, child = tmp_path / "broken.py", tmp_path / "child"
+    broken.write_text(
+        "import pathlib, subprocess, time\nother = subprocess.Popen(['sleep', '1000'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(other.pid))\ntime.sleep(1000)\n"
+    )
+    monkeypatch.setattr(first_run, "__file__", str(broken))
+    monkeypatch.setattr(first_run, "CPU_LIMIT", 10)
+    options = first_run.parser().parse_args(["--device", "cpu"])
+    assert first_run.in_child("qwen", tmp_path, options)["error"] == "ended with nothing after 10 s"
+    deadline = time.monotonic() + 30
+    while alive(int(child.read_text())):
+        assert time.monotonic() < deadline
+
+
+def alive(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 GOOD = {

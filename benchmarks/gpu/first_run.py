@@ -11,8 +11,10 @@ Exit status: 0 if every check passed, 1 if not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,14 +67,23 @@ def in_child(name: str, folder: Path, options: argparse.Namespace) -> Part:
     limit = CPU_LIMIT if options.device == "cpu" else LIMITS[name]
     started = time.perf_counter()
     with log.open("w") as lines:
-        try:
-            status: Any = subprocess.run(words, stdout=lines, stderr=lines, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            status = f"more than {limit} s"
+        status = ended(subprocess.Popen(words, stdout=lines, stderr=lines, start_new_session=True), limit)
     found = json.loads(out.read_text()) if out.exists() else {"error": f"ended with {status}", "checks": []}
     if "error" in found:
         found["log"] = log.read_text(errors="replace")[-TAIL:]
     return found | {"seconds": time.perf_counter() - started}
+
+
+def ended(process: subprocess.Popen[bytes], limit: float) -> str:
+    """Wait for a process, and end whatever it leaves: an engine would keep its share of the card."""
+    try:
+        return f"status {process.wait(limit)}"
+    except subprocess.TimeoutExpired:
+        return f"nothing after {limit} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def child(name: str, folder: Path, options: argparse.Namespace) -> None:
@@ -159,10 +170,18 @@ def strategy(name: str, layer: str) -> Callable[[Path, argparse.Namespace], Part
             "data": {"engine": {"init_args": {"dtype": "float32"}}},
         }
         found = runs.fit(place, [layer], [shared, exact])
-        plain = found if name == "plain" else json.loads((folder / "plain.json").read_text())
-        return found | {"checks": judge.checks_of_strategy(found, plain)}
+        return found | {"checks": judge.checks_of_strategy(found, found if name == "plain" else plain_of(folder))}
 
     return part
+
+
+def plain_of(folder: Path) -> Part:
+    """What the part `plain` found, earlier in the same run."""
+    file = folder / "plain.json"
+    plain: Part = json.loads(file.read_text()) if file.exists() else {}
+    if "iterations" not in plain:
+        raise ValueError("Expected a part `plain` that went well before this one, to compare with, got none.")
+    return plain
 
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], Part]] = {
