@@ -65,8 +65,16 @@ def settings(model: Path, *, prompts: int, tokens: int, iterations: int) -> dict
     }
 
 
-def fit(folder: Path, layers: list[str], own: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train by conf/prime.yaml, these files of conf/ over it, and these layers over both; what was measured."""
+def fit(folder: Path, layers: list[str], own: list[dict[str, Any]], *, probe: bool) -> dict[str, Any]:
+    """Train by conf/prime.yaml, these files of conf/ over it, and these layers over both; what was measured.
+
+    Args:
+        folder: For files of the run.
+        layers: Under conf/.
+        own: Over them.
+        probe: Compare engine and trainer greedily, too. It calls the policy's model without what holds it, which
+            a model that a strategy shards does not allow.
+    """
     files = [CONF / "prime.yaml", *(CONF / layer for layer in layers)]
     for number, layer in enumerate(own):
         files.append(folder / f"layer{number}.yaml")
@@ -74,7 +82,7 @@ def fit(folder: Path, layers: list[str], own: list[dict[str, Any]]) -> dict[str,
     words = [word for file in files for word in ("--config", str(file))]
     cli = PrimeCLI(PrimeModule, RolloutDataModule, words, run=False)
     cli.datamodule.verifiers.submit = coin
-    watch = Watch(cli.model, cli.datamodule, cuda=cli.config.trainer.accelerator == "gpu")
+    watch = Watch(cli.model, cli.datamodule, cuda=cli.config.trainer.accelerator == "gpu", probe=probe)
     cli.trainer.callbacks.append(watch)
     cli.trainer.fit(cli.model, cli.datamodule)
     return watch.found | planned(cli.config, watch.lengths)
@@ -101,8 +109,8 @@ def planned(config: Any, lengths: dict[str, float]) -> dict[str, Any]:
 class Watch(pl.Callback):
     """Measures a run from beside it: numbers of each iteration, memory by phase, what sleep frees, a greedy probe."""
 
-    def __init__(self, module: PrimeModule, data: RolloutDataModule, *, cuda: bool) -> None:
-        self.cuda = cuda
+    def __init__(self, module: PrimeModule, data: RolloutDataModule, *, cuda: bool, probe: bool) -> None:
+        self.cuda, self.probe = cuda, probe
         self.lengths: dict[str, float] = {}
         self.found: dict[str, Any] = {"iterations": [], "peak_bytes": {}, "freed_bytes": [], "taken_bytes": []}
         self._timed, self._rest, self._sync = module.timed, data.rest, data.sync
@@ -155,7 +163,8 @@ class Watch(pl.Callback):
                 "version": data.engine.version,
                 "iterations": trainer.global_step,
             }
-            self.found["greedy"] = greedy(module, data)
+            if self.probe:
+                self.found["greedy"] = greedy(module, data)
 
 
 def greedy(module: Any, data: RolloutDataModule) -> dict[str, float]:
