@@ -211,7 +211,7 @@ class PRMModule(SteppingModule):
         with self.one_step():
             self.optimise_prm(batch, self.score(self.reference, batch), self.prm_loss, self.beta)
         numbers = self.measures.means(self.all_reduce)
-        numbers |= {"loss": numbers["prm/loss"], "prm/lr": self.optimizer_of["prm"].param_groups[0]["lr"]}
+        numbers |= {"loss": numbers.get("prm/loss", 0.0), "prm/lr": self.optimizer_of["prm"].param_groups[0]["lr"]}
         self.log_dict(numbers, prog_bar=False, batch_size=len(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
