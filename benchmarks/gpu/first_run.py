@@ -127,8 +127,9 @@ def training(name: str) -> Callable[[Path, argparse.Namespace], Part]:
 
     def part(folder: Path, options: argparse.Namespace) -> Part:
         import models
-        import runs
         import torch
+
+        import runs
 
         cuda, place = options.device == "cuda", folder / name
         model = models.write_model(place / "model", name, tiny=options.tiny)
@@ -159,6 +160,7 @@ def strategy(name: str, layer: str) -> Callable[[Path, argparse.Namespace], Part
 
     def part(folder: Path, options: argparse.Namespace) -> Part:
         import models
+
         import runs
 
         place, cuda = folder / name, options.device == "cuda"
