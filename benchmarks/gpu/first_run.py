@@ -127,9 +127,8 @@ def training(name: str) -> Callable[[Path, argparse.Namespace], Part]:
 
     def part(folder: Path, options: argparse.Namespace) -> Part:
         import models
-        import torch
-
         import runs
+        import torch
 
         cuda, place = options.device == "cuda", folder / name
         model = models.write_model(place / "model", name, tiny=options.tiny)
@@ -160,7 +159,6 @@ def strategy(name: str, layer: str) -> Callable[[Path, argparse.Namespace], Part
 
     def part(folder: Path, options: argparse.Namespace) -> Part:
         import models
-
         import runs
 
         place, cuda = folder / name, options.device == "cuda"
