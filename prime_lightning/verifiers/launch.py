@@ -77,8 +77,15 @@ def libraries(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def environment() -> dict[str, str]:
-    """All that a jailed process sees of the environment: nothing of the trainer's."""
+    """All that a jailed process sees of the environment: nothing of the trainer's.
+
+    Example:
+        >>> "HOME" in environment()
+        False
+    """
+    shared = sysconfig.get_config_var("Py_ENABLE_SHARED")  # found by the trainer's own LD_LIBRARY_PATH, perhaps
     return {
+        **({"LD_LIBRARY_PATH": f"{sys.base_prefix}/lib"} if shared else {}),
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": "0",  # the order of sets, and so verdicts, repeats

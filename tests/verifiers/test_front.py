@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -307,6 +308,7 @@ hangs = Prompt(draw=0, token_ids=(), text="", kind=sys.argv[3])
 assert verifiers.verify(hangs, "fine").score == 1.0
 verifiers.submit(hangs, "hang")
 print("ready", flush=True)
+sys.stdin.readline()
 if sys.argv[1] == "raise":
     raise SystemError("the trainer crashes")
 time.sleep(0 if sys.argv[1] == "exit" else 60)
@@ -318,14 +320,15 @@ def test_however_the_trainer_ends_no_process_is_left(tier: str, end: str, tmp_pa
     """Workers still busy; for SIGKILL and SIGTERM none of our code can run."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", PROGRAM, end, "code" if TIERS else "", f"{HERE}.hangs", *([tier] if TIERS else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as trainer:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"ready\n", trainer.communicate()
         below = _below(trainer.pid)
         number = {"interrupt": signal.SIGINT, "kill": signal.SIGKILL, "terminate": signal.SIGTERM}.get(end)
         if number is not None:
             trainer.send_signal(number)
-        trainer.communicate(timeout=180)
+        trainer.communicate(b"\n", timeout=180)
     assert below or not os.path.isdir("/proc")
     for _ in range(100):
         if not any(os.path.exists(f"/proc/{pid}") for pid in below):
@@ -337,6 +340,7 @@ def test_however_the_trainer_ends_no_process_is_left(tier: str, end: str, tmp_pa
 def _below(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *_below(child)]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            for child in map(int, task.read_text().split()):
+                found += [child, *_below(child)]
     return found

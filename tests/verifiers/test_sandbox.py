@@ -202,13 +202,15 @@ def test_the_library_is_complete_below_a_folder_that_is_closed_to_others(closed:
     shutil.copytree(Path(os.__file__).parent, copied / "lib" / version, ignore=ignored)
     (copied / "bin").mkdir()
     shutil.copy(os.path.realpath(sys.executable), copied / "bin" / version)
+    for shared in (prefix / "lib").glob(f"lib{version}*.so*"):
+        shutil.copy(shared, copied / "lib")
     for path in copied.rglob("*") if closed == "all" else ():
         path.chmod(path.stat().st_mode & 0o700)
     (tmp_path / "home").chmod(0o700)
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(Path(prime_lightning.__file__).parents[1]),
-        "LD_LIBRARY_PATH": f"{prefix}/lib",
+        "LD_LIBRARY_PATH": f"{copied}/lib",
     }
     command = [str(copied / "bin" / version), "-B", "-s", "-c", EVERY_TIER]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
