@@ -25,6 +25,7 @@ LIGHTNING = {
 }
 """Commands of LightningCLI, and what they do."""
 COMMANDS = {
+    "doctor": ("prime_lightning.doctor", "what this machine has for a run, and what to do about the rest"),
     "plan": ("prime_lightning.plan.command", "memory, time and cost of a run before renting GPUs"),
     "quickstart": ("prime_lightning.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
     "evaluate": ("prime_lightning.evaluation.command", "benchmarks of a model, or of given completions"),
@@ -37,6 +38,10 @@ COMMANDS = {
     "verify": ("prime_lightning.verifiers.command", "grade a file of completions"),
 }
 """Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""
+
+USERS = {"ValueError", "OSError", "FloatingPointError"}  # and of packages that need not be imported to know them:
+USERS |= {"MisconfigurationException", "SandboxLeaks", "OmegaConfBaseException"}
+"""Errors that are the user's to mend, by name."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -99,21 +104,18 @@ def _misspelt(command: str) -> str:
 
 def _guarded(command: str, rest: list[str]) -> int:
     """Run a command; mistakes of the user's get a line instead of a traceback."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from omegaconf.errors import OmegaConfBaseException
+    if command != "doctor":  # which shows no bars, and is quick
+        from prime_lightning.guests import calm
 
-    from prime_lightning.guests import calm
-    from prime_lightning.verifiers import SandboxLeaks
-
-    calm()
+        calm()
     try:
         return _run(command, rest)
-    except (ValueError, OSError, FloatingPointError, MisconfigurationException, SandboxLeaks) as error:
-        if os.environ.get(TRACEBACK):
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if os.environ.get(TRACEBACK) or not kinds & USERS:
             raise
-        return _complain(error)
-    except OmegaConfBaseException as error:
-        return _complain(f"A ${{...}} in the configuration leads nowhere: {error}")
+        interpolation = "OmegaConfBaseException" in kinds
+        return _complain(f"A ${{...}} in the configuration leads nowhere: {error}" if interpolation else error)
 
 
 def _run(command: str, rest: list[str]) -> int:

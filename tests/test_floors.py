@@ -65,7 +65,7 @@ FLOORS = [
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
     | {"prm", "prm.credit", "prm.train"},
     {"cli", "plan"} | {"prm.score", "evaluation.callback"},
-    {"quickstart", "plan.command"}
+    {"quickstart", "plan.command", "doctor"}
     | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
     {"__main__"},
 ]
