@@ -24,6 +24,7 @@ from prime_lightning.logprobs import ValueLM
 from prime_lightning.lora import WithoutAdapters
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
 from prime_lightning.panel import PanelModule
+from prime_lightning.passes import PassesModule
 from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.replay import Replay, share
 from prime_lightning.scoring import load_scoring
@@ -32,7 +33,7 @@ from prime_lightning.sync import PolicyWeights, check_takes_weights
 ROLES = ("prm", "policy", "critic")
 
 
-class PrimeModule(PanelModule):
+class PrimeModule(PanelModule, PassesModule):
     """Process reinforcement through implicit rewards (PRIME, arXiv 2502.01456, Algorithm 1).
 
     Args:
@@ -102,7 +103,6 @@ class PrimeModule(PanelModule):
         self.schedule = schedule
         self.replay = Replay(process_reward.replay)
         self.pass_rate = MeanMetric()
-        self.engine_checked = False
         self._step_ends: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -114,10 +114,9 @@ class PrimeModule(PanelModule):
             anchor_BT = self.anchor_logprobs(batch, reference_BT)
             batch = self.finite(batch, proximal_BT, reference_BT, anchor_BT)
 
-            if self.reward.update == "before":
-                self.update_prm(batch, reference_BT)
-            process_BT = self.process_reward(batch, reference_BT)
-            if self.reward.update == "after":
+            before = self.update_prm(batch, reference_BT) if self.prm_goes_first else None
+            process_BT = self.process_reward(batch, reference_BT, before)
+            if not self.prm_goes_first:
                 self.update_prm(batch, reference_BT)
 
             values_BT = self.score(self.critic, batch) if self.critic else None
@@ -129,33 +128,14 @@ class PrimeModule(PanelModule):
         self.send_weights()
         return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
 
-    def proximal_logprobs(self, batch: Batch) -> Tensor:
-        """`log pi_old`, what the clipped ratio starts from: by the trainer's policy, or what the engine said."""
-        if self.loss.proximal == "trainer":
-            return self.score(self.policy, batch, batch.temperature)
-        if not self.engine_checked:  # without this look nothing would ever compare the two
-            self.compare_with_engine(batch, self.score(self.policy, batch, batch.temperature))
-        return batch.behaviour_logprobs_BT
-
-    def reference_logprobs(self, batch: Batch, proximal_BT: Tensor) -> Tensor:
-        """`log pi_ref`: of the frozen reference, or of the policy that sampled; always at temperature 1."""
-        if self.reference is not None:
-            return self.score(self.reference, batch)
-        return proximal_BT if batch.temperature == 1.0 else self.score(self.policy, batch)
-
-    def anchor_logprobs(self, batch: Batch, reference_BT: Tensor) -> Tensor:
-        """`log pi_ref` at the temperature of the sampling, at which the policy is, too: what its KL is taken to."""
-        at_one = self.reference is None or batch.temperature == 1.0
-        return reference_BT if at_one else self.score(self.reference, batch, batch.temperature)
-
-    def process_reward(self, batch: Batch, reference_BT: Tensor) -> Tensor | None:
+    def process_reward(self, batch: Batch, reference_BT: Tensor | None, prm_BT: Tensor | None = None) -> Tensor | None:
         """Eq. 3 for each token, normalised; None of a PRM that gives a number that is not finite, to any rank.
 
-        The PRM's health is measured on the way, and the gate moves.
+        The PRM's health is measured on the way, and the gate moves. Its log-probs are computed unless they are given.
         """
-        if self.prm is None:
+        if self.prm is None or reference_BT is None:
             return None
-        prm_BT = self.score(self.prm, batch)
+        prm_BT = self.score(self.prm, batch) if prm_BT is None else prm_BT
         reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
         if not self.judge_prm(batch, reward_BT):
             return None
@@ -164,29 +144,36 @@ class PrimeModule(PanelModule):
         self.measures.add("process/scale", scale)
         return reward_BT
 
-    def update_prm(self, batch: Batch, reference_BT: Tensor) -> None:
-        """`L_CE` (or another PRM loss) on the outcome labels: the fresh rollouts, then one replayed iteration."""
-        if self.prm is None:
-            return
-        if self.reward.update == "before":
+    def update_prm(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
+        """`L_CE` (or another PRM loss) on the outcome labels: the fresh rollouts, then one replayed iteration.
+
+        Returns the log-probs of the fresh rollouts from before the update, where it has them and rewards are of them.
+        """
+        if self.prm is None or reference_BT is None or self.reward.update == "none":
+            return None
+        before = self.reward.update == "before"
+        if before:
             self.second_look(batch, reference_BT)
         past = self.replay.draw(self.generator("replay"), self.device)
         self.replay.add(batch, reference_BT)
-        for data, reference in [(batch, reference_BT), *past]:
+        prm_BT = self.optimise_prm(batch, reference_BT, self.prm_loss, self.reward.beta)
+        if prm_BT is None and past and self.prm_goes_first and not before:  # nothing to learn from these
+            prm_BT = self.score(self.prm, batch)
+        for data, reference in past:
             self.optimise_prm(data, reference, self.prm_loss, self.reward.beta)
-        for data, _ in past:
             age_BT = self.trainer.global_step - data.version_BT
             self.measures.add("prm/replay_age", age_BT[data.mask_BT].sum(), data.mask_BT.sum())
-        if self.reward.update == "after":
+        if not before:
             self.second_look(batch, reference_BT)
+        return None if before else prm_BT
 
     def credit(
         self,
         batch: Batch,
         process_BT: Tensor | None,
         values_BT: Tensor | None,
-        proximal_BT: Tensor,
-        anchor_BT: Tensor,
+        proximal_BT: Tensor | None,
+        anchor_BT: Tensor | None,
     ) -> Tensor:
         """Advantages: Eq. 5, or what else `advantage` says of outcomes and token rewards; weighed here, only here."""
         weights, rows = self.weights, (batch.mask_BT, batch.group_B, batch.valid_B)
@@ -205,7 +192,7 @@ class PrimeModule(PanelModule):
             self.measures.add("process/weight", weight)
             self.measures.add("process/advantage_share", *alg.advantage_share(paid_BT, outcome_BT, batch.mask_BT))
         advantage_BT = outcome_BT + paid_BT
-        if self.loss.kl != "reward":
+        if self.loss.kl != "reward" or proximal_BT is None or anchor_BT is None:
             return advantage_BT
         return advantage_BT + alg.kl_credit(
             alg.kl(proximal_BT, anchor_BT, self.loss.kl_estimator),
@@ -220,30 +207,41 @@ class PrimeModule(PanelModule):
         wanted = self.weights.whiten
         return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce) if wanted else advantage_BT
 
-    def update_policy(self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor, anchor_BT: Tensor) -> None:
-        """Eq. 6, the clipped surrogate, with the optional KL, entropy and importance terms."""
-        options = self.loss
-        corrected_BT = self.measure_policy(batch, proximal_BT, anchor_BT, cap=options.importance_cap or 2.0)
-        weight_BT = None if options.importance_cap is None else corrected_BT
+    def update_policy(
+        self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor | None, anchor_BT: Tensor | None
+    ) -> None:
+        """Eq. 6, the clipped surrogate, with the optional KL, entropy and importance terms.
+
+        Without `proximal_BT` the policy's log-probs of this very pass stand for it: `exp(logp - logp.detach())`.
+        """
+        options, cap = self.loss, self.loss.importance_cap or 2.0
+        weight_BT = None if proximal_BT is None else self.measure_policy(batch, proximal_BT, anchor_BT, cap)
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
             policy_bt, entropy_bt = self.logprobs(self.policy, micro, batch.temperature, options.entropy)
             assert entropy_bt is not None
-            mask_bt, t = micro.mask_BT, micro.mask_BT.shape[1]
+            t = micro.mask_BT.shape[1]
+            proximal_bt, anchor_bt, weight_bt = (
+                None if x_BT is None else x_BT[rows, :t] for x_BT in (proximal_BT, anchor_BT, weight_BT)
+            )
+            if proximal_bt is None:
+                micro, proximal_bt = self.finite(micro, policy_bt), policy_bt.detach()
+                weight_bt = self.measure_policy(micro, proximal_bt, anchor_bt, cap)
+            mask_bt = micro.mask_BT
             total, measured = alg.clipped_surrogate(
                 policy_bt,
-                proximal_BT[rows, :t],
+                proximal_bt,
                 advantage_BT[rows, :t],
                 mask_bt,
                 clip_low=options.clip_low,
                 clip_high=options.clip_high,
-                weight_BT=None if weight_BT is None else weight_BT[rows, :t],
+                weight_BT=None if options.importance_cap is None else weight_bt,
                 aggregate=options.aggregate,
                 constant_length=options.constant_length,
             )
             extras = [-options.entropy_weight * entropy_bt] if options.entropy_weight else []
-            if options.kl == "loss":
-                extras.append(options.kl_weight * alg.kl(policy_bt, anchor_BT[rows, :t], options.kl_estimator))
+            if options.kl == "loss" and anchor_bt is not None:
+                extras.append(options.kl_weight * alg.kl(policy_bt, anchor_bt, options.kl_estimator))
             for extra_bt in extras:
                 total = total + alg.aggregate(extra_bt, mask_bt, options.aggregate, options.constant_length)
             self.measures.add("policy/loss", total, alg.denominator(mask_bt, options.aggregate))
@@ -325,8 +323,8 @@ class PrimeModule(PanelModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Rollouts with their process rewards (unnormalised)."""
-        reference_BT = self.reference_logprobs(batch, self.score(self.policy, batch, batch.temperature))
-        if self.prm is None:
+        reference_BT = self.reference_logprobs(batch, None)
+        if self.prm is None or reference_BT is None:
             return {"batch": batch}
         prm_BT = self.score(self.prm, batch)
         process_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)

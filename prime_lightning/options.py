@@ -150,6 +150,25 @@ class Credit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Update:
+    """How one model is updated in one iteration."""
+
+    minibatches: int = 4
+    """Optimizer steps of one pass over the rollouts."""
+    epochs: int = 1
+    """Passes over the rollouts."""
+    grad_clip: float = 1.0
+    """Greatest norm of the gradient."""
+    micro_tokens: int = 16_384
+    """Tokens, padding counted, of one forward and backward."""
+
+    @property
+    def one_step(self) -> bool:
+        """One optimizer step is all, so the pass before it sees all rollouts by the model as it was."""
+        return self.minibatches == self.epochs == 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
     """The policy's loss."""
 
@@ -170,8 +189,9 @@ class PolicyLoss:
     entropy_weight: float = 0.0
     """Bonus on the entropy of the policy."""
     proximal: Literal["trainer", "engine"] = "trainer"
-    """Whose log-probs the clipped ratio starts from: the trainer's policy, for one forward pass more and a correction
-    by `importance_cap`, or the engine's own, which makes the ratio the whole importance weight."""
+    """Whose log-probs the clipped ratio starts from: the trainer's policy, with a correction by `importance_cap`, for
+    one forward pass more if there are several optimizer steps, or the engine's own, which makes the ratio the whole
+    importance weight."""
     importance_cap: float | None = 2.0
     """Largest weight of the truncated importance correction from engine to trainer; null is no correction."""
     value_clip: float = 0.2
@@ -182,16 +202,11 @@ class PolicyLoss:
         """It is logged always, and a part of the graph only where the loss has it."""
         return "trained" if self.entropy_weight else "measured"
 
+    def in_one_pass(self, update: Update, as_reference: bool) -> bool:
+        """Whether the policy's update itself can give the log-probs that the ratio starts from.
 
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """How one model is updated in one iteration."""
-
-    minibatches: int = 4
-    """Optimizer steps of one pass over the rollouts."""
-    epochs: int = 1
-    """Passes over the rollouts."""
-    grad_clip: float = 1.0
-    """Greatest norm of the gradient."""
-    micro_tokens: int = 16_384
-    """Tokens, padding counted, of one forward and backward."""
+        Args:
+            update: Of the policy.
+            as_reference: The PRM's reward is relative to these log-probs, so it waits for them.
+        """
+        return update.one_step and self.kl != "reward" and not as_reference

@@ -20,8 +20,6 @@ from prime_lightning.measures import Measures
 from prime_lightning.options import ProcessReward
 from prime_lightning.stepping import SKIPS_IN_A_ROW, SteppingModule
 
-ENGINE_GAP = 0.1  # nats; bfloat16 engines come to about 0.01, engines with other weights to more than 1
-
 
 class PanelModule(SteppingModule):
     """The side of `PrimeModule` that measures and logs."""
@@ -30,44 +28,22 @@ class PanelModule(SteppingModule):
     reference: Any
     reward: ProcessReward
     gate: alg.ProcessGate
-    engine_checked = False
 
-    def finite(self, batch: Batch, *logprobs_BT: Tensor) -> Batch:
+    def finite(self, batch: Batch, *logprobs_BT: Tensor | None) -> Batch:
         """The batch without tokens whose log-probs are not finite, which are counted."""
-        mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, batch.behaviour_logprobs_BT, *logprobs_BT)
+        known = [one_BT for one_BT in (batch.behaviour_logprobs_BT, *logprobs_BT) if one_BT is not None]
+        mask_BT, dropped = alg.drop_nonfinite(batch.mask_BT, *known)
         self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
         return replace(batch, mask_BT=mask_BT)
 
-    def measure_policy(self, batch: Batch, proximal_BT: Tensor, anchor_BT: Tensor, cap: float) -> Tensor:
+    def measure_policy(self, batch: Batch, proximal_BT: Tensor, anchor_BT: Tensor | None, cap: float) -> Tensor:
         """How far the policy is from the engine and from the reference; returns the weights that correct the first."""
         corrected_BT, measured = alg.importance_weight(proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=cap)
         self.measures.add_all(measured, batch.mask_BT.sum())
-        if not self.engine_checked:
-            self.compare_with_engine(batch, proximal_BT)
-        if self.reference is not None:
+        if self.reference is not None and anchor_BT is not None:
             kl_BT = alg.kl(proximal_BT, anchor_BT, "k3")
             self.measures.add("policy/reference_kl", alg.masked_sum(kl_BT, batch.mask_BT), batch.mask_BT.sum())
         return corrected_BT
-
-    def compare_with_engine(self, batch: Batch, policy_BT: Tensor) -> None:
-        """Stop a run whose engine does not sample from the policy, at the first batch that is all on-policy.
-
-        Raises:
-            ValueError: if engine and trainer differ by more than `ENGINE_GAP` nats a token.
-        """
-        lag_BT = self.trainer.global_step - batch.version_BT
-        abs_diff = alg.masked_sum((policy_BT - batch.behaviour_logprobs_BT).abs(), batch.mask_BT)
-        sums = torch.stack([abs_diff, batch.mask_BT.sum().float(), lag_BT[batch.mask_BT].abs().sum().float()])
-        gap, tokens, lag = self.all_reduce(sums, "sum").tolist()
-        if lag > 0 or tokens == 0:
-            return
-        self.engine_checked = True
-        if gap / tokens > ENGINE_GAP + batch.truncation:
-            raise ValueError(
-                "Expected the engine's log-probs of the first batch to be the policy's, got a mean difference of "
-                f"{gap / tokens:.3g} nats a token. The engine's weights, tokenizer, temperature or log-prob mode are "
-                "not the trainer's."
-            )
 
     def judge_prm(self, batch: Batch, reward_BT: Tensor) -> bool:
         """Measure how well the PRM's rewards tell right from wrong, tell the gate, and say if all ranks' are finite."""

@@ -188,7 +188,7 @@ class SteppingModule(pl.LightningModule):
 
     def optimise(
         self, role: str, batch: Batch, terms: Terms, count: Callable[[Tensor], Tensor], *, whole_groups: bool = False
-    ) -> None:
+    ) -> bool:
         """Optimizer steps over shuffled minibatches of whole groups; a step's loss is `sum of terms / global count`.
 
         Args:
@@ -197,7 +197,11 @@ class SteppingModule(pl.LightningModule):
             terms: Sum of the loss terms of a micro-batch.
             count: Number of terms of a minibatch, from its rows.
             whole_groups: Do not split groups between micro-batches.
+
+        Returns:
+            Whether there was anything to learn from, on any rank.
         """
+        learned = False
         update, generator = self.updates[role], self.generator(role)
         groups = int(self.all_reduce(torch.tensor(float(batch.groups)), "sum"))
         passes = (batch.minibatches(update.minibatches, generator, groups) for _ in range(update.epochs))
@@ -213,14 +217,23 @@ class SteppingModule(pl.LightningModule):
                         loss = terms(batch.select(micro), self.placed(micro))
                     self.manual_backward(loss * (self.trainer.world_size / total))
                 self.step(role, update.grad_clip)
+                learned = True
+        return learned
 
-    def optimise_prm(self, batch: Batch, reference_BT: Tensor, loss: Callable[..., Any], beta: float) -> None:
-        """Train `self.prm` on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3."""
+    def optimise_prm(self, batch: Batch, reference_BT: Tensor, loss: Callable[..., Any], beta: float) -> Tensor | None:
+        """Train `self.prm` on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3.
+
+        Returns:
+            Its log-probs `[B, T]` under the mask as they were before; None unless one step over all responses was all.
+        """
         labels = batch.outcome_B, batch.group_B, batch.valid_B
+        seen_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
             prm_bt, _ = self.logprobs(self.prm, micro)  # type: ignore[arg-type]
-            reference_bt = reference_BT[rows, : prm_bt.shape[1]]
+            t = prm_bt.shape[1]
+            seen_BT[rows, :t] = torch.where(micro.mask_BT, prm_bt.detach(), seen_BT[rows, :t])  # no row that only pads
+            reference_bt = reference_BT[rows, :t]
             reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=beta)
             total, count = loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
             self.measures.add("prm/loss", total, count)
@@ -229,7 +242,8 @@ class SteppingModule(pl.LightningModule):
         def count(rows: Tensor) -> Tensor:
             return loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]  # type: ignore
 
-        self.optimise("prm", batch, terms, count, whole_groups=getattr(loss, "whole_groups", True))
+        learned = self.optimise("prm", batch, terms, count, whole_groups=getattr(loss, "whole_groups", True))
+        return seen_BT if learned and self.updates["prm"].one_step else None
 
     def step(self, role: str, grad_clip: float) -> None:
         """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""

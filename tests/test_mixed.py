@@ -49,7 +49,7 @@ class Tutored(tiny.HFEngine):
 
 
 def test_three_kinds_in_one_run(chat_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("prime_lightning.panel.ENGINE_GAP", math.inf)  # a tutor's words are not the policy's
+    monkeypatch.setattr("prime_lightning.passes.ENGINE_GAP", math.inf)  # a tutor's words are not the policy's
     paths = {}
     for name, rows in (("maths", MATHS), ("code", CODE)):
         paths[name] = tmp_path / f"{name}.jsonl"

@@ -314,6 +314,28 @@ def test_what_the_configuration_says(warm_model):
 
 
 @pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize(
+    ("more", "scored"),
+    [
+        ([], {"policy": 1, "prm": 1}),  # of its two optimizer steps the PRM's rewards come before
+        (["--model.prm_update.minibatches=1"], {"policy": 1, "prm": 0}),
+        (["--model.prm_update.minibatches=1", "--model.process_reward.update=before"], {"policy": 1, "prm": 1}),
+        (["--model.policy_loss.proximal=engine"], {"policy": 0, "prm": 1}),
+        (["--data.sampling.temperature=0.7"], {"policy": 1, "prm": 1}),
+        (["--data.sampling.temperature=0.7", "--model.policy_update.minibatches=2"], {"policy": 2, "prm": 1}),
+        (["--model.reference=${model.policy}"], {"policy": 0, "prm": 1, "reference": 1}),
+        (
+            ["--model.reference=${model.policy}", "--model.policy_loss.kl=reward"],
+            {"policy": 1, "prm": 1, "reference": 1},
+        ),
+        (["--model.prm=null"], {"policy": 0}),
+    ],
+)
+def test_passes_without_gradient_are_counted_as_docs_concepts_has_them(warm_model, more, scored):
+    assert setup(warm_model, *more).scored == scored
+
+
+@pytest.mark.usefixtures("_here")
 def test_adapters_have_little_state_and_a_free_reference(warm_model):
     whole = setup(warm_model, "--model.reference", str(warm_model))
     few = replace(whole, trainable={"policy": 1000, "prm": 1000}, shared_reference=True)

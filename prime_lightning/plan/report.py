@@ -238,7 +238,7 @@ def iteration_of(setup: Setup, rollouts: Rollouts, hardware: Hardware, gpu_bytes
 
     prompts = setup.groups if setup.shared_prompts else rows
     tokens = prompts * rollouts.prompt + rows * rollouts.response
-    scored = sum(forward(role, tokens) for role in setup.shapes) + setup.extra_score * forward("policy", tokens)
+    scored = sum(count * forward(role, tokens) for role, count in setup.scored.items())
     trained = sum(
         setup.epochs[role]
         * timing.training_flops(forward(role, tokens), checkpointing=setup.checkpointing, adapters=setup.adapted(role))

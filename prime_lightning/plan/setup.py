@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from prime_lightning.engines.number_format import dtype_of
-from prime_lightning.options import Loading, precision_of
+from prime_lightning.options import Loading, PolicyLoss, Update, precision_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
@@ -71,8 +71,8 @@ class Setup:
     """The reference is the policy below its adapters."""
     shared_prompts: bool
     """A prompt is run once for all of its responses."""
-    extra_score: bool
-    """The reference is the policy and the temperature is not 1: one forward more."""
+    scored: Mapping[str, int]
+    """Passes without gradient of each role in an iteration, see docs/concepts.md."""
 
     @property
     def width(self) -> int:
@@ -141,8 +141,27 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         response_tokens=data.sampling.max_tokens,
         shared_reference="policy" in adapted and named.get("reference") == named["policy"],
         shared_prompts=loading.shares_prompts,
-        extra_score="reference" not in named and data.sampling.temperature != 1.0,
+        scored={role: n for role, n in scored_passes(model, data.sampling.temperature or 1.0).items() if role in named},
     )
+
+
+def scored_passes(model: Any, temperature: float) -> dict[str, int]:
+    """Passes without gradient that `PrimeModule` makes with each of its models, the first batch's comparison left out.
+
+    Args:
+        model: The module's part of the configuration.
+        temperature: Of the sampling.
+    """
+    update = {role: Update(**model[f"{role}_update"].as_dict()) for role in ("policy", "prm")}
+    loss, rewards = PolicyLoss(**model.policy_loss.as_dict()), model.process_reward["update"]
+    relative, at_one = bool(model.prm and not model.reference), temperature == 1.0
+    early = loss.proximal == "trainer" and not loss.in_one_pass(update["policy"], relative and at_one)
+    return {
+        "policy": early + (relative and not at_one),
+        "prm": int(not (rewards == "after" and update["prm"].one_step)),
+        "reference": 1 + (not at_one),
+        "critic": 1,
+    }
 
 
 def sharding_of(trainer: Any, gpus: int) -> Sharding:
