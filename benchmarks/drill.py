@@ -54,6 +54,7 @@ class ChildEngine:
 
     def __init__(self, folder: str) -> None:
         self.version, self.folder = -1, Path(folder)
+        self.context = None
         self._child: Any = None
 
     def start(self, model: str) -> None:

@@ -19,11 +19,12 @@ from prime_lightning.ahead import AheadLoader
 from prime_lightning.balance import balanced
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine
-from prime_lightning.loader import Collecting, EvaluationLoader, RolloutSource, Surplus, TrainingLoader
+from prime_lightning.loader import Collecting, RolloutSource, Surplus, TrainingLoader
 from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
 from prime_lightning.sync import PolicyWeights, send
+from prime_lightning.validation import EvaluationLoader
 from prime_lightning.verifiers import GoldReport, Verifiers
 
 
@@ -39,7 +40,8 @@ class RolloutDataModule(pl.LightningDataModule):
         validation_sampling: How validation rollouts are drawn.
         validation_prompts: How many of the validation prompts are taken; of fewer rows, each equally often.
         prompts_per_batch: Groups of one iteration, over all ranks.
-        max_prompt_tokens: Longer prompts are skipped and counted.
+        max_prompt_tokens: Longer prompts are skipped and counted, as are those that leave no room for
+            `sampling.max_tokens` in the engine's context.
         accuracy_filter: Which groups are trained on.
         oversample: Prompts in work for each group that is missing. Above 1 the engine is better filled, and some are
             left over when the batch is full: see `surplus`. `auto` takes as many as the filter's acceptance of the last

@@ -14,6 +14,7 @@ would give the same samples then, so they save time and change nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -50,6 +51,20 @@ class RolloutSource:
     engine: Engine
     verifiers: Verifiers
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def longest_prompt(self, sampling: Sampling) -> float:
+        """Tokens that a prompt may have beside `max_tokens` in the engine's context; no limit where none is known.
+
+        Raises:
+            ValueError: if there is no room for a prompt.
+        """
+        context = self.engine.context
+        if context is not None and sampling.max_tokens >= context:
+            raise ValueError(
+                f"Expected prompt and completion to fit the model's {context} positions, got max_tokens "
+                f"{sampling.max_tokens}, which leaves no room for a prompt. Lower `max_tokens`."
+            )
+        return math.inf if context is None else context - sampling.max_tokens
 
 
 Graded = tuple[Prompt, list[Completion], list[Future[Verdict]]]
@@ -253,28 +268,41 @@ class TrainingLoader:
         return fresh
 
     def take(self, count: int, tally: Tally) -> list[Prompt]:
-        """The next prompts of this rank: returned ones first, then new ones that are not too long."""
-        again = [self.returned.popleft() for _ in range(min(count, len(self.returned)))]
+        """The next prompts of this rank that are not too long: returned ones first, then new ones."""
         if self.options.max_age > 0:
+            again = itertools.islice(self.returned, max(count, 0))
             tally.metrics["rollout/kept_samples"] += sum(len(self.kept.get(draw, ())) for draw in again)
-        taken, skipped = [self._prompt(draw) for draw in again], 0
+        room = self.source.longest_prompt(self.options.sampling)
+        longest, draws = min(self.options.max_prompt_tokens, room), self._draws(tally)
+        taken: list[Prompt] = []
+        skipped = 0
         while len(taken) < count:
-            draw, self.position = self.start + self.position * self.world + self.rank, self.position + 1
-            if not self.source.prompts.wanted(draw):
-                tally.metrics["rollout/passed_over"] += 1
-                continue
-            prompt = self._prompt(draw)
-            if len(prompt.token_ids) <= self.options.max_prompt_tokens:
+            prompt = self._prompt(next(draws))
+            if len(prompt.token_ids) <= longest:
                 taken.append(prompt)
                 continue
             tally.metrics["rollout/long_prompts"] += 1
             skipped += 1
             if skipped >= LONG_PROMPTS_IN_A_ROW:
                 raise ValueError(
-                    f"Expected prompts of at most {self.options.max_prompt_tokens} tokens, got {skipped} longer "
-                    f"ones in a row (the last has {len(prompt.token_ids)}). Raise `data.max_prompt_tokens`."
+                    f"Expected prompts of at most {longest} tokens, got {skipped} longer ones in a row (the last has "
+                    f"{len(prompt.token_ids)}). Raise `data.max_prompt_tokens` ({self.options.max_prompt_tokens}), or "
+                    f"lower `data.sampling.max_tokens` ({self.options.sampling.max_tokens}), which shares the engine's "
+                    f"context of {self.source.engine.context} tokens with the prompt."
                 )
         return taken
+
+    def _draws(self, tally: Tally) -> Iterator[int]:
+        """Returned draws, then new ones that are wanted."""
+        while True:
+            if self.returned:
+                yield self.returned.popleft()
+                continue
+            draw, self.position = self.start + self.position * self.world + self.rank, self.position + 1
+            if self.source.prompts.wanted(draw):
+                yield draw
+            else:
+                tally.metrics["rollout/passed_over"] += 1
 
     def _prompt(self, draw: int) -> Prompt:
         return self.source.prompts.prompt(draw, self.source.tokenizer)
@@ -355,31 +383,3 @@ def _state(rollout: Rollout) -> dict[str, Any]:
     """A rollout without its prompt, which its draw gives back."""
     completion, verdict = asdict(rollout.completion), asdict(rollout.verdict)
     return {"draw": rollout.prompt.draw, "completion": completion, "verdict": verdict}
-
-
-class EvaluationLoader:
-    """One item = one unfiltered `Batch` of a fixed list of prompts, sampled with the engine's present weights."""
-
-    def __init__(
-        self, source: RolloutSource, sampling: Sampling, count: int, chunk: int, rank: int, world: int
-    ) -> None:
-        self.source, self.sampling, self.count = source, sampling, count
-        self.chunk, self.rank, self.world = chunk, rank, world
-
-    def __len__(self) -> int:
-        """Number of batches, the same on all ranks."""
-        return math.ceil(self.count / (self.chunk * self.world))
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self.count, self.chunk * self.world):
-            draws = range(start + self.rank, min(start + self.chunk * self.world, self.count), self.world)
-            yield self._batch(draws) if draws else self._batch(range(start, start + 1)).uncounted()
-
-    def _batch(self, draws: range) -> Batch:
-        prompts = [self.source.prompts.prompt(draw, self.source.tokenizer) for draw in draws]
-        tally = Tally()
-        with self.source.lock:
-            groups = list(Round(self.source, prompts, self.sampling, tally))
-        for group in groups:
-            tally.add(group, None)
-        return Batch.of_groups(groups, metrics=tally.measures())

@@ -316,6 +316,7 @@ class PrimeModule(PanelModule, PassesModule):
         measured = batch.metrics.means()
         for name in ("length", "truncated", "unknown"):
             self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch.rollouts), sync_dist=True)
+        self.log("val/long_prompts", measured["rollout/long_prompts"], reduce_fx="sum", batch_size=1, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as in validation."""

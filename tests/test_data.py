@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from toys import write_jsonl
 
 from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.loader import EvaluationLoader
 from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Template
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.tally import Tally
+from prime_lightning.validation import EvaluationLoader
 
 ONE = Sampling(samples=1, max_tokens=8)
 

@@ -58,7 +58,7 @@ FLOORS = [
     },
     {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
-    {"stepping", "ahead", "lora", "plan.shape"}
+    {"stepping", "ahead", "validation", "lora", "plan.shape"}
     | {"prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
     {"panel", "passes", "placement", "sync", "scoring"},
     {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},

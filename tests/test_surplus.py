@@ -56,7 +56,7 @@ class Clocked:
     def __init__(self, seeded=True, speeds=(1.0,), looks=True, seed=0):
         self.version, self.seeded, self.speeds, self.looks = 0, seeded, speeds, looks
         self.rng, self.begun, self.lengths, self.most = np.random.default_rng(seed), [], [], 0
-        self.clock = 0.0
+        self.clock, self.context = 0.0, None
 
     def stream(self, prompts, sampling, kept=None):
         known, running = 0, []

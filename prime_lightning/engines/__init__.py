@@ -27,6 +27,11 @@ class Engine(Protocol):
 
     version: int
 
+    @property
+    def context(self) -> int | None:
+        """Longest prompt and completion in tokens, once a model is loaded; None where that is not known."""
+        ...
+
     def start(self, model: str) -> None:
         """Load a model by its Hugging Face id or folder; the constructor only keeps its arguments.
 

@@ -48,6 +48,7 @@ class HFEngine:
         attention: str = "sdpa",
     ) -> None:
         self.version = -1
+        self.context: int | None = None
         self.batch_size, self.attention = batch_size, attention
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
@@ -61,6 +62,7 @@ class HFEngine:
         self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)  # type: ignore[arg-type]
         self.model.eval().requires_grad_(False)
         warn_of_float32(self.dtype, self.device.type == "cuda", self.model.num_parameters())
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.version, self._hollow = -1, False
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
 
@@ -90,7 +92,7 @@ class HFEngine:
             raise ValueError("Expected an engine with weights, got one that slept: `wake` and sync it.")
         step, done = max(1, self.batch_size // sampling.samples), 0
         while done < len(prompts):  # which may have become more
-            check_fits(prompts[done:], sampling, getattr(self.model.config, "max_position_embeddings", None))
+            check_fits(prompts[done:], sampling, self.context)
             begun = prompts[done : done + step]
             yield from self._sample(begun, sampling, kept)
             done += len(begun)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from prime_lightning.engines import Kept
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
@@ -51,6 +51,14 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation: int | list[int
     if not ids:
         raise ValueError(f"Expected a tokenizer with an end token, got {tokenizer.name_or_path!r} without one.")
     return ids
+
+
+def generation_end(model: str) -> int | list[int] | None:
+    """End tokens of a model's generation config, or of its config where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model).eos_token_id  # type: ignore[no-any-return]
+    except OSError:
+        return getattr(AutoConfig.from_pretrained(model), "eos_token_id", None)
 
 
 def check_fits(prompts: Sequence[Prompt], sampling: Sampling, limit: int | None) -> None:

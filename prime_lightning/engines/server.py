@@ -23,11 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import GenerationConfig
 
 from prime_lightning.engines import Kept
 from prime_lightning.engines.ranks import of_all_ranks, rank, together
-from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
+from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
 from prime_lightning.engines.server_client import SampleCall, ServerClient, ServerDownError
 from prime_lightning.engines.server_fleet import Fleet, Server
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
@@ -82,6 +81,7 @@ class ServerEngine:
                 f"Expected `shared_folder` with transfer `disk` only, got {transfer!r}, {shared_folder!r}."
             )
         self.version = -1
+        self.context: int | None = None
         key = os.environ.get(api_key_variable, "")
         self.servers = [Server(ServerClient(url, key, certificate, stall_timeout)) for url in urls]
         self.served_model, self.dtype, self.in_flight, self.seeded = served_model, dtype, in_flight, seeded
@@ -106,16 +106,12 @@ class ServerEngine:
         """
         self.close()
         self.tokenizer = load_tokenizer(model)
-        try:
-            listed = GenerationConfig.from_pretrained(model).eos_token_id
-        except OSError:
-            listed = None
-        self.end_ids = end_token_ids(self.tokenizer, listed)
-        dtype, limits = self.dtype, []
+        self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
+        dtype = self.dtype
         for server in self.servers:
-            limits.append(server.introduce(self.served_model, self.tokenizer, dtype, self.transfer, self.start_timeout))
+            server.introduce(self.served_model, self.tokenizer, dtype, self.transfer, self.start_timeout)
             dtype = server.dtype
-        self.limit = min(limits)
+        self.context = min((server.context for server in self.servers if server.context is not None), default=None)
         self.copy = WeightCopy(model, dtype, self.shared_folder)
         self._closed = threading.Event()
         threading.Thread(target=self._probe, args=(self._closed,), daemon=True).start()
@@ -142,13 +138,13 @@ class ServerEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
-        check_fits(prompts, sampling, self.limit)
+        check_fits(prompts, sampling, self.context)
         work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         outcomes: queue.SimpleQueue[tuple[Request, Completion | Exception]] = queue.SimpleQueue()
         pool = ThreadPoolExecutor(self.in_flight * len(self.servers))
         try:
             while work.unfinished:
-                check_fits(work.grow(), sampling, self.limit)
+                check_fits(work.grow(), sampling, self.context)
                 for request in work.take(self._room()):
                     pool.submit(self._run, work, request, outcomes)
                 try:

@@ -21,15 +21,13 @@ class Server:
         self.well = False
         self.why = "it was not asked yet"
         self.model = self.dtype = ""
+        self.context: int | None = None
         self.samples = 0
 
     def introduce(
         self, wanted: str | None, tokenizer: PreTrainedTokenizerBase, dtype: str, transfer: str, timeout: float
-    ) -> int:
-        """Wait for the server and check that it serves what training needs.
-
-        Returns:
-            The longest prompt and completion that it takes, in tokens.
+    ) -> None:
+        """Wait for the server and check that it serves what training needs; take note of its context.
 
         Raises:
             ValueError: if it does not come, or serves something else; the message says what to change.
@@ -43,8 +41,7 @@ class Server:
         self.model = wanted or next(iter(served))
         self._check_tokenizer(tokenizer)
         self._check_config(dtype, "nccl" if transfer == "nccl" else "prime_host")
-        self.well = True
-        return int(served[self.model]["max_model_len"])
+        self.well, self.context = True, served[self.model].get("max_model_len")
 
     def _wait(self, timeout: float) -> None:
         """Wait until the server is well."""

@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 
 from prime_lightning.engines import Kept
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
-from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids
+from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
 from prime_lightning.engines.vllm_adapters import Adapters, room_for
 from prime_lightning.engines.vllm_arguments import arguments_of, environment_of
 from prime_lightning.engines.vllm_devices import check_devices, own_gpu, transfer_of
@@ -128,6 +127,11 @@ class VLLMEngine:
             )
 
     # ---- the Engine protocol
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt and completion in tokens; it waits until the model is loaded, and is None before `start`."""
+        return None if self.process is None else int(self.channel().info["max_model_len"])
 
     def start(self, model: str) -> None:
         """Begin to load. On CPU the first use waits for the end of it, so that the trainer loads its own meanwhile.
@@ -321,7 +325,7 @@ class VLLMEngine:
         if self.cuda:
             check_devices(self._devices())
         self.model, self.tokenizer = model, load_tokenizer(model)
-        self.end_ids = end_token_ids(self.tokenizer, _generation_end(model))
+        self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
         self._hollow = self.args.get("load_format") == "dummy"
 
     def _spawn(self) -> EngineProcess:
@@ -383,14 +387,6 @@ class VLLMEngine:
     def _devices(self) -> list[int]:
         """CUDA devices of the engine."""
         return [own_gpu()] if self.devices is None else self.devices
-
-
-def _generation_end(model: str) -> int | list[int] | None:
-    """End tokens of the model's generation config, or of its config where it has none."""
-    try:
-        return GenerationConfig.from_pretrained(model).eos_token_id  # type: ignore[no-any-return]
-    except OSError:
-        return getattr(AutoConfig.from_pretrained(model), "eos_token_id", None)
 
 
 def _version(text: str) -> int:

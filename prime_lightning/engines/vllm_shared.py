@@ -57,6 +57,11 @@ class SharedVLLMEngine(VLLMEngine):
 
     # ---- the Engine protocol
 
+    @property
+    def context(self) -> int | None:
+        """As of a `VLLMEngine`, on all ranks."""
+        return super().context if self._line is None else int(self._line.process().info["max_model_len"])
+
     def start(self, model: str) -> None:
         """Begin to load, at the rank that owns the engine; on all ranks.
 

@@ -17,7 +17,7 @@ from prime_lightning.data import RolloutDataModule
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
 from prime_lightning.evaluation.records import Record
-from prime_lightning.evaluation.runner import Scores, all_empty, sampled
+from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, sampled
 from prime_lightning.prompts import Prompts
 from prime_lightning.tally import Tally
 
@@ -91,6 +91,9 @@ class Benchmarks(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget results that a resumed run will get again, take up the last one, and evaluate before training."""
+        for benchmark, prompts in self.loaded:  # before it is their turn
+            source = trainer.datamodule.source(prompts)  # type: ignore[attr-defined]
+            source.longest_prompt(benchmark.sampled(max_tokens=self.max_tokens))
         self._done = self._resume(trainer)
         if self.before and trainer.global_step == 0:
             self._run(trainer, pl_module)
@@ -149,6 +152,7 @@ class Benchmarks(Callback):
             "version": data.engine.version,
         }
         everyone = _gather(trainer, mine)
+        row["not_asked"] = not_asked(benchmark.title, everyone) if trainer.is_global_zero else {}
         self._publish(trainer, row)
         if trainer.is_global_zero:
             self._write(trainer, row, everyone)

@@ -23,7 +23,7 @@ from prime_lightning.engines import Engine
 from prime_lightning.evaluation.benchmark import Benchmark, benchmark_names, load_benchmark
 from prime_lightning.evaluation.folder import ResultsFolder, file_digest, fingerprint, table
 from prime_lightning.evaluation.records import Record
-from prime_lightning.evaluation.runner import Scores, all_empty, graded, read_completions, sampled
+from prime_lightning.evaluation.runner import Scores, all_empty, graded, not_asked, read_completions, sampled
 from prime_lightning.loader import RolloutSource
 from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts import Prompts
@@ -158,6 +158,7 @@ class Evaluation:
             "title": self.benchmark.title,
             "samples": self.sampling.samples,
             **scores.result(),
+            "not_asked": not_asked(self.benchmark.title, self.done.values()),
             "seconds": time.perf_counter() - begun,
             **self.settings(),
         }
@@ -182,7 +183,10 @@ def engine_of(options: Namespace, todo: Sequence[Evaluation], verifiers: Verifie
     try:
         with plain_folder(options.model) as model:
             options.engine.start(model)
-        yield RolloutSource(prompts=todo[0].prompts, tokenizer=tokenizer, engine=options.engine, verifiers=verifiers)
+        source = RolloutSource(prompts=todo[0].prompts, tokenizer=tokenizer, engine=options.engine, verifiers=verifiers)
+        for evaluation in todo:
+            source.longest_prompt(evaluation.sampling)  # of the last benchmark, too, before the first one runs
+        yield source
     finally:
         options.engine.close()
 

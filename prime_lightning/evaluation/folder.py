@@ -160,6 +160,11 @@ def table(results: dict[str, Any]) -> str:
             interval = " to ".join(map(_percent, row["interval"][name]))
             cells = [row["title"], f"{row['problems']} x {row['samples']}", name, _percent(metrics[name]), interval]
             lines.append(f"| {' | '.join(cells)} | {cut} | {length} | {metrics['unknown']:.0f} |")
+    lines += [
+        f"\n{row['title']}: problem {number} counts as wrong, {reason}."
+        for row in results["benchmarks"].values()
+        for number, reason in row.get("not_asked", {}).items()
+    ]
     return "\n".join(lines) + "\n"
 
 

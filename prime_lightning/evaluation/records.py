@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime_lightning.rollout import Group, Verdict
+from prime_lightning.rollout import Group, Prompt, Verdict
 
+NOT_ASKED = "not asked: "
+"""How the reason of a sample begins that the engine could not draw."""
 Record = dict[str, Any]
 """`problem` (position of the row), `id`, `sample`, `prompt`, `answer`, `completion`, `tokens`, `finish`, `verdict`,
 `score` (null where unknown), `reason`."""
@@ -65,6 +67,19 @@ def of_group(group: Group) -> list[Record]:
     ]
 
 
+def not_asked(prompt: Prompt, samples: int, room: float) -> list[Record]:
+    """The samples of a problem whose prompt does not fit the engine's context: none, and each counts as wrong."""
+    reason = f"{NOT_ASKED}its prompt has {len(prompt.token_ids)} tokens, and the engine has room for {room}"
+    verdict = Verdict.of_score(0.0, reason=reason)
+    about: dict[str, Any] = {"prompt": prompt.text, "answer": prompt.answer, "completion": "", "verdict": verdict}
+    return [record(prompt.draw, sample, prompt.row, **about) for sample in range(samples)]
+
+
+def is_asked(row: Mapping[str, Any]) -> bool:
+    """Whether the engine was given the problem of a record."""
+    return not str(row.get("reason", "")).startswith(NOT_ASKED)
+
+
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a jsonl file, without lines that are none (a crash cuts a line off)."""
     if not path.is_file():
@@ -80,10 +95,13 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole_problems(path: Path, samples: int) -> dict[int, list[Record]]:
-    """The problems of a record file that have all of their samples, in the order of the file."""
+    """The problems of a record file that have all of their samples, in the order of the file.
+
+    Those that did not fit an engine's context are asked anew: it may be another one by now.
+    """
     groups: dict[int, list[Record]] = {}
     for row in rows_of(path):
-        if isinstance(row.get("problem"), int) and "score" in row:
+        if isinstance(row.get("problem"), int) and "score" in row and is_asked(row):
             groups.setdefault(row["problem"], []).append(row)
     return {problem: rows for problem, rows in groups.items() if len(rows) == samples}
 

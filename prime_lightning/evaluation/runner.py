@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,33 @@ def sampled(
 ) -> Iterator[list[Record]]:
     """Sample and grade these problems; yields the records of each as soon as those before it are done.
 
+    A problem that does not fit the engine's context beside `max_tokens` is wrong.
+
     Raises:
-        ValueError: if a prompt does not fit the model, or the tokenizer has no chat template.
+        ValueError: if no problem would, or the tokenizer has no chat template.
     """
-    asked = [prompts.prompt(draw, source.tokenizer) for draw in draws]
-    if not asked:
+    problems = [prompts.prompt(draw, source.tokenizer) for draw in draws]
+    if not problems:
         return
+    room = source.longest_prompt(sampling)
     with source.lock:
-        groups = Round(source, asked, sampling, Tally())
+        groups = Round(source, [p for p in problems if len(p.token_ids) <= room], sampling, Tally())
+        graded = iter(groups)
         try:
-            for group in groups:
-                yield records.of_group(group)
+            for problem in problems:
+                fits = len(problem.token_ids) <= room
+                yield records.of_group(next(graded)) if fits else records.not_asked(problem, sampling.samples, room)
         finally:
             groups.close()
+
+
+def not_asked(title: str, groups: Iterable[Sequence[Record]]) -> dict[str, str]:
+    """Numbers of the problems that could not be asked, with the reason; a warning says that they count as wrong."""
+    found = {str(group[0]["problem"]): group[0]["reason"] for group in groups if not records.is_asked(group[0])}
+    if found:
+        listed = "; ".join(f"problem {number} {reason}" for number, reason in [*found.items()][:3])
+        warnings.warn(f"{len(found)} problems of {title} count as wrong: {listed}.", stacklevel=2)
+    return found
 
 
 def graded(
@@ -162,5 +177,6 @@ def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def all_empty(groups: Iterable[Sequence[Record]]) -> bool:
-    """Whether no completion has any text: the model produced nothing but its end token."""
-    return not any(row["completion"].strip() for group in groups for row in group)
+    """Whether completions were drawn and none has any text: the model produced nothing but its end token."""
+    drawn = [row["completion"] for group in groups for row in group if records.is_asked(row)]
+    return bool(drawn) and not any(text.strip() for text in drawn)

@@ -20,7 +20,6 @@ from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
 from prime_lightning.evaluation.statistics import pass_at_k, powers_of_two
-from prime_lightning.loader import EvaluationLoader
 from prime_lightning.prm.folder import claim
 from prime_lightning.prm.responses import Response, read_responses, without_empty
 from prime_lightning.prm.score import add_prm, load_prm, score_all
@@ -28,6 +27,7 @@ from prime_lightning.prm.selection import RULES, best_of_n, interval, sets_of, v
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Prompt, Sampling
 from prime_lightning.usage import TypedParser
+from prime_lightning.validation import EvaluationLoader
 from prime_lightning.verifiers import Verifiers, final_answer
 
 VOTED = "vote_"

@@ -98,7 +98,7 @@ def visit(engine: Watched, model: str) -> dict:
 
     found["too_long"] = error_of(lambda: list(engine.stream(mine, Sampling(samples=1, max_tokens=4000))))
     found["wrong"] = error_of(lambda: engine.load_weights(iter(weights(model, 1)[:-1]), 2))
-    found["version"] = engine.version
+    found["version"], found["context"] = engine.version, engine.context
     return found
 
 

@@ -249,7 +249,7 @@ def test_an_update_amid_sampling_cuts_samples_and_goes_on(engine, model, prompts
 def test_wrong_weights_and_long_prompts_are_refused(engine, model, prompts):
     with pytest.raises(ValueError, match="got none for"):
         engine.load_weights(weights(model, noise=4)[:-1], 9)
-    assert engine.version == 5
+    assert (engine.version, engine.context) == (5, 128)
     with pytest.raises(ValueError, match="fit the model's 128 positions"):
         next(engine.stream(prompts, Sampling(max_tokens=128)))
     engine.load_weights(weights(model, noise=5), 5)
@@ -309,7 +309,7 @@ def test_a_server_dies_and_comes_back_with_the_present_weights(engine, model, se
         time.sleep(0.5)
     alone = ServerEngine([servings[0].url])
     alone.servers, alone.tokenizer, alone.end_ids = engine.servers[:1], engine.tokenizer, engine.end_ids
-    alone.limit, alone.version = engine.limit, engine.version
+    alone.context, alone.version = engine.context, engine.version
     assert collect(alone, prompts, GREEDY) == before
     assert ServerClient(servings[0].url).get("/weight_info")["weight_version"] == "6"
 

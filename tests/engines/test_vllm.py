@@ -259,6 +259,8 @@ def test_every_weight_can_be_read_back(engine, model):
 
 
 def test_a_prompt_that_is_too_long_is_refused(engine, prompts):
+    assert engine.context == 128
+    assert VLLMEngine().context is None  # it was not started
     with pytest.raises(ValueError, match=r"fit the model's 128 positions.*Lower `max_tokens`"):
         next(engine.stream(prompts, Sampling(max_tokens=128)))
 

@@ -99,6 +99,7 @@ def test_the_engine_sleeps_once_no_rank_samples(ranks):
 def test_both_ranks_hear_of_what_is_wrong(ranks):
     for rank, found in ranks.items():
         assert "Expected prompt and completion to fit the model's 128 positions" in found["too_long"]
+        assert found["context"] == 128
         assert found["wrong"].startswith("ValueError: " + "Rank 0: " * rank + "Expected all weights of the policy")
         assert found["version"] == 1
 
