@@ -39,6 +39,8 @@ class Benchmark:
     templates: str | dict[str, Template]
     """By name; a string names a group of `evals/templates.yaml`."""
     sampling: Sampling = Sampling()
+    answer: dict[str, str] = field(default_factory=dict)
+    """Where answers of maths stand, by template: a value of `MathOptions.answer`; `boxed` for one that is not named."""
     metrics: list[str] = field(default_factory=lambda: ["math_accuracy"])
     """`evaluate` modules of `evals/metrics`, or paths of such; their first value is the headline."""
 
@@ -52,6 +54,15 @@ class Benchmark:
         if name not in groups:
             raise ValueError(f"Expected a template of {sorted(groups)} for the benchmark {self.name!r}, got {name!r}.")
         return groups[name]
+
+    def place(self, template: str) -> str:
+        """Where the answers to a prompt template stand: a value of `MathOptions.answer`.
+
+        Example:
+            >>> load_benchmark("math500").place("base"), load_benchmark("math500").place("prime")
+            ('final', 'boxed')
+        """
+        return self.answer.get(template, "boxed")
 
     def load(
         self,

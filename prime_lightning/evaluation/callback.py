@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, sampled
 from prime_lightning.prompts import Prompts
 from prime_lightning.tally import Tally
+from prime_lightning.verifiers import Verifiers
 
 
 class Benchmarks(Callback):
@@ -36,7 +38,7 @@ class Benchmarks(Callback):
         before: Evaluate before the first iteration.
         after: Evaluate after the last.
         limit: Only the first problems of each; None asks all.
-        template: Prompt template, `prime` or `chat`.
+        template: Prompt template, `prime`, `chat` or `base`.
         chat: Use the tokenizer's chat template; False for base models.
         data: Local files by benchmark, instead of the hub.
         max_tokens: Longest completion; None takes the benchmark's.
@@ -67,6 +69,7 @@ class Benchmarks(Callback):
         self.template, self.chat, self.data, self.max_tokens = template, chat, data or {}, max_tokens
         self.variables = chat_template_kwargs
         self.loaded: list[tuple[Benchmark, Prompts]] = []
+        self.graders: dict[str, Verifiers] = {}  # by where the answers stand
         self.tally: Tally | None = None  # of the benchmark that is running, for the progress bar
         self._done = -1
 
@@ -110,6 +113,12 @@ class Benchmarks(Callback):
         if self.after:
             self._run(trainer, pl_module)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """End the workers that only benchmarks use."""
+        for graders in self.graders.values():
+            graders.close()
+        self.graders.clear()
+
     def _resume(self, trainer: pl.Trainer) -> int:
         """Iteration of the last result that holds; a run from the start begins a new file."""
         step = trainer.global_step
@@ -135,10 +144,13 @@ class Benchmarks(Callback):
     ) -> None:
         begun, data = time.perf_counter(), trainer.datamodule  # type: ignore[attr-defined]
         sampling = benchmark.sampled(max_tokens=self.max_tokens)
-        scores = Scores(benchmark.metrics, sampling.samples, prompts.kind, pl_module.device)
+        place = benchmark.place(self.template)
+        if place not in self.graders:
+            self.graders[place] = data.verifiers.answering(place)
+        scores = Scores(benchmark.metrics, sampling.samples, prompts.kind, place, pl_module.device)
         draws = range(trainer.global_rank, benchmark.size(prompts, self.limit), trainer.world_size)
         self.tally, mine = Tally(len(draws), f"evaluating {benchmark.name}"), []
-        for group in sampled(prompts, data.source(prompts), sampling, draws):
+        for group in sampled(prompts, replace(data.source(prompts), verifiers=self.graders[place]), sampling, draws):
             scores.add(group)
             mine.append(group)
             self.tally.accepted += 1

@@ -11,8 +11,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -29,7 +29,7 @@ from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_pad
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Sampling
 from prime_lightning.usage import TypedParser
-from prime_lightning.verifiers import Verifiers
+from prime_lightning.verifiers import MathOptions, Verifiers
 
 HF_ENGINE = "prime_lightning.engines.hf.HFEngine"
 
@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--completions", type=str, help="Grade this jsonl file (`id` or `problem`, `completion`).")
     made.add_argument("--out", type=str, help="Folder of the results; by default runs/evaluate/<model>.")
     made.add_argument("--limit", type=int, help="Only the first problems.")
-    made.add_argument("--template", type=str, default="prime", help="Prompt template: prime or chat.")
+    made.add_argument("--template", type=str, default="prime", help="Prompt template: prime, chat or base.")
     made.add_argument("--chat", type=bool, default=True, help="Use the chat template; false for base models.")
     made.add_argument(
         "--chat_template_kwargs",
@@ -58,6 +58,7 @@ def parser() -> ArgumentParser:
         made.add_argument(f"--{name}", type=int, help="Instead of the benchmark's own.")
     for name in ("temperature", "top_p"):
         made.add_argument(f"--{name}", type=float, help="Instead of the benchmark's own.")
+    made.add_argument("--math.answer", type=str, help="boxed, final or anywhere, instead of the benchmark's own.")
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes that grade.")
     made.add_argument("--allow-unsafe-sandbox", action="store_true", help="Run programs without a sandbox that holds.")
     return made
@@ -78,11 +79,12 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError("Expected an --engine to sample with, or --completions to grade, got neither.")
     out = options.out or f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', options.model.strip('/'))}"
     workers = Verifiers(workers=options.workers, allow_unsafe_sandbox=options.allow_unsafe_sandbox)
-    with closing(ResultsFolder(out, options.model, fingerprint(options.model))) as folder, workers as verifiers:
+    folder = ResultsFolder(out, options.model, fingerprint(options.model))
+    with closing(folder), workers as verifiers, ExitStack() as stack:
         todo = [Evaluation(name, options, folder) for name in options.benchmark]
         with engine_of(options, todo, verifiers) as source:
             for evaluation in todo:
-                evaluation.run(source, verifiers)
+                evaluation.run(source, stack.enter_context(verifiers.answering(evaluation.answer)))
     sys.stdout.write(table({"model": options.model, "benchmarks": {e.benchmark.name: e.result for e in todo}}))
     print(f"\nEverything: {out}")
     return 0
@@ -100,6 +102,7 @@ class Evaluation:
             chat=options.chat,
             chat_template_kwargs=options.chat_template_kwargs,
         )
+        self.answer = MathOptions(answer=options.math.answer or self.benchmark.place(options.template)).answer
         self.problems = self.benchmark.size(self.prompts, options.limit)
         changed = ("samples", "max_tokens", "top_k", "seed", "temperature", "top_p")
         self.sampling: Sampling = self.benchmark.sampled(**{key: options[key] for key in changed})
@@ -121,6 +124,7 @@ class Evaluation:
         rows = self.benchmark.prompts
         local = self.options.data or rows.get("init_args", {}).get("path")
         own = {"limit": self.options.limit, "prompts": rows, "data": file_digest(local)}
+        own |= {"answer": self.answer} if self.answer != "boxed" else {}
         if self.given:
             return {**own, "completions": file_digest(self.options.completions)}
         name, engine = self.options.template, type(self.options.engine)
@@ -151,7 +155,7 @@ class Evaluation:
                 f"completions: the model gives nothing but its end token, or other special ones. Check --template, "
                 f"--chat and the model; the samples are in {str(self.folder.samples(name))!r}."
             )
-        scores = Scores(self.benchmark.metrics, self.sampling.samples, self.prompts.kind)
+        scores = Scores(self.benchmark.metrics, self.sampling.samples, self.prompts.kind, self.answer)
         for draw in range(self.problems):
             scores.add(self.done[draw])
         self.result = {
@@ -167,7 +171,7 @@ class Evaluation:
     def _groups(self, source: RolloutSource | None, verifiers: Verifiers) -> Iterator[list[Record]]:
         if source is None:
             return graded(self.prompts, verifiers, {draw: self.given[draw] for draw in self.missing if self.given})
-        return sampled(self.prompts, source, self.sampling, self.missing)
+        return sampled(self.prompts, replace(source, verifiers=verifiers), self.sampling, self.missing)
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class ProblemMetric(evaluate.Metric):  # type: ignore[misc]
     """Description, for `evaluate`."""
     kind: str = "math"
     """Verifier of the predictions, which also says where their final answers stand."""
+    answer: str = "boxed"
+    """The same for maths: a value of `MathOptions.answer`."""
 
     @abstractmethod
     def problem(self, texts: Sequence[str], scores: Sequence[float | None]) -> dict[str, float]:
@@ -84,7 +86,7 @@ def grade(predictions: Sequence[Sequence[str]], references: Sequence[str], kind:
         return [[v.score if v.known else None for _, v in zip(texts, verdicts, strict=False)] for texts in predictions]
 
 
-def load_metric(name: str, kind: str | None = None) -> ProblemMetric:
+def load_metric(name: str, kind: str | None = None, answer: str = "boxed") -> ProblemMetric:
     r"""A shipped metric by its name, or a user's own by the path of its folder; for predictions of a kind.
 
     Raises:
@@ -105,7 +107,7 @@ def load_metric(name: str, kind: str | None = None) -> ProblemMetric:
             f"Expected the metric {name!r} to be a subclass of prime_lightning.evaluation.metrics.ProblemMetric, "
             f"got {type(loaded).__name__}."
         )
-    loaded.kind = kind or loaded.kind
+    loaded.kind, loaded.answer = kind or loaded.kind, answer
     return loaded
 
 

@@ -29,11 +29,14 @@ class Scores:
         metrics: Names of `evaluate` modules.
         samples: K of each problem.
         kind: Verifier of the problems.
+        answer: Where answers of maths stand.
         device: Where the ranks exchange them.
     """
 
-    def __init__(self, metrics: Sequence[str], samples: int, kind: str, device: torch.device | str = "cpu") -> None:
-        self.metrics: list[ProblemMetric] = [load_metric(name, kind) for name in metrics]
+    def __init__(
+        self, metrics: Sequence[str], samples: int, kind: str, answer: str, device: torch.device | str = "cpu"
+    ) -> None:
+        self.metrics: list[ProblemMetric] = [load_metric(name, kind, answer) for name in metrics]
         self.names = list(problem_values(self.metrics, [NOTHING] * samples))
         self.table = ProblemTable(self.names, samples).to(device)
 

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from dataclasses import replace
 from typing import Any
 
 from prime_lightning.rollout import Prompt, Verdict
@@ -61,10 +62,11 @@ def exact(prompt: Prompt, text: str) -> Verdict:
     return Verdict.of_score(float(answer.strip() == prompt.answer.strip()), reason="compared exactly")
 
 
-def final_answer(text: str, kind: str) -> str | None:
+def final_answer(text: str, kind: str, answer: str = "boxed") -> str | None:
     r"""What a completion votes for, in one way of writing; None where it commits itself to nothing.
 
-    Only the kinds of `VOTING` have final answers that can be compared.
+    Only the kinds of `VOTING` have final answers that can be compared. `answer` is that of `MathOptions`; what only
+    `anywhere` finds has no vote.
 
     Example:
         >>> final_answer("7;4;#4", "exact"), final_answer(r"so $\boxed{\dfrac12}$", "math"), final_answer("4", "math")
@@ -72,8 +74,8 @@ def final_answer(text: str, kind: str) -> str | None:
     """
     if kind == "exact":
         return text.rpartition("#")[2].strip() if "#" in text else None
-    answer = answer_of(text, _MATH) if kind == "math" else None
-    return None if answer is None else normalise(answer)
+    found = answer_of(text, replace(_MATH, answer=answer)) if kind == "math" else None
+    return None if found is None else normalise(found)
 
 
 class Verifiers:
@@ -137,6 +139,11 @@ class Verifiers:
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         Verifiers.__init__(self, **settings)
+
+    def answering(self, place: str) -> Verifiers:
+        """The same, but for where the answers of maths stand (`MathOptions.answer`); itself where nothing changes."""
+        math = self._settings["math"]
+        return self if math.answer == place else Verifiers(**{**self._settings, "math": replace(math, answer=place)})
 
     def submit(self, prompt: Prompt, text: str) -> Future[Verdict]:
         """Grade a completion in the background; never raises for what it contains.

@@ -17,7 +17,8 @@ from prime_lightning.rollout import Label, Verdict
 from prime_lightning.verifiers.lasting import Brood, LastingWorker, TimedOut, WorkerCrashed
 from prime_lightning.verifiers.launch import Guest, libraries
 from prime_lightning.verifiers.math_compare import Question, compare, self_question
-from prime_lightning.verifiers.math_text import boxes, stated
+from prime_lightning.verifiers.math_final import after_reasoning, last_lines, stated
+from prime_lightning.verifiers.math_text import boxes
 from prime_lightning.verifiers.options import MathOptions
 from prime_lightning.verifiers.pool import Pool
 
@@ -27,17 +28,24 @@ _LIBRARIES = ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath
 def answer_of(text: str, options: MathOptions) -> str | None:
     r"""The answer that a completion commits itself to; None where there is none.
 
-    Several different boxes in the final sentence are one list: against a reference with a single answer that is
-    hedging, and wrong.
+    Several different boxes that are joined to a list are one answer: against a reference with a single answer that is
+    hedging, and wrong. What `anywhere` finds beyond `final` takes a worker and is not told here.
 
     Example:
-        >>> answer_of(r"so $x=\boxed{3}$.", MathOptions()), answer_of("so x = 3", MathOptions())
+        >>> answer_of(r"so $x=\boxed{3}$.", MathOptions()), answer_of("The answer is 3.", MathOptions())
         ('3', None)
+        >>> answer_of("The answer is 3.", MathOptions(answer="final"))
+        '3'
     """
-    found = list(dict.fromkeys(boxes(text)))
-    if not found and not options.box and "boxed" not in text:
-        return stated(text)
-    return ", ".join(found) if found else None
+    said = after_reasoning(text, options.reasoning_tags)
+    return None if said is None else _answer_in(said, options)
+
+
+def _answer_in(said: str, options: MathOptions) -> str | None:
+    found = list(dict.fromkeys(boxes(said)))
+    if found:
+        return ", ".join(found)
+    return None if options.answer == "boxed" or "boxed" in said else stated(said)
 
 
 class MathGrader:
@@ -64,13 +72,16 @@ class MathGrader:
     def grade(self, reference: str, text: str) -> Future[Verdict]:
         """The verdict on a completion; the future is often done already, and never fails for what the text contains."""
         begun = time.perf_counter()
-        answer = answer_of(text, self.options)
+        said = after_reasoning(text, self.options.reasoning_tags)
+        answer = None if said is None else _answer_in(said, self.options)
+        if answer is None and self.options.answer == "anywhere" and said is not None and "boxed" not in said:
+            return self._search(reference, last_lines(said))
         if answer is None:
-            return _done(Verdict.of_score(0.0, reason="no boxed answer", seconds=time.perf_counter() - begun))
-        said = compare(reference, answer, self.options)
-        if isinstance(said, bool):
-            return _done(_verdict(said, "", time.perf_counter() - begun))
-        return self._ask(said)
+            return _done(Verdict.of_score(0.0, reason=self._nothing(said), seconds=time.perf_counter() - begun))
+        same = compare(reference, answer, self.options)
+        if isinstance(same, bool):
+            return _done(_verdict(same, "", time.perf_counter() - begun))
+        return self._ask(same)
 
     def check(self, reference: str) -> Future[str]:
         """Why a reference cannot be graded against; empty if it agrees with itself.
@@ -121,9 +132,41 @@ class MathGrader:
                 self._known.popitem(last=False)
         return verdict
 
-    def _settle(self, question: Question, mine: Future[Verdict], done: Future[Verdict]) -> None:
-        with self._lock:
-            self._asked.pop(question, None)
+    def _search(self, reference: str, lines: str) -> Future[Verdict]:
+        """Compare with what math-verify takes from the last lines, which is looked for and compared in a worker."""
+        if not lines:
+            return _done(Verdict.of_score(0.0, reason=self._nothing("")))
+        mine: Future[Verdict] = Future()
+        job = self._pool.submit(lambda worker: self._found(reference, lines, worker))
+        job.add_done_callback(lambda done: self._settle(None, mine, done))
+        return mine
+
+    def _found(self, reference: str, lines: str, worker: LastingWorker) -> Verdict:
+        begun = time.perf_counter()
+        try:
+            answer = worker.ask(
+                json.dumps({"find": lines}).encode(),
+                cpu_seconds=self.options.seconds,
+                wall_seconds=self.options.wall_seconds,
+            )
+        except TimedOut:
+            return Verdict.of_score(0.0, reason="time-out in search", seconds=time.perf_counter() - begun)
+        if not isinstance(answer, str) or not answer:
+            return Verdict.of_score(0.0, reason=self._nothing(""), seconds=time.perf_counter() - begun)
+        same = compare(reference, answer, self.options)
+        return (
+            self._put(same, worker) if isinstance(same, Question) else _verdict(same, "", time.perf_counter() - begun)
+        )
+
+    def _nothing(self, said: str | None) -> str:
+        if said is None:
+            return "reasoning is not closed"
+        return "no boxed answer" if self.options.answer == "boxed" else "no answer"
+
+    def _settle(self, question: Question | None, mine: Future[Verdict], done: Future[Verdict]) -> None:
+        if question is not None:
+            with self._lock:
+                self._asked.pop(question, None)
         if done.cancelled():
             mine.set_result(Verdict.unknown("the verifiers were closed"))
             return

@@ -15,11 +15,18 @@ LONGEST = 1000
 _WINDOW = 4 * LONGEST  # how far before the last box others are looked for, and how far after its start its end
 
 _MOST_BOXES = 32
+_LONGEST_JOINT = 120  # characters between two boxes of a list
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[-+]?\d[\d.,]*(?<![.,])|[A-Za-z]")
-_SENTENCE_END = re.compile(r"[.!?][\"')\]}$\\]*\s|\n\s*\n")
-_ANSWER_IS = re.compile(r"answer\s+is:?\s*([^\n]{1,200})", re.IGNORECASE)
+_LAYOUT = re.compile(r"\\(?:[()\[\],;:! ]|quad|qquad)|\\text(?:rm|bf)?\s*\{|[$}*~]")
+_NAME = r"(?:\\?[A-Za-z]{1,8}(?:_\{?\w{1,4}\}?)? ?= ?)?"
+_LIST = re.compile(rf"(?:[,;] ?|(?:[,;] ?)?(?:[a-z]+ ){{0,3}}(?:and|or|&) ?(?:[a-z]+ ){{0,9}}){_NAME}", re.IGNORECASE)
+_CORRECTS = re.compile(
+    r"\b(?:but|not?|wait|actually|instead|rather|however|correct\w*|answer|wrong|so|thus|hence|therefore|then|final\w*|gives"
+    r"|check\w*|again)\b",
+    re.IGNORECASE,
+)
 
 
 def _box_at(text: str, end: int) -> tuple[str | None, int]:
@@ -42,10 +49,19 @@ def _box_at(text: str, end: int) -> tuple[str | None, int]:
     return None, len(text)
 
 
+def _listed(between: str) -> bool:
+    """Whether what stands between two boxes makes a list of them."""
+    if len(between) > _LONGEST_JOINT:
+        return False
+    words = " ".join(_LAYOUT.sub(" ", between).split()) + " "
+    return bool(_LIST.fullmatch(words.lstrip())) and not _CORRECTS.search(words)
+
+
 def boxes(text: str) -> list[str]:
-    r"""The boxed answers of the final sentence that has one, in order; empty where there is none that counts.
+    r"""The last boxed answer, with those that a comma or a word joins to it; empty where none counts.
 
     The last box decides: if it is not closed or empty, nothing counts. A box inside a box is part of the outer one.
+    "3 or 4" is a list; "3, but ... 4" is a correction, and 4 counts.
 
     Example:
         >>> boxes(r"First \boxed{3}. So the answer is \boxed{\frac{1}{2}}.")
@@ -66,20 +82,9 @@ def boxes(text: str) -> list[str]:
         if content is not None and (not outer or start >= outer[-1][2]):
             outer.append((start, content, end))
     chosen = [outer.pop()]
-    while outer and not _SENTENCE_END.search(text, outer[-1][2], chosen[0][0]):
+    while outer and _listed(text[outer[-1][2] : chosen[0][0]]):
         chosen.insert(0, outer.pop())
     return [content for _, content, _ in chosen]
-
-
-def stated(text: str) -> str | None:
-    """What follows the last "answer is" of an unboxed completion.
-
-    Example:
-        >>> stated("Hence the answer is: 42.")
-        '42.'
-    """
-    found = _ANSWER_IS.findall(text[-_WINDOW:])
-    return found[-1].strip() if found else None
 
 
 # ---- one way of writing ------------------------------------------------------------------------------------------

@@ -7,6 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLACES = ("boxed", "final", "anywhere")
+"""Values of `MathOptions.answer`."""
+REASONING = (
+    "<think> </think>",
+    "<thinking> </thinking>",
+    "<thought> </thought>",
+    "<reasoning> </reasoning>",
+    "<|begin_of_thought|> <|end_of_thought|>",
+    "[THINK] [/THINK]",
+    "◁think▷ ◁/think▷",
+)
 _TIERS = ("auto", "bubblewrap", "landlock", "no-open")
 
 
@@ -19,8 +30,14 @@ class MathOptions:
         'lenient'
     """
 
-    box: bool = True
-    """Only a boxed answer counts. False: without any box, what follows the last "answer is" counts."""
+    answer: str = "boxed"
+    """Where the answer stands. `boxed`: in the last box, as PRIME's authors have it. `final`: there, or without any box
+    where the completion says so ("the answer is 5", `#### 5`, `A: 5`, `**5**` at the end). `anywhere`: there, or what
+    math-verify takes from the last lines."""
+    reasoning_tags: tuple[str, ...] = REASONING
+    """Opening and closing tag, with a space between, of blocks that are cut off first; an unclosed one is no answer."""
+    box: bool | None = None
+    """No longer an option: see `answer`."""
     percent: str = "lenient"
     """`lenient`: 50 and 50% and 0.5 (against a written %) agree. `strict`: 50% is 0.5 and nothing else."""
     units: str = "lenient"
@@ -42,7 +59,15 @@ class MathOptions:
     """Comparisons remembered, over identical pairs of reference and answer."""
 
     def __post_init__(self) -> None:
+        if self.box is not None:
+            raise ValueError("Expected math option `answer` (boxed, final or anywhere) in place of `box`, got `box`.")
+        if any(len(pair.split()) != 2 for pair in self.reasoning_tags):
+            raise ValueError(
+                "Expected an opening and a closing tag with a space between in each of the math option "
+                f"`reasoning_tags`, such as '<think> </think>', got {self.reasoning_tags}."
+            )
         for name, allowed in (
+            ("answer", PLACES),
             ("percent", ("lenient", "strict")),
             ("units", ("lenient", "strict")),
             ("bases", ("strict", "ignore")),

@@ -43,6 +43,9 @@ def test_every_file_says_all_there_is_to_say(name):
     assert pinned or name == "arithmetic" or "No revision is pinned" in text
     if name not in {"arithmetic", "humaneval", "mbpp", "mbpp_sanitized"}:
         assert benchmark.metrics == ["math_accuracy", "pass_at_k", "majority_vote"]
+        assert [benchmark.place(template) for template in ("prime", "chat", "base")] == ["boxed", "boxed", "final"]
+        assert "final answer is" in benchmark.template("base").user
+        assert not benchmark.template("base").chat
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -170,7 +173,9 @@ def test_other_mistakes(tmp_path):
         load_benchmark(own(tmp_path, "math500", [ROW], prompts={"class_path": "os.path"})).load()
     with pytest.raises(ValueError, match="Expected a group of templates"):
         load_benchmark(own(tmp_path, "math500", [ROW], templates="poems")).load()
-    with pytest.raises(ValueError, match=r"Expected a template of \['chat', 'prime'\] for the benchmark 'math500'"):
+    with pytest.raises(
+        ValueError, match=r"Expected a template of \['base', 'chat', 'prime'\] for the benchmark 'math500'"
+    ):
         load_benchmark("math500").load(template="poem")
     with pytest.raises(ValueError, match="Expected no data file for 'arithmetic'"):
         load_benchmark("arithmetic").load(data="x.jsonl")

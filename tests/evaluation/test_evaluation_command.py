@@ -151,6 +151,30 @@ def test_given_completions_are_graded(tmp_path, capsys):
     assert [r["problem"] for r in read(tmp_path / "two", "math500.jsonl")] == [0, 0, 1, 1]
 
 
+def test_where_answers_stand_is_said_by_the_template_or_the_command_line(tmp_path, capsys):
+    spec = own(tmp_path, "math500", MATHS)
+    stated = [{"id": r["id"], "completion": f"The answer is {r['answer']}."} for r in MATHS]
+    path = write(tmp_path / "given.jsonl", stated + [{**r, "completion": "So one has 9 left."} for r in stated] * 2)
+    args = ("--model", "someone's", "--benchmark", spec, "--completions", path)
+    found = {}
+    for name, more in {
+        "boxed": (),
+        "final": ("--math.answer", "final"),
+        "base": ("--template", "base"),
+        "base, boxed": ("--template", "base", "--math.answer", "boxed"),
+    }.items():
+        assert evaluate(*args, *more, "--out", tmp_path / name) == 0
+        found[name] = results(tmp_path / name)["benchmarks"]["math500"]
+    assert {name: found[name]["metrics"]["avg3"] for name in found} == pytest.approx(
+        {"boxed": 0.0, "final": 1 / 3, "base": 1 / 3, "base, boxed": 0.0}
+    )
+    assert found["base"]["answer"] == "final"
+    assert found["base"]["metrics"]["maj3"] == 1.0  # a sample that states nothing does not vote
+    assert evaluate(*args, "--out", tmp_path / "final") == 2  # results of another place are others
+    assert evaluate(*args, "--math.answer", "everywhere", "--out", tmp_path / "none") == 2
+    assert "anywhere" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

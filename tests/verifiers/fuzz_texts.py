@@ -50,7 +50,9 @@ REFERENCES = [
     "yes",
 ]
 LENIENT = MathOptions()
-STRICT = MathOptions(percent="strict", units="strict", bases="ignore", ordered_lists=True, tolerance=0.0, box=False)
+STRICT = MathOptions(
+    percent="strict", units="strict", bases="ignore", ordered_lists=True, tolerance=0.0, answer="final"
+)
 
 
 def frames(data: bytes) -> None:

@@ -166,6 +166,23 @@ TEXTS: list[tuple[str, str, bool]] = [
     ("5", r"\boxed{\boxed{5}}", True),
     (r"\{1\}", r"\boxed{\{1\}}", True),
     ("7", r"$x = 7", False),
+    ("8", "First try: \\boxed{7}\nSecond try: \\boxed{8}", True),
+    ("7", "First try: \\boxed{7}\nSecond try: \\boxed{8}", False),
+    ("8", "The value is $\\boxed{8}$\nFinal Answer: The final answer is $\\boxed{8.0}$", True),
+    (r"\frac{1}{2}", "The value is \\boxed{1/2}\nFinal answer: \\boxed{\\frac{1}{2}}", True),
+    ("8", r"I try $\boxed{7}$, no: $$\boxed{8}$$", True),
+    ("42", r"It is \boxed{41}, but I forgot one, so the answer is \boxed{42}", True),
+    ("5,6", r"The roots are $x=\boxed{5}$, $y=\boxed{6}$.", True),
+    ("5", r"The roots are $x=\boxed{5}$, $y=\boxed{6}$.", False),
+    ("1,3", r"The least number is \(\boxed{1}\), and the largest number of such elements is \(\boxed{3}\).", True),
+    ("5", r"It is \boxed{5} or maybe \boxed{6}", False),
+    ("6", r"It is \boxed{5} or maybe \boxed{6}", False),
+    ("5", r"<think>Is it \boxed{4}?</think> It is \boxed{5}", True),
+    ("4", r"<think>Is it \boxed{4}?</think> It is 5", False),
+    ("5", r"Is it \boxed{4}?</think> It is \boxed{5}", True),
+    ("4", r"<think>It is \boxed{4}", False),
+    ("4", r"\boxed{4} <think>Or not?", False),
+    ("5", r"[THINK]\boxed{4}[/THINK]\boxed{5}", True),
 ]
 """Reference, completion, correct?"""
 

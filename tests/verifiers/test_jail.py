@@ -30,7 +30,7 @@ FLOORS = [
         "math_units",
         "code_text",
     },
-    {"jail.kernel", "matcher", "jail.judge", "jail.candidate", "math_scalar", "remote", "references"},
+    {"jail.kernel", "matcher", "jail.judge", "jail.candidate", "math_scalar", "math_final", "remote", "references"},
     {"jail.cage", "launch", "code_asserts", "math_compare"},
     {"jail.zygote", "sandbox", "code_units"},
     {"code_tests"},

@@ -17,7 +17,8 @@ from prime_lightning.verifiers.code_text import program
 from prime_lightning.verifiers.lasting import Brood, LastingWorker, TimedOut, WorkerCrashed
 from prime_lightning.verifiers.launch import Guest, libraries
 from prime_lightning.verifiers.math_compare import compare
-from prime_lightning.verifiers.math_text import boxes, stated
+from prime_lightning.verifiers.math_final import after_reasoning, last_lines, stated
+from prime_lightning.verifiers.math_text import boxes
 
 from .conftest import prompt
 
@@ -82,6 +83,26 @@ def test_nothing_takes_longer_than_its_limit(tier: str, leaves_nothing: None) ->
         assert verifiers.verify(prompt("math", "x^3"), r"\boxed{x\cdot x^2}").score == 1.0
 
 
+def test_no_last_line_takes_longer_than_its_limit(tier: str, leaves_nothing: None) -> None:
+    """Where answers are looked for anywhere, the search runs in the worker, too."""
+    lines = [
+        "$" * 900,
+        "$1" * 400,
+        "1 " * 450,
+        "(1+" * 300,
+        "answer" * 150,
+        "$1$," * 200,
+        "1,000" * 190,
+        r"\[ \(" * 150,
+    ]
+    with Verifiers(workers=2, math=MathOptions(seconds=1.0, wall_seconds=4.0, answer="anywhere")) as verifiers:
+        assert verifiers.verify(prompt("math", "33"), "Therefore, the value is $33$.").score == 1.0
+        for line in lines + [f"so it is ${HANGING[name]}$" for name in ("tower", "factorial", "stars", "nested roots")]:
+            begun = time.monotonic()
+            assert verifiers.verify(prompt("math", "12"), line).label is Label.WRONG, line
+            assert time.monotonic() - begun < 10, line
+
+
 def test_a_hanging_reference_does_not_hang_the_check(tier: str) -> None:
     with Verifiers(workers=1, math=MathOptions(seconds=1.0)) as verifiers:
         report = verifiers.check_golds([prompt("math", "9^{9^{9^{9}}}-1"), prompt("math", "x+1")])
@@ -91,12 +112,12 @@ def test_a_hanging_reference_does_not_hang_the_check(tier: str) -> None:
 
 def test_no_text_is_executed(tier: str, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
-    with Verifiers(workers=1, math=MathOptions(seconds=1.0, box=False)) as verifiers:
+    with Verifiers(workers=1, math=MathOptions(seconds=1.0, answer="anywhere")) as verifiers:
         for payload in INJECTIONS:
             text = payload.replace(
                 "MARK", repr(str(mark)) if "open(MARK" in payload or "Path(MARK" in payload else str(mark)
             )
-            for wrapped in (rf"\boxed{{{text}}}", f"The answer is: {text}"):
+            for wrapped in (rf"\boxed{{{text}}}", f"The answer is: {text}", text, f"so ${text}$."):
                 for reference in ("12", r"\sqrt{2}", "(1,2)"):
                     assert verifiers.verify(prompt("math", reference), wrapped).score == 0.0
     assert not mark.exists()
@@ -178,6 +199,15 @@ def test_from_threads_and_coroutines(tier: str) -> None:
         "1.",
         r"\pm",
         "answer is",
+        "**",
+        "answer: ",
+        "#### ",
+        "A:\n",
+        "$1$ or ",
+        "\\(",
+        "<answer>",
+        "<think>",
+        "</think>",
         r"1\text{a} ",
     ],
 )
@@ -189,6 +219,8 @@ def test_string_work_is_linear(unit: str, length: int) -> None:
         boxes(r"\boxed{" + hostile + "}")
         program(hostile, "f")
         stated(hostile)
+        last_lines(hostile)
+        after_reasoning(hostile, MathOptions().reasoning_tags)
         for other in ("1", "(x,y)=1", r"5\text{ cm}", hostile[:1000]):
             compare(other, hostile[:1000], MathOptions())
             compare(hostile[:1000], other, MathOptions())

@@ -67,16 +67,25 @@ def test_options_per_data_set(tier: str, options: MathOptions, reference: str, b
         assert (verifiers.verify(prompt("math", reference), rf"\boxed{{{box}}}").score == 1.0) == correct
 
 
-def test_unboxed_answers_on_request(tier: str) -> None:
-    with Verifiers(workers=1, math=MathOptions(box=False)) as verifiers:
-        assert verifiers.verify(prompt("math", "42"), "Hence the answer is: 42.").score == 1.0
-        assert verifiers.verify(prompt("math", "42"), r"the answer is 42 \boxed{41}").score == 0.0
-
-
-@pytest.mark.parametrize(("name", "value"), [("percent", "loose"), ("units", ""), ("bases", "ten"), ("tolerance", 1.5)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("answer", "box"),
+        ("reasoning_tags", ("<think>",)),
+        ("percent", "loose"),
+        ("units", ""),
+        ("bases", "ten"),
+        ("tolerance", 1.5),
+    ],
+)
 def test_a_misspelt_option_says_what_was_expected(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"Expected math option `{name}`"):
         MathOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_old_name_of_an_option_names_the_new_one() -> None:
+    with pytest.raises(ValueError, match=r"Expected math option `answer` .* in place of `box`"):
+        MathOptions(box=False)
 
 
 def test_identical_pairs_are_asked_once(verifiers: Verifiers) -> None:

@@ -13,6 +13,6 @@ class MajorityVote(metrics.ProblemMetric):
     def problem(self, texts, scores):
         """Unknown samples do not vote; NaN where none is known, and for a kind without final answers (programs)."""
         voters = [(text, score) for text, score in zip(texts, scores, strict=True) if score is not None]
-        answers = [final_answer(text, self.kind) for text, _ in voters]
+        answers = [final_answer(text, self.kind, self.answer) for text, _ in voters]
         value = majority(answers, [score == 1.0 for _, score in voters])
         return {f"maj{len(texts)}": value if voters and self.kind in VOTING else float("nan")}

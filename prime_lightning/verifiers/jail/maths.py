@@ -21,7 +21,8 @@ from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
-from math_verify import LatexExtractionConfig, parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify.parser import get_extraction_regexes
 
 from prime_lightning.verifiers.jail import wire
 from prime_lightning.verifiers.jail.cage import Cage
@@ -35,6 +36,13 @@ _PLAIN = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
 _BOXED = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_PLAIN)]
+_FORMULAS, _NUMBERS = (
+    [(rank, pattern) for pattern, rank in patterns]
+    for patterns, _ in get_extraction_regexes([LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig()])
+)
+_FORMULA = re.compile(r"\$\$.*?\$\$|(?<!\\)\$[^$\n]*[\\^_=][^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_MONEY = re.compile(r"\\\$(?=\d)|\$(?=\d[\d,.]*(?:[-+*/=]|\s|\.?$)[^$\n\\]*\$\d)|(?<=[=+-] )\$(?=\d[\d,.]*(?:\s|$))")
+_LOOSE = re.compile(r"^.*(?:\\[A-Za-z]|\\\\|[_^]\{).*$", re.MULTILINE)  # LaTeX without dollars: its numbers are parts
 _DECIMAL = re.compile(r"\d\.\d|(?<!\d)\.\d")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 
@@ -123,6 +131,42 @@ def decide(references: list[str], answers: list[str], ordered: bool, tolerance: 
     return not rest
 
 
+def find(text: str) -> str:
+    """What math-verify would take for the answer of a text, as it stands there; empty where it finds none.
+
+    Only its patterns are used, in its order: by priority, then the one that ends last; numbers are looked for outside
+    formulas. Its reading of plain numbers goes through `parse_expr`, which executes code.
+    """
+    text = _MONEY.sub(" ", text)
+    prose = _LOOSE.sub(_blank, _FORMULA.sub(_blank, text))
+    for rank in sorted({rank for rank, _ in (*_FORMULAS, *_NUMBERS)}):
+        matches = [
+            match
+            for patterns, where in ((_FORMULAS, text), (_NUMBERS, prose))
+            for its, pattern in patterns
+            if its == rank
+            for match in pattern.finditer(where)
+        ]
+        for match in sorted(matches, key=lambda match: (-match.end(), match.start())):
+            taken = _taken(match)
+            if taken:
+                return taken
+    return ""
+
+
+def _blank(match: re.Match[str]) -> str:
+    return "x" * len(match[0])
+
+
+def _taken(match: re.Match[str]) -> str:
+    groups = {name: value for name, value in match.groupdict().items() if value}
+    formulas = [value for name, value in groups.items() if "latex" in name]
+    if formulas:
+        return " and ".join(formulas) + (r"\%" if any(name.endswith("percent") for name in groups) else "")
+    percent = "%" if "percent" in groups else ""
+    return "".join(value for name, value in groups.items() if name != "percent").strip() + percent
+
+
 def start(cage: Cage, job: dict[str, Any], descriptors: list[int]) -> list[int]:
     """One worker, speaking on the descriptor that came."""
     child = fork(lambda: _work(cage, descriptors[0], job["memory_bytes"]))
@@ -135,5 +179,6 @@ def _work(cage: Cage, channel: int, memory_bytes: int) -> None:
     gc.enable()
     sys.setrecursionlimit(_STACK)
     while True:
-        same = decide(*json.loads(wire.read_frame(3)))
-        wire.write_frame(3, wire.dumps([same, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10]))
+        asked = json.loads(wire.read_frame(3))
+        said = find(asked["find"]) if isinstance(asked, dict) else decide(*asked)
+        wire.write_frame(3, wire.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10]))
