@@ -64,9 +64,10 @@ FLOORS = [
     {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
     | {"prm", "prm.credit", "prm.train"},
-    {"cli", "plan"} | {"prm.score", "evaluation.callback"},
+    {"cli", "plan", "layers"} | {"prm.score", "evaluation.callback"},
     {"quickstart", "plan.command", "doctor"}
     | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
+    {"api"},
     {"__main__"},
 ]
 DOORS = {
@@ -80,11 +81,12 @@ DOORS = {
     "tqdm": {"guests"},
     "liger_kernel": {"fused", "kernels"},
     "cut_cross_entropy": {"fused"},
-    "datasets": {"rows", "evaluation.metrics"},
+    "datasets": {"rows", "evaluation.metrics", "api"},
     "sympy": {"verifiers.*"},
     "math_verify": {"verifiers.*"},
     "lightning": {
         "checkpoint",
+        "layers",
         "stepping",
         "panel",
         "parallel",

@@ -77,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> int:
         raise ValueError(f"Expected a --limit of at least 1, got {options.limit}.")
     if options.engine is None and options.completions is None:
         raise ValueError("Expected an --engine to sample with, or --completions to grade, got neither.")
-    out = options.out or f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', options.model.strip('/'))}"
+    out = options.out or default_folder(options.model)
     workers = Verifiers(workers=options.workers, allow_unsafe_sandbox=options.allow_unsafe_sandbox)
     folder = ResultsFolder(out, options.model, fingerprint(options.model))
     with closing(folder), workers as verifiers, ExitStack() as stack:
@@ -88,6 +88,16 @@ def main(args: Sequence[str] | None = None) -> int:
     sys.stdout.write(table({"model": options.model, "benchmarks": {e.benchmark.name: e.result for e in todo}}))
     print(f"\nEverything: {out}")
     return 0
+
+
+def default_folder(model: str) -> str:
+    """Where the results of a model go.
+
+    Example:
+        >>> default_folder("org/model")
+        'runs/evaluate/org--model'
+    """
+    return f"runs/evaluate/{re.sub(r'[^A-Za-z0-9.-]+', '--', model.strip('/'))}"
 
 
 class Evaluation:
