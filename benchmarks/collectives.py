@@ -27,6 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from bare import bare_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -126,19 +127,8 @@ def fit(folder: Path, name: str, watch: Watch, options: argparse.Namespace) -> N
         prm_update=update,
     )
     prime.engine_checked = True  # nothing sampled these responses
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy(name),
-        max_steps=1 + options.iterations,
-        logger=False,
-        callbacks=[watch],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    steps = 1 + options.iterations
+    trainer = bare_trainer(watch, steps=steps, devices=2, strategy=strategy(name), default_root_dir=folder)
     trainer.fit(prime, Given(options))
 
 

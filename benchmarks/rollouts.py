@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from bare import bare_trainer
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM
 
@@ -320,17 +320,8 @@ def iterate(model: str, staleness: int, options: argparse.Namespace) -> dict[str
     )
     clock = Clock()
     first = 1 + staleness  # batches that were begun before the first update are out of step
-    trainer = pl.Trainer(
-        max_steps=options.turns + first,
-        accelerator="cpu" if options.device == "cpu" else "gpu",
-        devices=1,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    accelerator = "cpu" if options.device == "cpu" else "gpu"
+    trainer = bare_trainer(clock, steps=options.turns + first, accelerator=accelerator)
     prime = PrimeModule(
         model,
         policy_update=Update(minibatches=1, micro_tokens=2048),

@@ -3,10 +3,13 @@
     python benchmarks/training.py --out training.json
     python benchmarks/training.py --model HuggingFaceTB/SmolLM2-135M-Instruct --shape long_prompt
     python benchmarks/training.py --peer-python .tox/peers/bin/python      after `tox -e peers --notest`: TRL, too
+    python benchmarks/training.py --vary rollouts 16 32 64    how time and memory grow; samples is K
+    python benchmarks/training.py --markdown benchmarks/results/training.md *.json      tables of what --out wrote
 
 Prompts and answers have as many tokens as the shape says, whatever the model says, and every second answer is right.
 Each arm is a process of its own, so that its peak memory is its own; the arms run in turns, so that a busy machine
-slows all of them alike, and a ratio is the median over turns. Of each process the first iteration is left out.
+slows all of them alike, and a ratio is the median over turns. Of each process the first iteration is left out. Peak
+memory is that of the whole process, `VmHWM` of Linux, loading included.
 
 The floor is what the product's passes cost in plain `transformers`: as many forward passes and updates of each model
 as the product was seen to make, padded, on as many tokens, with the vocabulary projected behind response tokens only,
@@ -16,13 +19,9 @@ and one AdamW step for each minibatch. `toy` and `50m` are random, with the voca
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -37,8 +36,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from bare import bare_trainer
 from peers.floor import floor
+from peers.memory import peak_gib
 from torch import Tensor
+from training_tables import machine, medians, page, ratios, table, versions
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.acceptance import AccuracyFilter
@@ -56,40 +58,55 @@ MODELS = {"toy": (128, 5), "50m": (768, 7)}  # hidden size, layers
 SHAPES = {"short": (32, 64), "long_prompt": (250, 64), "long_answer": (32, 512)}  # tokens of prompt and answer
 ARMS = ("rloo", "rloo_packed", "prime", "prime_packed", "floor_rloo", "floor_prime", "trl")
 OUTSIDE = ("sample", "verify", "sync")  # phases that are not training
-RATIOS = (  # what is divided, of which arm, by which arm's
-    ("iteration", "trl", "rloo"),
-    ("iteration", "trl", "rloo_packed"),
-    ("training", "trl", "rloo"),
-    ("training", "trl", "rloo_packed"),
-    ("training", "rloo", "floor_rloo"),
-    ("training", "rloo_packed", "floor_rloo"),
-    ("training", "prime", "floor_prime"),
-    ("training", "prime_packed", "floor_prime"),
-    ("training", "prime", "rloo"),
-    ("training", "prime_packed", "rloo_packed"),
-    ("peak_gib", "rloo", "trl"),
-)
 PEER = Path(__file__).parent / "peers" / "trl_rloo.py"
 LEARNING_RATE = 1e-6
 
 
+VARIED = ("rollouts", "samples", "prompt_tokens", "answer_tokens")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     options = parser().parse_args(args)
-    if options.rollouts % options.samples:
-        raise SystemExit(f"Expected --rollouts divisible by --samples {options.samples}, got {options.rollouts}.")
+    if options.markdown:
+        found = [json.loads(Path(file).read_text()) for file in options.files]
+        Path(options.markdown).write_text(page(found))
+        return
+    asked = settings(options)
+    with tempfile.TemporaryDirectory() as folder:
+        model = model_folder(options.model, Path(folder))
+        measured = [measured_in_turns(model, Path(folder), one) for one in asked]
+    command = shlex.join(["python", "benchmarks/training.py", *(sys.argv[1:] if args is None else args)])
+    found = {"command": command, "vary": options.vary and options.vary[0], "settings": measured}
+    found |= {"versions": versions(measured), "machine": machine()}
+    print(table(found))
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def settings(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """What is measured: once, or once for each value of what varies."""
+    name, *values = options.vary or [None, None]
+    if name not in (*VARIED, None) or not values or not all(value is None or value.isdigit() for value in values):
+        raise SystemExit(f"Expected --vary NAME NUMBER ..., the name one of {', '.join(VARIED)}, got {options.vary}.")
+    prompt, answer = SHAPES[options.shape]
+    plain = {**vars(options), "prompt_tokens": prompt, "answer_tokens": answer}
+    made = [argparse.Namespace(**plain | ({name: int(value)} if name else {})) for value in values]
+    for one in made:
+        if one.rollouts % one.samples:
+            raise SystemExit(f"Expected --rollouts divisible by --samples {one.samples}, got {one.rollouts}.")
+    return made
+
+
+def measured_in_turns(model: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All arms, in turns; the floors after those whose passes they make."""
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS if arm in options.arms}
     if options.peer_python is None:
         runs.pop("trl", None)
-    with tempfile.TemporaryDirectory() as folder:
-        model = model_folder(options.model, Path(folder))
-        for _ in range(options.turns):
-            for arm in runs:  # the floors after those whose passes they make
-                runs[arm].append(run(arm, model, Path(folder), options, runs))
-    found = {"arms": {arm: medians(turns) for arm, turns in runs.items()}, "ratios": ratios(runs), "runs": runs}
-    found |= {"options": vars(options), "versions": versions(runs), "load": os.getloadavg()}
-    print(table(found, sys.argv[1:] if args is None else args))
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=2) + "\n")
+    for _ in range(options.turns):
+        for arm in runs:
+            runs[arm].append(run(arm, model, folder, options, runs))
+    arms = {arm: medians(turns) for arm, turns in runs.items()}
+    return {"options": vars(options), "arms": arms, "ratios": ratios(runs), "runs": runs, "load": os.getloadavg()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,7 +125,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--peer-python", help="interpreter of an environment that has TRL; without it that arm is left out"
     )
-    made.add_argument("--out")
+    made.add_argument("--vary", nargs="+", metavar=("NAME", "NUMBER"), help="what grows, and its values")
+    made.add_argument("--out", help="a JSON file")
+    made.add_argument("--markdown", metavar="FILE", help="measure nothing; write the tables of these JSON files")
+    made.add_argument("files", nargs="*", metavar="JSON", help="for --markdown, in this order")
     return made
 
 
@@ -119,15 +139,14 @@ def model_folder(name: str, folder: Path) -> str:
     hidden, layers = MODELS[name]
     made = write_model(folder / name, hidden_size=hidden, layers=layers)
     config = json.loads((made / "config.json").read_text())
-    (made / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    (made / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     return str(made)
 
 
 def run(arm: str, model: str, folder: Path, options: argparse.Namespace, runs: Mapping[str, Any]) -> dict[str, Any]:
     """One process of this arm; what it measured."""
     out = folder / f"{arm}.json"
-    prompt, answer = SHAPES[options.shape]
-    asked = {**vars(options), "model": model, "prompt_tokens": prompt, "answer_tokens": answer}
+    asked = {**vars(options), "model": model}
     if arm.startswith("floor_"):
         asked["passes"] = passes_of(arm.removeprefix("floor_"), runs)
     python, script = (options.peer_python, PEER) if arm == "trl" else (sys.executable, Path(__file__))
@@ -154,8 +173,7 @@ def measure(arm: str, out: Path, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     measured = floor(options) if arm.startswith("floor_") else product(arm, options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
-    out.write_text(json.dumps(measured | {"peak_gib": peak}))
+    out.write_text(json.dumps(measured | {"peak_gib": peak_gib()}))
 
 
 class Tokens(Prompts):
@@ -237,18 +255,7 @@ def product(arm: str, options: argparse.Namespace) -> dict[str, Any]:
         verifiers=Alternating(),
     )
     watch = Watch()
-    trainer = pl.Trainer(
-        max_steps=1 + options.iterations,
-        accelerator="cpu",
-        devices=1,
-        precision=options.precision,
-        callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    trainer = bare_trainer(watch, steps=1 + options.iterations, precision=options.precision)
     trainer.fit(prime_module(arm, options), data)
     rows = watch.rows[1:]
     found = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
@@ -277,69 +284,6 @@ def prime_module(arm: str, options: argparse.Namespace) -> PrimeModule:
 def dtype(options: argparse.Namespace) -> Any:
     """Of the engine's weights."""
     return "bfloat16" if options.precision == "bf16-mixed" else "float32"
-
-
-# ---- what it comes to
-
-
-def medians(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Over turns; passes and tokens are those of the last one."""
-    seconds = {name: statistics.median(turn["seconds"][name] for turn in turns) for name in turns[0]["seconds"]}
-    peak = statistics.median(turn["peak_gib"] for turn in turns)
-    return {"seconds": seconds, "peak_gib": peak, **{name: turns[-1].get(name) for name in ("passes", "answer_tokens")}}
-
-
-def ratios(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Each pair of arms that ran, turn by turn."""
-    found = {}
-    for what, above, below in RATIOS:
-        if above in runs and below in runs:
-            pairs = zip(runs[above], runs[below], strict=True)
-            found[f"{what}: {above} / {below}"] = statistics.median(
-                (a | a["seconds"])[what] / (b | b["seconds"])[what] for a, b in pairs
-            )
-    return found
-
-
-def versions(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """Of what was measured; the peer says its own."""
-    names = ("prime_lightning", "torch", "transformers", "lightning")
-    mine = {"python": platform.python_version()}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        mine |= {name: importlib.metadata.version(name) for name in names}
-    peer = runs["trl"][-1]["versions"] if runs.get("trl") else {}
-    return mine | {f"peer's {name}" if name in mine else name: version for name, version in peer.items()}
-
-
-def table(found: Mapping[str, Any], args: Sequence[str]) -> str:
-    """Markdown, to be pasted into a file of results."""
-    options, arms = found["options"], found["arms"]
-    phases = list(dict.fromkeys(name for arm in arms.values() for name in arm["seconds"]))
-    phases.sort(key=("iteration", "sample", "verify", "sync", "training", "score", "prm", "policy").index)
-    prompt, answer = SHAPES[options["shape"]]
-    lines = [
-        f"`{options['model']}`, {options['shape']} ({prompt} tokens of prompt, {answer} of answer), "
-        f"{options['rollouts']} rollouts, {options['samples']} a prompt, {options['precision']}; seconds, medians over "
-        f"{options['turns']} turns of {options['iterations']} iterations:",
-        "",
-        f"| arm | {' | '.join(phases)} | peak GiB |",
-        f"|---{'|---' * len(phases)}|---|",
-    ]
-    for name, arm in arms.items():
-        cells = [f"{arm['seconds'][phase]:.3f}" if phase in arm["seconds"] else "" for phase in phases]
-        lines.append(f"| {name} | {' | '.join(cells)} | {arm['peak_gib']:.2f} |")
-    lines += ["", "| ratio | median over turns |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in found["ratios"].items()]
-    lines += ["", "Passes of an iteration over all rollouts:"]
-    lines += [f"{name}: {made(arm['passes'])}." for name, arm in arms.items() if arm["passes"]]
-    named = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    load = ", ".join(f"{one:.1f}" for one in found["load"])
-    command = shlex.join(["python", "benchmarks/training.py", *args])
-    return "\n".join([*lines, "", f"{named}; {options['threads']} threads; load averages {load}; `{command}`."])
-
-
-def made(passes: Mapping[str, float]) -> str:
-    return ", ".join(f"{count:g} {name}" for name, count in passes.items())
 
 
 if __name__ == "__main__":

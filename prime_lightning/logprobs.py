@@ -7,6 +7,7 @@ Shapes: B responses, L prompt and response tokens, T response tokens, N response
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,35 @@ def response_places(prompt_length_B: Tensor, response_length_B: Tensor, device: 
     return tuple(x_N.to(device, non_blocking=True) for x_N in found)
 
 
-class ScoringLM(nn.Module):
+class ResponseModule(nn.Module):
+    """A decoder that is asked about response tokens only."""
+
+    model: nn.Module
+    packed: bool
+    shared_prompts: bool
+
+    def before_responses(
+        self, tokens_BL: Tensor, prompt_length_B: Tensor, response_length_B: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Hidden states `[N, H]` before each response token, these tokens `[N]`, and how numbers `[N]` become `[B, T]`.
+
+        Behind each response are zeros.
+        """
+        rows_N, steps_N, places_N = response_places(prompt_length_B, response_length_B, tokens_BL.device)
+        length_B = prompt_length_B + response_length_B
+        shared_B = prompt_length_B if self.shared_prompts else None
+        hidden_NH = hidden_states(
+            self.model, tokens_BL, length_B, rows_N, places_N - 1, packed=self.packed, prompts_B=shared_B
+        )
+        shape = len(tokens_BL), int(response_length_B.max())
+
+        def laid_out(numbers_N: Tensor) -> Tensor:
+            return torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), numbers_N)
+
+        return hidden_NH, tokens_BL[rows_N, places_N], laid_out
+
+
+class ScoringLM(ResponseModule):
     """A causal LM whose forward returns log-probs of given responses instead of logits.
 
     It is one module so that DDP, FSDP and DeepSpeed wrap forward, projection and all.
@@ -110,19 +139,8 @@ class ScoringLM(nn.Module):
             Two tensors `[B, T]`, T the longest response, zero behind each response; None in the place of the second
             where `entropy` is "none".
         """
-        rows_N, steps_N, places_N = response_places(prompt_length_B, response_length_B, tokens_BL.device)
-        length_B = prompt_length_B + response_length_B
-        shared_B = prompt_length_B if self.shared_prompts else None
-        hidden_NH = hidden_states(
-            self.model, tokens_BL, length_B, rows_N, places_N - 1, packed=self.packed, prompts_B=shared_B
-        )
-        targets_N = tokens_BL[rows_N, places_N]
+        hidden_NH, targets_N, laid_out = self.before_responses(tokens_BL, prompt_length_B, response_length_B)
         logprobs_N, entropy_N = self.head_scores(hidden_NH, targets_N, temperature, entropy)
-        shape = len(tokens_BL), int(response_length_B.max())
-
-        def laid_out(scores_N: Tensor) -> Tensor:
-            return torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), scores_N)
-
         return laid_out(logprobs_N), None if entropy_N is None else laid_out(entropy_N)
 
     def head_scores(self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: Entropy) -> Scores:
@@ -134,7 +152,7 @@ class ScoringLM(nn.Module):
         return lm.get_output_embeddings()(hidden_NH, targets_N, temperature, entropy, within=within)  # type: ignore
 
 
-class ValueLM(nn.Module):
+class ValueLM(ResponseModule):
     """A critic: a causal LM's decoder with a scalar head, `v(prompt, y_<t)` for each response token t.
 
     Args:
@@ -164,17 +182,8 @@ class ValueLM(nn.Module):
         entropy: Entropy = "none",
     ) -> Scores:
         """Values `[B, T]` before each response token is sampled, zero behind each response; called like `ScoringLM`."""
-        rows_N, steps_N, places_N = response_places(prompt_length_B, response_length_B, tokens_BL.device)
-        places_N = places_N - 1
-        length_B = prompt_length_B + response_length_B
-        shared_B = prompt_length_B if self.shared_prompts else None
-        hidden_NH = hidden_states(
-            self.model, tokens_BL, length_B, rows_N, places_N, packed=self.packed, prompts_B=shared_B
-        )
-        values_N = self.head(hidden_NH).squeeze(-1).float()
-        shape = len(tokens_BL), int(response_length_B.max())
-        values_BT = torch.zeros(shape, device=tokens_BL.device).index_put((rows_N, steps_N), values_N)
-        return values_BT, None
+        hidden_NH, _, laid_out = self.before_responses(tokens_BL, prompt_length_B, response_length_B)
+        return laid_out(self.head(hidden_NH).squeeze(-1).float()), None
 
 
 def hidden_states(

@@ -3,9 +3,14 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "gpu"))
+
+import models
 from test_docs import PAGES, commands
 from test_plan import QWEN_7B
 
@@ -14,15 +19,7 @@ from prime_lightning.__main__ import main
 REPOSITORY = Path(__file__).parent.parent
 HEADERS = [*(REPOSITORY / "conf").rglob("*.yaml"), *(REPOSITORY / "docs" / "cluster").iterdir()]
 IN_A_COMMENT = re.compile(r"^#.*?(?:prime-lightning fit|torchrun\.sh|job\.slurm) ((?:.*\\\n#)*.*)$", re.MULTILINE)
-QWEN_HALF_B = QWEN_7B | {
-    "vocab_size": 151_936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
+QWEN_HALF_B = QWEN_7B | models.QWEN | {"tie_word_embeddings": True}
 
 
 def documented():

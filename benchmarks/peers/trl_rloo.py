@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from memory import peak_gib  # beside this file, whose folder is the first that a script looks in
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
@@ -119,7 +119,7 @@ def summary(iterations: list[float], samplings: list[float], tokens: list[int]) 
     return {
         "seconds": {"iteration": iteration, "sample": sample, "training": iteration - sample},
         "answer_tokens": tokens[-1],
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
         "versions": {"python": platform.python_version()} | {name: of.__version__ for name, of in packages.items()},
     }
 

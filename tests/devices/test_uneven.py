@@ -14,6 +14,7 @@ SCENES = [
     "prime:tied:fsdp2", "sft:untied:fsdp2", "prm:tied:fsdp2",
     "prime:untied:zero2", "sft:tied:zero2", "prm:untied:zero2",
     "prime:tied:ddp", "sft:tied:ddp", "prm:untied:ddp",
+    "step:untied:zero3", "step:tied:fsdp2", "step:untied:ddp",
 ]  # fmt: skip
 KINDS = sorted({scene.rpartition(":")[0] for scene in SCENES})
 

@@ -1,8 +1,8 @@
 """Ranks of very different work: rank 0 has responses of 30 tokens, rank 1 of one or two; the head's chunks are of two.
 
-A scene `uneven:KIND:MODELS:STRATEGY` trains for two steps: KIND is `prime`, `sft` or `prm`, MODELS is `untied`, `tied`
-(with gradient checkpointing) or `adapted` (LoRA on the head, too); every process counts its collectives and the calls
-of each head.
+A scene `uneven:KIND:MODELS:STRATEGY` trains for two steps: KIND is `prime`, `step` (the same with one optimizer step an
+iteration), `sft` or `prm`, MODELS is `untied`, `tied` (with gradient checkpointing) or `adapted` (LoRA on the head,
+too); every process counts its collectives and the calls of each head.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def module(folder: Path, kind: str, models: str) -> Any:
     """A module of that kind; its own model is `models`, the other one, where there is one, the opposite."""
     own, other = (str(folder / name) for name in (("tied", "untied") if models == "tied" else ("untied", "tied")))
     loading = Loading(chunk_tokens=2, gradient_checkpointing=models == "tied")
-    update = Update(minibatches=2, micro_tokens=80, grad_clip=10.0)
+    update = Update(minibatches=1 if kind == "step" else 2, micro_tokens=80, grad_clip=10.0)
     if kind == "sft":
         return tiny.SFTModule(own, loading, sgd, warmup=0.0)
     if kind == "prm":
