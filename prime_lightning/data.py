@@ -6,6 +6,7 @@ It knows nothing of the algorithm; a `PrimeModule` sends it the policy's weights
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Sized
@@ -22,7 +23,7 @@ from prime_lightning.engines import Engine
 from prime_lightning.loader import Collecting, RolloutSource, Surplus, TrainingLoader
 from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts import Prompts
-from prime_lightning.rollout import Sampling
+from prime_lightning.rollout import Completion, Prompt, Sampling
 from prime_lightning.sync import PolicyWeights, send
 from prime_lightning.validation import EvaluationLoader
 from prime_lightning.verifiers import GoldReport, Verifiers
@@ -144,6 +145,21 @@ class RolloutDataModule(pl.LightningDataModule):
     def sync(self, weights: PolicyWeights, version: int) -> None:
         """Sample with these weights from now on."""
         send(self.engine, weights, version)
+
+    def greedy(self, prompts: int, tokens: int) -> list[tuple[Prompt, Completion]]:
+        """What the engine answers to some training prompts when it samples greedily, in the order of the prompts.
+
+        Args:
+            prompts: How many; fewer where most of the first ones are too long.
+            tokens: Of an answer, at most, and no more than training samples.
+        """
+        assert self.tokenizer is not None
+        first = (self.train.prompt(draw, self.tokenizer) for draw in range(8 * prompts))
+        asked = list(itertools.islice((p for p in first if len(p.token_ids) <= self.max_prompt_tokens), prompts))
+        sampling = Sampling(samples=1, max_tokens=min(tokens, self.sampling.max_tokens), temperature=0.0)
+        with self._lock:
+            answers = [(prompt, done) for prompt, (done,) in self.engine.stream(asked, sampling)]
+        return sorted(answers, key=lambda answer: answer[0].draw)
 
     def rest(self) -> None:
         """Let the engine give its memory up until the next `sync`, where it does not sample ahead."""

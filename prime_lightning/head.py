@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from prime_lightning.fused import FUSED, check_fused, fused_logprobs
 
-Entropy = Literal["none", "measured", "trained"]
-"""Not computed; computed without gradient; computed as a part of the graph."""
+Entropy = Literal["none", "measured", "trained", "likeliest"]
+"""Not computed; computed without gradient; computed as a part of the graph; the log-prob of the likeliest token in its
+place, without gradient."""
 Kind = Literal["auto", "plain", "compile", "liger", "cce"]
 """How logits become log-probs: see `options.Loading.head`."""
 Scores = tuple[Tensor, Tensor | None]
-"""Log-probs and entropies, the latter None where none were asked for."""
+"""Log-probs and entropies (or log-probs of the likeliest tokens), the latter None where none were asked for."""
 
 
 def chosen_logprobs(
@@ -45,6 +46,8 @@ def chosen_logprobs(
     logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
     if entropy == "none":
         return logprobs_N, None
+    if entropy == "likeliest":
+        return logprobs_N, (logits_NV.amax(-1) - normaliser_N).detach()
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "trained"):
         entropy_N = normaliser_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
     return logprobs_N, entropy_N
@@ -75,18 +78,18 @@ def head_logprobs(
         hidden_NH: Last hidden states.
         targets_N: The token after each of them.
         temperature: Divides the logits.
-        entropy: Whether it is computed, and has a gradient.
+        entropy: Whether it is computed, and has a gradient, or what else.
         kind: How. A fused kernel knows no entropy and no temperature: in the place of a measured entropy it gives
             `-log p` of the target, whose mean over sampled tokens estimates it; what it cannot do is done in chunks.
         dtype: Of the projection; None is that of the weights, or autocast's.
         chunk_tokens: Tokens projected at a time.
         soft_cap: `c` of `c * tanh(logits / c)`; None for none.
     """
-    if kind in FUSED and entropy != "trained" and temperature == 1.0 and len(targets_N):
+    if kind in FUSED and entropy in ("none", "measured") and temperature == 1.0 and len(targets_N):
         logprobs_N = fused_logprobs(kind, head, hidden_NH, targets_N, dtype, soft_cap)
         return logprobs_N, None if entropy == "none" else -logprobs_N.detach()
     project = head.project if dtype is None else projection(head, dtype)
-    wanted = kind == "compile" or (kind == "auto" and hidden_NH.is_cuda)
+    wanted = (kind == "compile" or (kind == "auto" and hidden_NH.is_cuda)) and entropy != "likeliest"  # which is rare
 
     def chosen(hidden_nH: Tensor, targets_n: Tensor) -> Scores:
         logits_nV = project(hidden_nH)

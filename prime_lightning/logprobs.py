@@ -133,7 +133,7 @@ class ScoringLM(ResponseModule):
             prompt_length_B: Tokens of each prompt, at least 1; lengths are best on the host.
             response_length_B: Tokens of each response.
             temperature: Divides the logits.
-            entropy: Whether it is computed, and has a gradient.
+            entropy: Whether it is computed, and has a gradient; or the log-prob of the likeliest token instead.
 
         Returns:
             Two tensors `[B, T]`, T the longest response, zero behind each response; None in the place of the second

@@ -22,10 +22,11 @@ from prime_lightning.batch import Batch
 from prime_lightning.facts import import_path
 from prime_lightning.logprobs import ValueLM
 from prime_lightning.lora import WithoutAdapters
-from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, Probe, ProcessReward, Update
 from prime_lightning.panel import PanelModule
 from prime_lightning.passes import PassesModule
 from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
+from prime_lightning.probe import check_greedy
 from prime_lightning.replay import Replay, share
 from prime_lightning.scoring import load_scoring
 from prime_lightning.sync import PolicyWeights, check_takes_weights
@@ -59,6 +60,7 @@ class PrimeModule(PanelModule, PassesModule):
         prm_optimizer: Optimizer of the PRM.
         critic_optimizer: Optimizer of the critic.
         schedule: Learning-rate schedule of all of them, one step an iteration.
+        probe: When the engine is asked greedily, and compared with the policy.
         seed: Of the minibatches.
 
     Raises:
@@ -87,6 +89,7 @@ class PrimeModule(PanelModule, PassesModule):
         prm_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
         critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, weight_decay=0.01),
         schedule: LRSchedulerCallable | None = None,
+        probe: Probe = Probe(),
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
@@ -100,9 +103,10 @@ class PrimeModule(PanelModule, PassesModule):
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
-        self.schedule = schedule
+        self.schedule, self.probe = schedule, probe
         self.replay = Replay(process_reward.replay)
         self.pass_rate = MeanMetric()
+        self.probed: int | None = None  # the iteration of the last look
         self._step_ends: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -290,6 +294,9 @@ class PrimeModule(PanelModule, PassesModule):
         weights = PolicyWeights(self.policy.model, self.devices.whole)
         with self.timed_between("sync"):
             self.trainer.datamodule.sync(weights, self.trainer.global_step)  # type: ignore[attr-defined]
+            if self.trainer.training and self.probe.due(self.trainer.global_step, self.probed):
+                self.probed = self.trainer.global_step
+                check_greedy(self, self.trainer.datamodule, self.probe)  # type: ignore[attr-defined]
 
     def rest(self) -> None:
         """The rollouts are there: memory is the trainer's for now."""

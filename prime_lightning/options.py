@@ -210,3 +210,33 @@ class PolicyLoss:
             as_reference: The PRM's reward is relative to these log-probs, so it waits for them.
         """
         return update.one_step and self.kl != "reward" and not as_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A look at the engine after weights were sent: does it say greedily what the policy finds likeliest?"""
+
+    every: int | None = 0
+    """Iterations between two looks, besides the one at the start of `fit`; 0 is that one alone, null none at all."""
+    prompts: int = 2
+    """Training prompts that each rank asks its engine."""
+    tokens: int = 32
+    """Most tokens of an answer."""
+    margin: float = 0.5
+    """Nats by which the policy may find another token likelier: logits of 16 to 32 are 0.125 apart in bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("every", self.every is None or self.every >= 0, "null, 0 or positive"),
+            ("prompts", self.prompts >= 1, "at least 1"),
+            ("tokens", self.tokens >= 1, "at least 1"),
+            ("margin", self.margin >= 0, "0 or positive"),
+        ):
+            if not ok:
+                raise ValueError(f"Expected `probe.{name}` {expected}, got {getattr(self, name)}.")
+
+    def due(self, step: int, last: int | None) -> bool:
+        """Whether to look after so many iterations, where the last look was after `last` of them."""
+        if self.every is None or last is None:
+            return self.every is not None
+        return step != last and self.every > 0 and step % self.every == 0

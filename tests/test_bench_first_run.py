@@ -116,8 +116,8 @@ def test_each_fault_on_a_gpu_fails_its_own_check(what):
 
 def test_a_strategy_that_trains_otherwise_fails():
     row = dict.fromkeys(judge.COMPARED, 1.0) | {"importance/abs_diff": 1e-6}
-    plain = {"iterations": [row, row]}
-    other = {"iterations": [row | {"policy/grad_norm": 1.01}, row]}
+    plain = {"iterations": [row, row], "greedy": {"tokens": 8, "equal": 1.0, "regret": 0.0}}
+    other = plain | {"iterations": [row | {"policy/grad_norm": 1.01}, row]}
     judged = {check["what"]: check["passed"] for check in judge.checks_of_strategy(other, plain)}
     assert [what for what, good in judged.items() if not good] == ["policy/grad_norm, relative to plain"]
     assert all(check["passed"] for check in judge.checks_of_strategy(plain, plain))

@@ -60,7 +60,7 @@ FLOORS = [
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
     {"stepping", "ahead", "validation", "lora", "plan.shape"}
     | {"prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
-    {"panel", "passes", "placement", "sync", "scoring"},
+    {"panel", "passes", "placement", "sync", "scoring", "probe"},
     {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
     | {"prm", "prm.credit", "prm.train"},
@@ -89,6 +89,7 @@ DOORS = {
         "layers",
         "stepping",
         "panel",
+        "probe",
         "parallel",
         "placement",
         "strategy",

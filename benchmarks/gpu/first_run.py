@@ -135,7 +135,7 @@ def training(name: str) -> Callable[[Path, argparse.Namespace], Part]:
         size = {"prompts": 4, "tokens": 9} if options.tiny else {"prompts": 64, "tokens": 1001}
         layers = ["strategy/one_gpu.yaml", "engine/vllm.yaml"] if cuda else ["strategy/cpu.yaml"]
         shared = runs.settings(model, **size, iterations=2 if options.tiny else 4)
-        found = runs.fit(place, layers, [shared, engine(cuda)], probe=True)
+        found = runs.fit(place, layers, [shared, engine(cuda)])
         card = None
         if cuda:
             card = torch.cuda.get_device_properties(0)
@@ -169,7 +169,7 @@ def strategy(name: str, layer: str) -> Callable[[Path, argparse.Namespace], Part
             "model": {"loading": {"attention": "sdpa", "packed": False, "gradient_checkpointing": False}},
             "data": {"engine": {"init_args": {"dtype": "float32"}}},
         }
-        found = runs.fit(place, [layer], [shared, exact], probe=False)
+        found = runs.fit(place, [layer], [shared, exact])
         return found | {"checks": judge.checks_of_strategy(found, found if name == "plain" else plain_of(folder))}
 
     return part

@@ -61,13 +61,18 @@ def checks_of_training(found: dict[str, Any], *, dtype: str, cuda: bool, peak: f
 
 def of_engine(found: dict[str, Any], dtype: str) -> Iterator[Check]:
     """Whether the engine samples from the trainer's policy, before and after weights were sent."""
-    engine, greedy = found["engine"], found["greedy"]
+    engine = found["engine"]
     done, wanted = engine["version"], engine["iterations"]
     yield Check(f"weights sent and read back ({engine['transfer']})", done, f"version {wanted}", done == wanted)
     gap = found["iterations"][0]["importance/abs_diff"]
     yield Check("first batch, log-prob gap (nats a token)", gap, f"<= {GAP[dtype]}", gap <= GAP[dtype])
     last = found["iterations"][-1]["importance/abs_diff"]
     yield Check("last batch, log-prob gap (nats a token)", last, f"<= {GAP[dtype]}", last <= GAP[dtype])
+    yield from of_greedy(found["greedy"], dtype)
+
+
+def of_greedy(greedy: dict[str, float], dtype: str) -> Iterator[Check]:
+    """Whether the engine's greedy tokens are the trainer's likeliest, after the last weights were sent."""
     exact = greedy["equal"] == 1 if dtype == "float32" else None  # bfloat16 has ties
     yield Check("greedy tokens, equal", greedy["equal"], "1, less by ties in bfloat16", exact)
     regret = greedy["regret"]
@@ -108,6 +113,7 @@ def checks_of_strategy(found: dict[str, Any], plain: dict[str, Any]) -> list[dic
     checks = [of_number(name, found["iterations"][0], plain["iterations"][0]) for name in COMPARED]
     gap = found["iterations"][-1]["importance/abs_diff"]
     checks.append(Check("last batch, log-prob gap (nats a token)", gap, f"<= {GAP['float32']}", gap <= GAP["float32"]))
+    checks += of_greedy(found["greedy"], "float32")
     return [asdict(check) for check in checks]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -12,15 +13,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from prime_lightning.cli import PrimeCLI
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
+from prime_lightning.options import Probe
 from prime_lightning.plan.report import memory_of
 from prime_lightning.plan.setup import setup_of
 from prime_lightning.plan.timing import forward_flops, matrix_parameters
-from prime_lightning.rollout import Prompt, Sampling, Verdict
+from prime_lightning.probe import check_greedy
+from prime_lightning.rollout import Prompt, Verdict
 
 CONF = Path(__file__).parents[2] / "conf"
 PROBES, PROBE_TOKENS = 4, 32
@@ -65,15 +67,13 @@ def settings(model: Path, *, prompts: int, tokens: int, iterations: int) -> dict
     }
 
 
-def fit(folder: Path, layers: list[str], own: list[dict[str, Any]], *, probe: bool) -> dict[str, Any]:
+def fit(folder: Path, layers: list[str], own: list[dict[str, Any]]) -> dict[str, Any]:
     """Train by conf/prime.yaml, these files of conf/ over it, and these layers over both; what was measured.
 
     Args:
         folder: For files of the run.
         layers: Under conf/.
         own: Over them.
-        probe: Compare engine and trainer greedily, too. It calls the policy's model without what holds it, which
-            a model that a strategy shards does not allow.
     """
     files = [CONF / "prime.yaml", *(CONF / layer for layer in layers)]
     for number, layer in enumerate(own):
@@ -82,7 +82,7 @@ def fit(folder: Path, layers: list[str], own: list[dict[str, Any]], *, probe: bo
     words = [word for file in files for word in ("--config", str(file))]
     cli = PrimeCLI(PrimeModule, RolloutDataModule, words, run=False)
     cli.datamodule.verifiers.submit = coin
-    watch = Watch(cli.model, cli.datamodule, cuda=cli.config.trainer.accelerator == "gpu", probe=probe)
+    watch = Watch(cli.model, cli.datamodule, cuda=cli.config.trainer.accelerator == "gpu")
     cli.trainer.callbacks.append(watch)
     cli.trainer.fit(cli.model, cli.datamodule)
     return watch.found | planned(cli.config, watch.lengths)
@@ -109,8 +109,8 @@ def planned(config: Any, lengths: dict[str, float]) -> dict[str, Any]:
 class Watch(pl.Callback):
     """Measures a run from beside it: numbers of each iteration, memory by phase, what sleep frees, a greedy probe."""
 
-    def __init__(self, module: PrimeModule, data: RolloutDataModule, *, cuda: bool, probe: bool) -> None:
-        self.cuda, self.probe = cuda, probe
+    def __init__(self, module: PrimeModule, data: RolloutDataModule, *, cuda: bool) -> None:
+        self.cuda = cuda
         self.lengths: dict[str, float] = {}
         self.found: dict[str, Any] = {"iterations": [], "peak_bytes": {}, "freed_bytes": [], "taken_bytes": []}
         self._timed, self._rest, self._sync = module.timed, data.rest, data.sync
@@ -163,8 +163,7 @@ class Watch(pl.Callback):
                 "version": data.engine.version,
                 "iterations": trainer.global_step,
             }
-            if self.probe:
-                self.found["greedy"] = greedy(module, data)
+            self.found["greedy"] = greedy(module, data)
 
 
 def greedy(module: Any, data: RolloutDataModule) -> dict[str, float]:
@@ -173,27 +172,6 @@ def greedy(module: Any, data: RolloutDataModule) -> dict[str, float]:
     Returns:
         Share of equal tokens, and the greatest `regret`: nats between the trainer's likeliest token and the engine's.
     """
-    assert data.tokenizer is not None
-    prompts = [data.train.prompt(10**6 + draw, data.tokenizer) for draw in range(PROBES)]
-    sampling = Sampling(samples=1, max_tokens=PROBE_TOKENS, temperature=0.0)
-    equal, regrets = 0, []
-    for prompt, (done,) in data.engine.stream(prompts, sampling):
-        chosen = torch.tensor(done.token_ids, device=module.device)
-        logprobs = next_logprobs(module, [*prompt.token_ids, *done.token_ids], len(done.token_ids))
-        best = logprobs.max(-1).values
-        regrets.append(best - logprobs.gather(-1, chosen[:, None])[:, 0])
-        equal += int((logprobs.argmax(-1) == chosen).sum())
-    regret = torch.cat(regrets)
-    return {"tokens": len(regret), "equal": equal / len(regret), "regret": float(regret.max())}
-
-
-@torch.no_grad()
-def next_logprobs(module: Any, tokens: list[int], last: int) -> Tensor:
-    """Log-probs `[last, V]` of the trainer's policy for each of the last tokens, in the trainer's precision."""
-    model = module.policy.model
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")  # `varlen` takes packed rows only
-    with module.trainer.precision_plugin.forward_context():
-        logits: Tensor = model(input_ids=torch.tensor([tokens], device=module.device), use_cache=False).logits
-    model.set_attn_implementation(attention)
-    return logits[0, -last - 1 : -1].float().log_softmax(-1)
+    regret = check_greedy(module, data, Probe(prompts=PROBES, tokens=PROBE_TOKENS, margin=math.inf))
+    equal = float((regret == 0).float().mean())
+    return {"tokens": len(regret), "equal": equal, "regret": float(regret.max())}

@@ -339,6 +339,10 @@ def run(folder: Path, scene: str) -> None:
         return prm(folder, scene)
     if scene.startswith("export:"):
         return export(folder, scene)
+    if scene.startswith("spoilt:"):
+        import spoilt
+
+        return spoilt.train(folder, scene)
     if scene.startswith("sums:"):
         return sums(folder, scene)
     if scene == "loose":

@@ -18,6 +18,7 @@ SCENES = [
 ]  # fmt: skip
 SUMS = [f"sums:zero{stage}:float32" for stage in (1, 2, 3)] + ["sums:zero2:bfloat16"]
 EXPORTS = ["export:none", "export:before"]
+SPOILT = ["spoilt:fsdp2", "spoilt:zero3"]
 TOLERANCE = {"bf16": 0.05}  # relative to 1 + |x|; others 1e-5. docs/scaling.md has what was measured
 
 
@@ -28,7 +29,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     shutil.copytree(model_folder, folder / "prm")
     for option in OPTIONS:
         ranks.run(folder, f"variant:{option}:one")
-    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS, *EXPORTS))
+    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS, *EXPORTS, *SPOILT))
     return folder
 
 
@@ -90,6 +91,13 @@ def test_a_checkpoint_is_validated_without_a_fit(folder):
 def test_gradients_of_many_micro_batches_add_up(folder, scene):
     lost = scene.endswith("bfloat16")  # 1 + 2^-9 is 1 there
     assert torch.load(folder / f"{scene}.pt") == [1.0 if lost else 1.0 + 256 * 2.0**-9]
+
+
+@pytest.mark.parametrize("scene", SPOILT)
+def test_the_wrong_engine_of_one_rank_ends_all_of_them(folder, scene):
+    first, second = ((folder / f"{scene}:{rank}.txt").read_text() for rank in range(2))
+    assert first == f"Rank 1: {second}"
+    assert "asked greedily" in second
 
 
 @pytest.mark.parametrize("scene", EXPORTS)
