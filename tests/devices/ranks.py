@@ -5,6 +5,7 @@ A scene is a function below. All scenes of one launch share their processes, who
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -325,29 +326,20 @@ def facts_of(prime: tiny.PrimeModule, option: str) -> dict[str, Any]:
     }
 
 
+ELSEWHERE = ("uneven", "spoilt")
+SCENES = {
+    "variant": variant, "endless": endless, "prm": prm, "export": export, "sums": sums, "loose": loose,
+    "resume": resume,
+}  # fmt: skip
+
+
 def run(folder: Path, scene: str) -> None:
     """Any scene by its name."""
-    if scene.startswith("variant:"):
-        return variant(folder, scene)
-    if scene.startswith("uneven:"):
-        import uneven
-
-        return uneven.train(folder, scene)
-    if scene == "endless":
-        return endless(folder, scene)
-    if scene.startswith("prm:"):
-        return prm(folder, scene)
-    if scene.startswith("export:"):
-        return export(folder, scene)
-    if scene.startswith("spoilt:"):
-        import spoilt
-
-        return spoilt.train(folder, scene)
-    if scene.startswith("sums:"):
-        return sums(folder, scene)
-    if scene == "loose":
-        return loose(folder, scene)
-    return (resume if scene.startswith("resume:") else train)(folder, scene)
+    kind = scene.split(":")[0]
+    if kind in ELSEWHERE:
+        importlib.import_module(kind).train(folder, scene)
+    else:
+        SCENES.get(kind, train)(folder, scene)
 
 
 def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
