@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import tiny
 
+from prime_lightning.options import Probe
 from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Template
 from prime_lightning.rollout import Prompt
 
@@ -63,7 +64,7 @@ def test_three_kinds_in_one_run(chat_model, tmp_path, monkeypatch):
         weights=[2, 1, 1],
     )
     rollouts = tiny.data(chat_model, train=mixed, engine=Tutored(), prompts_per_batch=8)
-    history = tiny.fit(tmp_path, tiny.module(chat_model), rollouts, 1)
+    history = tiny.fit(tmp_path, tiny.module(chat_model, probe=Probe(every=None)), rollouts, 1)
     (row,) = history.rows
     assert row["verdict/arithmetic/correct"] == 4  # four of eight prompts, one right answer each
     assert row["verdict/arithmetic/wrong"] == 12

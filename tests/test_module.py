@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prime_lightning import algorithms as alg
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.batch import Batch
-from prime_lightning.options import Credit, Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Credit, Loading, PolicyLoss, Probe, ProcessReward, Update
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
@@ -232,7 +232,7 @@ def watched_entropy(prime, value):
 @pytest.mark.parametrize(("weight", "kind", "skipped"), [(0.0, "measured", 0), (0.01, "trained", 2)])
 def test_entropy_is_computed_where_it_is_used(warm_model, tmp_path, weight, kind, skipped):
     """Only in the policy's update; and one that is not finite reaches the loss only where the loss has it."""
-    options = {"reference": str(warm_model), "process_reward": ProcessReward(replay=2)}
+    options = {"reference": str(warm_model), "process_reward": ProcessReward(replay=2), "probe": Probe(every=None)}
     prime = tiny.module(warm_model, policy_loss=PolicyLoss(entropy_weight=weight), **options)
     asked = watched_entropy(prime, math.nan)
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
@@ -400,8 +400,9 @@ def test_an_engine_with_other_weights_stops_the_run(sharp_folder, warm_model, tm
         def start(self, model):
             super().start(sharp_folder)
 
+    prime = tiny.module(warm_model, probe=Probe(every=None))
     with pytest.raises(ValueError, match=r"got a mean difference of \d.* nats a token"):
-        tiny.fit(tmp_path, tiny.module(warm_model), tiny.data(warm_model, engine=Stale()), 1)
+        tiny.fit(tmp_path, prime, tiny.data(warm_model, engine=Stale()), 1)
 
 
 class Mute(tiny.HFEngine):
@@ -410,7 +411,7 @@ class Mute(tiny.HFEngine):
     def stream(self, prompts, sampling, kept=None):
         for prompt, completions in super().stream(prompts, sampling, kept):
             nothing = Completion(text="", token_ids=[], logprobs=[], finish=Finish.STOP, versions=[])
-            yield prompt, [nothing, nothing, *completions[2:]]
+            yield prompt, [nothing, nothing, *completions[2:]][: len(completions)]
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 512])

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from prime_lightning import algorithms as alg
-from prime_lightning.options import Loading, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Loading, PolicyLoss, Probe, ProcessReward, Update
 from prime_lightning.rollout import Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
 
@@ -190,5 +190,6 @@ def test_an_engine_of_another_model_is_found_out_either_way(warm_model, sharp_fo
         load(((name, torch.zeros_like(weight)) for name, weight in weights), version)
 
     data.engine.load_weights = deaf
+    prime = tiny.module(warm_model, policy_loss=PolicyLoss(proximal="engine"), probe=Probe(every=None))
     with pytest.raises(ValueError, match="Expected the engine's log-probs of the first batch to be the policy's"):
-        tiny.fit(tmp_path, tiny.module(warm_model, policy_loss=PolicyLoss(proximal="engine")), data, 1)
+        tiny.fit(tmp_path, prime, data, 1)
