@@ -154,9 +154,10 @@ class RolloutDataModule(pl.LightningDataModule):
             tokens: Of an answer, at most, and no more than training samples.
         """
         assert self.tokenizer is not None
-        first = (self.train.prompt(draw, self.tokenizer) for draw in range(8 * prompts))
-        asked = list(itertools.islice((p for p in first if len(p.token_ids) <= self.max_prompt_tokens), prompts))
         sampling = Sampling(samples=1, max_tokens=min(tokens, self.sampling.max_tokens), temperature=0.0)
+        longest = min(self.max_prompt_tokens, self.source(self.train).longest_prompt(sampling))
+        first = (self.train.prompt(draw, self.tokenizer) for draw in range(8 * prompts))
+        asked = list(itertools.islice((prompt for prompt in first if len(prompt.token_ids) <= longest), prompts))
         with self._lock:
             answers = [(prompt, done) for prompt, (done,) in self.engine.stream(asked, sampling)]
         return sorted(answers, key=lambda answer: answer[0].draw)
