@@ -30,7 +30,9 @@ from rich.text import Text
 from torch import Tensor
 
 from prime_lightning.guests import GuestBar
+from prime_lightning.heartbeat import Heartbeat
 from prime_lightning.module import PrimeModule
+from prime_lightning.tally import Tally
 
 DOING = {
     "sample": "sampling",
@@ -84,7 +86,8 @@ class Bars(Progress):
 class PrimeProgress(ProgressBar):
     """Iterations with accuracy, PRM accuracy, tokens per second and time left, and below them what is being done.
 
-    Where there is no terminal: one line an iteration, or fifty lines of a supervised run.
+    Where there is no terminal: one line an iteration, or fifty lines of a supervised run; and one a minute that says
+    what is being done, where nothing else was said.
     """
 
     shown: tuple[str, ...] = ("rollout/accuracy", "val/pass1", "prm/accuracy", "loss", "rollout/tokens_per_second")
@@ -92,6 +95,7 @@ class PrimeProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: Bars | None = None
+        self._heart: Heartbeat | None = None
         self._main = self._rollouts = self._phase = self._evaluation = TaskID(0)
         self._started = 0.0
         self._first = 0
@@ -105,6 +109,8 @@ class PrimeProgress(ProgressBar):
         self._started, self._first = time.monotonic(), trainer.global_step
         word = "iteration" if isinstance(pl_module, PrimeModule) else "step"
         self._open(trainer, word, _total(trainer), trainer.global_step)
+        if self._bar is None and trainer.is_global_zero and self.shown:
+            self._heart = Heartbeat(lambda: _doing(trainer, word)).__enter__()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,6 +125,8 @@ class PrimeProgress(ProgressBar):
             self._bar.numbers = numbers
             self._bar.update(self._main, completed=done)
         elif done % every == 0 or done == total:
+            if self._heart is not None:
+                self._heart.spoken()
             pace = (time.monotonic() - self._started) / max(done - self._first, 1)
             print(
                 f"iteration {done}/{total}  {numbers}  {pace:.2f} s each, {pace * (total - done):.0f} s left",
@@ -179,14 +187,12 @@ class PrimeProgress(ProgressBar):
             return
 
         def poll(bars: Bars) -> None:
-            places = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, *trainer.callbacks  # type: ignore[attr-defined]
-            tally = next(filter(None, (getattr(place, "tally", None) for place in places)), None)
+            tally = _tally(trainer)
             doing = getattr(trainer.lightning_module, "doing", "")
             bars.show(self._phase, doing, description=DOING.get(doing, doing), visible=bool(doing))
             bars.show(self._rollouts, tally, visible=tally is not None)
             if tally is not None:
-                what = DOING.get(tally.doing, tally.doing) + (f", accuracy {tally.accuracy:.2f}" if tally.known else "")
-                bars.update(self._rollouts, description=what, completed=tally.accepted, total=tally.wanted)
+                bars.update(self._rollouts, description=_rollouts(tally), completed=tally.accepted, total=tally.wanted)
 
         GuestBar.silent = True
         self._bar = Bars(lambda bars: None)
@@ -202,6 +208,9 @@ class PrimeProgress(ProgressBar):
                 yield f"{name} {_number(float(metrics[name]))}"
 
     def _close(self) -> None:
+        if self._heart is not None:
+            self._heart.__exit__(None, None, None)
+            self._heart = None
         if self._bar is not None:
             with _handlers_follow():
                 self._bar.stop()
@@ -217,6 +226,26 @@ def _handlers_follow() -> Iterator[None]:
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 handler.setStream(sys.stderr)
+
+
+def _tally(trainer: pl.Trainer) -> Tally | None:
+    """Of the rollouts that are being sampled, by whatever part of the run."""
+    places = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, *trainer.callbacks  # type: ignore[attr-defined]
+    return next(filter(None, (getattr(place, "tally", None) for place in places)), None)
+
+
+def _rollouts(tally: Tally) -> str:
+    return DOING.get(tally.doing, tally.doing) + (f", accuracy {tally.accuracy:.2f}" if tally.known else "")
+
+
+def _doing(trainer: pl.Trainer, word: str) -> str:
+    """What a plain log says of an iteration that takes long."""
+    tally, doing = _tally(trainer), getattr(trainer.lightning_module, "doing", "")
+    parts = [DOING.get(doing, doing)] if doing else []
+    if tally is not None:
+        groups = f"{tally.accepted} of {tally.wanted} prompts" if tally.wanted else f"{tally.groups} prompts"
+        parts.append(f"{_rollouts(tally)}, {groups}, {tally.tokens:,} tokens")
+    return f"{word} {trainer.global_step + 1}/{_total(trainer)}: {'; '.join(parts) or 'at work'}"
 
 
 def _number(value: float) -> str:

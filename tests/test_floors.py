@@ -15,6 +15,7 @@ FLOORS = [
         "facts",
         "shipped",
         "usage",
+        "heartbeat",
         "zero",
         "packing",
         "fused",

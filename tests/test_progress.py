@@ -4,11 +4,13 @@ import io
 import logging
 import re
 import sys
+import threading
 
 import lightning.pytorch as pl
 import pytest
 import tiny
 
+from prime_lightning import heartbeat
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.evaluation.callback import Benchmarks
 from prime_lightning.progress import PrimeProgress, _number, _total
@@ -95,6 +97,15 @@ def test_a_log_file_gets_one_line_an_iteration(model_folder, tmp_path, capsys):
     assert [line.split()[3] for line in lines if line.startswith("evaluated")] == ["2", "4"]
     assert all("rollout/accuracy" in line and "s left" in line for line in lines if line.startswith("iteration"))
     assert "\x1b" not in said.out
+
+
+def test_a_log_file_is_never_silent_for_long(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.05)
+    run(tmp_path, model_folder, 2, validate=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"iteration \d/2: ", line)]
+    assert {line.split(": ")[0] for line in lines} >= {"iteration 1/2"}
+    assert any(re.search(r": (training|scoring)", line) for line in lines)
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 def test_numbers_are_short_and_without_needless_exponents():

@@ -24,6 +24,7 @@ from prime_lightning.evaluation.benchmark import Benchmark, benchmark_names, loa
 from prime_lightning.evaluation.folder import ResultsFolder, file_digest, fingerprint, table
 from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, graded, not_asked, read_completions, sampled
+from prime_lightning.heartbeat import Heartbeat, minutes
 from prime_lightning.loader import RolloutSource
 from prime_lightning.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts import Prompts
@@ -194,6 +195,8 @@ def engine_of(options: Namespace, todo: Sequence[Evaluation], verifiers: Verifie
     warn_of_padding(options.model, tokenizer)
     for evaluation in todo:
         evaluation.prompts.prompt(0, tokenizer)  # template and chat template must agree, before the model is loaded
+    for line in announced(options.engine, todo):
+        print(line, file=sys.stderr, flush=True)
     try:
         with plain_folder(options.model) as model:
             options.engine.start(model)
@@ -205,12 +208,34 @@ def engine_of(options: Namespace, todo: Sequence[Evaluation], verifiers: Verifie
         options.engine.close()
 
 
+def announced(engine: Engine, todo: Sequence[Evaluation]) -> Iterator[str]:
+    """What will be sampled, a line a benchmark, and what would be faster."""
+    for evaluation in todo:
+        asked, sampling = len(evaluation.missing), evaluation.sampling
+        of = "" if asked == evaluation.problems else f" (of {evaluation.problems}; the others are done)"
+        answers = f"{sampling.samples} answer{'s' * (sampling.samples > 1)}"
+        yield (
+            f"{evaluation.benchmark.title}: {asked} problems{of}, {answers} each of at most "
+            f"{sampling.max_tokens} tokens, by {type(engine).__name__}"
+        )
+    if f"{type(engine).__module__}.{type(engine).__qualname__}" == HF_ENGINE:
+        yield "If it takes long: vLLM is faster with larger models (--engine prime_lightning.engines.vllm.VLLMEngine)"
+
+
 def shown(title: str, total: int, done: int, groups: Iterator[list[Record]]) -> Iterator[list[Record]]:
-    """The same groups, with a bar where there is a terminal."""
+    """The same groups, with a bar where there is a terminal, and a line a minute elsewhere."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    begun, before, quiet = time.monotonic(), done, console.is_terminal
+
+    def said() -> str:
+        gone = time.monotonic() - begun
+        left = f", about {minutes(gone / (done - before) * (total - done))} left" if done > before else ""
+        return "" if quiet else f"{title}: {done} of {total} problems, {minutes(gone)} gone{left}"
+
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, Heartbeat(said):
         bar = progress.add_task(title, total=total, completed=done)
         for group in groups:
             yield group
+            done += 1
             progress.advance(bar)

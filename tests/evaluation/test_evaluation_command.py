@@ -10,6 +10,7 @@ from real_files import FILES, real, script, write
 from test_evaluation_benchmark import own
 from transformers import AutoModelForCausalLM
 
+from prime_lightning import heartbeat
 from prime_lightning.__main__ import main
 from prime_lightning.evaluation.folder import ResultsFolder, fingerprint
 
@@ -56,6 +57,22 @@ def test_a_model_is_evaluated_and_a_stopped_run_goes_on(warm_model, tmp_path, ca
     before = (out / "arithmetic.jsonl").stat().st_mtime_ns, stable(out)
     assert evaluate(*args, "--out", out) == 0  # nothing is missing: nothing is sampled
     assert stable(out) == before[1]
+
+
+def test_long_work_says_what_it_will_do_and_where_it_is(warm_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.02)
+    args = ("--model", warm_model, "--benchmark", "arithmetic", "--limit", 40, "--engine.batch_size", 4)
+    assert evaluate(*args, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    title = "Chained arithmetic modulo 10"
+    begins, hint = said.err.splitlines()[:2]
+    assert begins == f"{title}: 40 problems, 1 answer each of at most 24 tokens, by HFEngine"
+    assert "vllm.VLLMEngine" in hint
+    beats = [line for line in said.out.splitlines() if line.startswith(f"{title}: ")]
+    assert beats
+    done = [int(re.fullmatch(r".*: (\d+) of 40 problems, \d+ s gone(, about \d+ s left)?", line)[1]) for line in beats]
+    assert done == sorted(done)
+    assert all(("left" in line) == (count > 0) for line, count in zip(beats, done, strict=True))
 
 
 def test_a_call_that_could_not_begin_does_not_claim_the_folder(warm_model, tmp_path, capsys):
