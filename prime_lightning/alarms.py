@@ -103,7 +103,7 @@ MEANINGS = {
         ("prm/reward", "rollout/accuracy"),
         parted,
         "the process reward rises while right answers become fewer: the policy may be pleasing the PRM",
-        "lower model.credit.process_weight, raise model.process_reward.replay, read the rollouts with the highest "
+        "lower model.credit.process_weight, raise model.process_reward.replay.iterations, read the rollouts of highest "
         "process reward; action: cut goes on with the outcome alone",
     ),
     "broken_prm": Meaning(

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.functional import pad
 
-from prime_lightning.batch import Batch
+from prime_lightning.batch import Batch, join
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
@@ -46,19 +43,22 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
 def tokens_of_groups(batch: Batch) -> dict[int, int]:
     """Tokens of each group, prompts counted for each response, as they go through the model."""
     length_B = batch.prompt_length_B + batch.response_length_B
-    return {int(group): int(length_B[batch.group_B == group].sum()) for group in batch.group_B.unique()}
+    return {group: int(length_B[batch.group_B == group].sum()) for group in batch.numbers()}
 
 
 def balanced(batch: Batch) -> Batch:
-    """This rank's share of the groups of all ranks, in the order of their numbers. A collective: all ranks call it."""
+    """This rank's share of the groups of all ranks, in the order of their numbers. A collective: all ranks call it.
+
+    A rank for which none is left gets one row that counts for nothing.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     told: list[dict[int, int]] = [{} for _ in range(world)]
     dist.all_gather_object(told, tokens_of_groups(batch))
     costs = dict(sorted((group, cost) for one in told for group, cost in one.items()))
     home = dict(zip(costs, assign(list(costs.values()), world), strict=True))
     here = [None if other == rank else _of(batch, home, other) for other in range(world)]
-    parts = [_of(batch, home, rank), *_exchanged(here, rank, world)]
-    return _ordered(join([part for part in parts if part is not None], batch))
+    parts = [part for part in (_of(batch, home, rank), *_exchanged(here, rank, world)) if part is not None]
+    return _ordered(join(parts, batch)) if parts else batch.nothing()
 
 
 def _exchanged(outgoing: list[Batch | None], rank: int, world: int) -> list[Batch | None]:
@@ -73,26 +73,9 @@ def _exchanged(outgoing: list[Batch | None], rank: int, world: int) -> list[Batc
 
 def _of(batch: Batch, home: dict[int, int], rank: int) -> Batch | None:
     """The rows whose group goes to a rank; what was measured stays."""
-    rows = torch.tensor([home[group] == rank for group in batch.group_B.tolist()]).nonzero().squeeze(-1)
+    rows = torch.tensor([home.get(group) == rank for group in batch.group_B.tolist()]).nonzero().squeeze(-1)
     return replace(batch.select(rows), metrics=type(batch.metrics)()) if len(rows) else None
 
 
 def _ordered(batch: Batch) -> Batch:
     return batch.select(batch.group_B.argsort(stable=True))
-
-
-def join(parts: Sequence[Batch], like: Batch) -> Batch:
-    """One batch of the rows of several, padded to the longest.
-
-    Args:
-        parts: At least one.
-        like: Where temperature and measures come from.
-    """
-
-    def joined(name: str) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        width = max(t.shape[1] for t in tensors) if tensors[0].ndim == 2 else 0
-        return torch.cat([pad(t, (0, width - t.shape[1])) if width else t for t in tensors])
-
-    tensors: dict[str, Any] = {f.name: joined(f.name) for f in fields(Batch) if f.type == "Tensor"}
-    return replace(like, **tensors, rollouts=[rollout for part in parts for rollout in part.rollouts])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Batch:
     valid_B: Tensor
     """False where the verdict is unknown, or the response is left out for being truncated."""
     group_B: Tensor
-    """Number of the prompt among those of all ranks; equal within a group."""
+    """Number of the prompt among those of all ranks, equal within a group; -1 for a row that stands for no prompt."""
     behaviour_logprobs_BT: Tensor
     """Engine's log-probs of the distribution that was sampled from, nats."""
     version_BT: Tensor
@@ -48,6 +49,9 @@ class Batch:
     """The same as objects, row by row, for logs."""
     metrics: Measures = field(default_factory=Measures)
     """What the data module measured while it made this batch."""
+    rejected: Batch | None = None
+    """Groups that the accuracy filter rejected while this batch was filled, for a PRM that learns from all; a rank
+    without any has one row that counts for nothing. None where nobody asked for them."""
 
     def __len__(self) -> int:
         """Number of responses."""
@@ -56,7 +60,11 @@ class Batch:
     @property
     def groups(self) -> int:
         """Number of prompts on this rank."""
-        return int(self.group_B.unique().numel())
+        return len(self.numbers())
+
+    def numbers(self) -> list[int]:
+        """Numbers of the prompts on this rank, in order."""
+        return [number for number in self.group_B.unique().tolist() if number >= 0]
 
     def response_tokens(self) -> Tensor:
         """`[B, T]` tokens of the responses; what stands outside of them means nothing."""
@@ -116,7 +124,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = [f.name for f in fields(self) if f.type == "Tensor" and f.name not in LENGTHS]
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
+        tensors: dict[str, Any] = {name: getattr(self, name).to(device) for name in moved}
+        return replace(self, **tensors, rejected=None if self.rejected is None else self.rejected.to(device))
 
     def select(self, rows: Tensor) -> Batch:
         """These responses only, without the columns that they do not need.
@@ -131,13 +140,14 @@ class Batch:
         names = [f.name for f in fields(self) if f.type == "Tensor"]
         cut = {name: getattr(self, name)[rows if name in LENGTHS else there] for name in names}
         cut |= {name: cut[name][:, :columns] for name, columns in width.items()}
-        return replace(self, **cut, rollouts=[self.rollouts[i] for i in rows.tolist()] if self.rollouts else [])
+        kept = [self.rollouts[i] for i in rows.tolist()] if self.rollouts else []
+        return replace(self, **cut, rollouts=kept, rejected=None)
 
     def nothing(self) -> Batch:
         """One row of two tokens that counts for nothing: it takes part in forwards that other ranks have work for."""
         first, one = torch.zeros(1, dtype=torch.long), self.prompt_length_B.new_ones(1)
         row = replace(self.select(first), prompt_length_B=one, response_length_B=one).select(first)
-        return row.uncounted()
+        return replace(row.uncounted(), group_B=torch.full_like(row.group_B, -1))
 
     def uncounted(self) -> Batch:
         """The same rows, none of which counts: for a rank that has none left while others have."""
@@ -205,6 +215,34 @@ def _members(group: Sequence[int]) -> list[list[int]]:
     for place, number in enumerate(group):
         found[number].append(place)
     return list(found.values())
+
+
+def join(parts: Sequence[Batch], like: Batch) -> Batch:
+    """One batch of the rows of several, padded to the longest.
+
+    Args:
+        parts: At least one.
+        like: Where temperature and measures come from.
+    """
+    tensors: dict[str, Any] = {
+        f.name: padded_cat([getattr(part, f.name) for part in parts]) for f in fields(Batch) if f.type == "Tensor"
+    }
+    rollouts = [rollout for part in parts for rollout in part.rollouts]
+    return replace(like, **tensors, rollouts=rollouts, rejected=None)
+
+
+def padded_cat(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; those of two dimensions are padded with zeros to the widest.
+
+    Example:
+        >>> padded_cat([torch.tensor([[1, 2]]), torch.tensor([[3]])])
+        tensor([[1, 2],
+                [3, 0]])
+    """
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import threading
 import warnings
 from collections.abc import Sized
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -105,6 +107,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.surplus = surplus
         self.max_staleness, self.check_answers, self.balance = max_staleness, check_answers, balance
         self.verifiers = verifiers or Verifiers()
+        self.most_rejected: float | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.Lock()  # training and evaluation take turns at the engine
 
@@ -167,6 +170,10 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.max_staleness == 0:
             self.engine.sleep()
 
+    def hand_on_rejected(self, most: float) -> None:
+        """Let batches bring the groups that the filter rejected, at most so many for each accepted one."""
+        self.most_rejected = most
+
     def source(self, prompts: Prompts) -> RolloutSource:
         """These prompts through this module's engine and verifiers."""
         assert self.tokenizer is not None
@@ -193,8 +200,9 @@ class RolloutDataModule(pl.LightningDataModule):
                 f"Expected `data.prompts_per_batch` to be divisible by the number of ranks, got "
                 f"{self.prompts_per_batch} prompts on {world} ranks."
             )
+        groups, most = self.prompts_per_batch // world, self.most_rejected
         collecting = Collecting(
-            groups=self.prompts_per_batch // world,
+            groups=groups,
             sampling=self.sampling,
             accuracy_filter=self.accuracy_filter,
             max_prompt_tokens=self.max_prompt_tokens,
@@ -202,13 +210,17 @@ class RolloutDataModule(pl.LightningDataModule):
             patience=self.patience,
             surplus=self.surplus,
             max_age=max(self.max_staleness, int(self.surplus == "keep")),
+            hand_on=None if most is None else math.ceil(most * groups),
         )
         return TrainingLoader(self.source(self.train), collecting, rank, world)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Even out the work of the ranks; here, because in the trainer's own thread collectives keep their order."""
         assert self.trainer is not None
-        return balanced(batch) if self.balance and self.trainer.training and self.trainer.world_size > 1 else batch
+        if not (self.balance and self.trainer.training and self.trainer.world_size > 1):
+            return batch
+        rejected = None if batch.rejected is None else balanced(batch.rejected)
+        return replace(balanced(batch), rejected=rejected)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation rollouts, or nothing if there are no validation prompts."""

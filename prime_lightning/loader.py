@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerBase
 from prime_lightning.acceptance import Acceptance, AccuracyFilter
 from prime_lightning.batch import Batch
 from prime_lightning.engines import Engine, Kept, check_truncated_logprobs
+from prime_lightning.positions import restored, saved, share
 from prime_lightning.prompts import Prompts
-from prime_lightning.rollout import Completion, Finish, Group, Label, Prompt, Rollout, Sampling, Verdict
+from prime_lightning.rollout import Completion, Group, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
@@ -158,6 +159,8 @@ class Collecting:
     surplus: Surplus
     max_age: int
     """Iterations that the weights of a token may be old when it is trained on."""
+    hand_on: int | None = None
+    """Most rejected groups that are handed on beside a batch; None hands nothing on."""
 
 
 class TrainingLoader:
@@ -171,6 +174,7 @@ class TrainingLoader:
         self.start = self.position = 0  # draw of the first prompt of all ranks; prompts taken by this one
         self.returned: deque[int] = deque()  # draws to sample again before any new one
         self.surplus: list[Group] = []
+        self.rejected: list[Group] = []  # while this batch is filled
         self.acceptance = Acceptance()
         self.kept: Kept = {}
         self._checked = options.sampling.truncation == 0 or options.sampling.temperature == 0
@@ -192,7 +196,7 @@ class TrainingLoader:
         """
         options, self.tally = self.options, (tally := Tally(self.options.groups))
         accepted = self._fresh(self.surplus, tally, self.source.engine.version if trained_at is None else trained_at)
-        self.surplus = []
+        self.surplus, self.rejected = [], []
         self.acceptance.next_batch()
         if len(accepted) < options.groups:
             with self.source.lock:
@@ -201,15 +205,22 @@ class TrainingLoader:
         tally.metrics["rollout/surplus_groups"] = len(self.surplus)
         if tally.responses - tally.known > UNKNOWN_ALARM * tally.responses:
             warnings.warn(f"More than {UNKNOWN_ALARM:.0%} of verdicts are unknown ({tally.rejected()}).", stacklevel=2)
+        batch = replace(self._batch(accepted[: options.groups]), metrics=tally.measures())
+        return batch if options.hand_on is None else replace(batch, rejected=self._beside(batch))
+
+    def _batch(self, groups: list[Group]) -> Batch:
         return Batch.of_groups(
-            accepted[: options.groups],
-            keep_truncated=options.accuracy_filter.truncated != "mask",
-            temperature=options.sampling.temperature,
-            truncation=options.sampling.truncation,
-            metrics=tally.measures(),
+            groups,
+            keep_truncated=self.options.accuracy_filter.truncated == "keep",
+            temperature=self.options.sampling.temperature,
+            truncation=self.options.sampling.truncation,
             rank=self.rank,
             world=self.world,
         )
+
+    def _beside(self, batch: Batch) -> Batch:
+        """The rejected groups that a batch hands on, as tensors only."""
+        return replace(self._batch(self.rejected), rollouts=[]) if self.rejected else batch.nothing()
 
     def _started(self, missing: int) -> int:
         """Prompts that are to be undecided where this many groups are missing."""
@@ -258,7 +269,12 @@ class TrainingLoader:
         self.source.prompts.learn(group[0].prompt.draw, [r.verdict.score for r in group if r.verdict.known])
         tally.add(group, reason)
         self.acceptance.add(accepted=int(reason is None), decided=1)
-        return [group] if reason is None else []
+        if reason is None:
+            return [group]
+        if len(self.rejected) < (self.options.hand_on or 0):
+            self.rejected.append(group)
+            tally.metrics["rollout/handed_on"] += 1
+        return []
 
     def _fresh(self, groups: list[Group], tally: Tally, trained_at: int) -> list[Group]:
         """Groups that are not too old to be trained on then; the others are dropped and counted."""
@@ -323,7 +339,7 @@ class TrainingLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the prompt order, the queue, and the surplus as JSON, which reads back exactly."""
-        surplus = json.dumps([[_state(rollout) for rollout in group] for group in self.surplus])
+        surplus = json.dumps([[saved(rollout) for rollout in group] for group in self.surplus])
         return {
             "start": self.start,
             "position": self.position,
@@ -338,48 +354,8 @@ class TrainingLoader:
         state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
         self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
         self.source.prompts.load_state_dict(state.get("order", {}))
-        self.surplus = [[self._restore(row) for row in group] for group in json.loads(state["surplus"])]
+        self.surplus = [[self._restored(row) for row in group] for group in json.loads(state["surplus"])]
         self.acceptance, self.kept = Acceptance(**state.get("acceptance", {})), {}
 
-    def _restore(self, row: dict[str, Any]) -> Rollout:
-        completion = {**row["completion"], "finish": Finish(row["completion"]["finish"])}
-        verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
-        prompt = self._prompt(row["draw"])
-        return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
-
-
-def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
-
-    No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued. On another
-    number of ranks the acceptance rate is measured anew.
-
-    Example:
-        >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
-        >>> share(states, rank=0, world=1)
-        {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
-    """
-    if len(of_ranks) == world:
-        return of_ranks[rank]
-    start, furthest = of_ranks[0]["start"], max(state["position"] for state in of_ranks)
-    queue = sorted(
-        [draw for state in of_ranks for draw in state["returned"]]
-        + [
-            start + position * len(of_ranks) + number
-            for number, state in enumerate(of_ranks)
-            for position in range(state["position"], furthest)
-        ]
-    )
-    surplus = [group for state in of_ranks for group in json.loads(state["surplus"])]
-    return {
-        "start": start + furthest * len(of_ranks),
-        "position": 0,
-        "returned": queue[rank::world],
-        "surplus": json.dumps(surplus[rank::world]),
-    }
-
-
-def _state(rollout: Rollout) -> dict[str, Any]:
-    """A rollout without its prompt, which its draw gives back."""
-    completion, verdict = asdict(rollout.completion), asdict(rollout.verdict)
-    return {"draw": rollout.prompt.draw, "completion": completion, "verdict": verdict}
+    def _restored(self, row: dict[str, Any]) -> Rollout:
+        return restored(row, self._prompt(row["draw"]))

@@ -20,11 +20,10 @@ from torchmetrics import MeanMetric
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import import_path
+from prime_lightning.learning import LearningModule
 from prime_lightning.logprobs import ValueLM
 from prime_lightning.lora import WithoutAdapters
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, Probe, ProcessReward, Update
-from prime_lightning.panel import PanelModule
-from prime_lightning.passes import PassesModule
 from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.probe import check_greedy
 from prime_lightning.replay import Replay, share
@@ -34,7 +33,7 @@ from prime_lightning.sync import PolicyWeights, check_takes_weights
 ROLES = ("prm", "policy", "critic")
 
 
-class PrimeModule(PanelModule, PassesModule):
+class PrimeModule(LearningModule):
     """Process reinforcement through implicit rewards (PRIME, arXiv 2502.01456, Algorithm 1).
 
     Args:
@@ -95,6 +94,8 @@ class PrimeModule(PanelModule, PassesModule):
         super().__init__(seed)
         if policy_loss.kl != "none" and reference is None:
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
+        if process_reward.replay.reference == "present" and reference is not None:
+            raise ValueError("Expected `reference: null` with `replay.reference: present`, got a reference model.")
         if critic is not None and credit.outcome_weight <= 0:
             raise ValueError(f"Expected `credit.outcome_weight` above 0 with a critic, got {credit.outcome_weight}.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
@@ -104,7 +105,7 @@ class PrimeModule(PanelModule, PassesModule):
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
         self.schedule, self.probe = schedule, probe
-        self.replay = Replay(process_reward.replay)
+        self.replay, self.base_rate = Replay(process_reward.replay), alg.BaseRate()
         self.pass_rate = MeanMetric()
         self.probed: int | None = None  # the iteration of the last look
         self._step_ends: Tensor | None = None
@@ -119,7 +120,7 @@ class PrimeModule(PanelModule, PassesModule):
             batch = self.finite(batch, proximal_BT, reference_BT, anchor_BT)
 
             before = self.update_prm(batch, reference_BT) if self.prm_goes_first else None
-            process_BT = self.process_reward(batch, reference_BT, before)
+            process_BT = self.process_reward(batch, reference_BT, proximal_BT, before)
             if not self.prm_goes_first:
                 self.update_prm(batch, reference_BT)
 
@@ -132,7 +133,9 @@ class PrimeModule(PanelModule, PassesModule):
         self.send_weights()
         return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
 
-    def process_reward(self, batch: Batch, reference_BT: Tensor | None, prm_BT: Tensor | None = None) -> Tensor | None:
+    def process_reward(
+        self, batch: Batch, reference_BT: Tensor | None, proximal_BT: Tensor | None, prm_BT: Tensor | None = None
+    ) -> Tensor | None:
         """Eq. 3 for each token, normalised; None of a PRM that gives a number that is not finite, to any rank.
 
         The PRM's health is measured on the way, and the gate moves. Its log-probs are computed unless they are given.
@@ -143,33 +146,14 @@ class PrimeModule(PanelModule, PassesModule):
         reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
         if not self.judge_prm(batch, reward_BT):
             return None
+        if self.reward.against == "policy":
+            known = proximal_BT if batch.temperature == 1.0 else None
+            policy_BT = self.score(self.policy, batch) if known is None else known
+            reward_BT = alg.process_reward(prm_BT, policy_BT, batch.mask_BT, beta=self.reward.beta)
         reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
         reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.all_reduce)
         self.measures.add("process/scale", scale)
         return reward_BT
-
-    def update_prm(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
-        """`L_CE` (or another PRM loss) on the outcome labels: the fresh rollouts, then one replayed iteration.
-
-        Returns the log-probs of the fresh rollouts from before the update, where it has them and rewards are of them.
-        """
-        if self.prm is None or reference_BT is None or self.reward.update == "none":
-            return None
-        before = self.reward.update == "before"
-        if before:
-            self.second_look(batch, reference_BT)
-        past = self.replay.draw(self.generator("replay"), self.device)
-        self.replay.add(batch, reference_BT)
-        prm_BT = self.optimise_prm(batch, reference_BT, self.prm_loss, self.reward.beta)
-        if prm_BT is None and past and self.prm_goes_first and not before:  # nothing to learn from these
-            prm_BT = self.score(self.prm, batch)
-        for data, reference in past:
-            self.optimise_prm(data, reference, self.prm_loss, self.reward.beta)
-            age_BT = self.trainer.global_step - data.version_BT
-            self.measures.add("prm/replay_age", age_BT[data.mask_BT].sum(), data.mask_BT.sum())
-        if not before:
-            self.second_look(batch, reference_BT)
-        return None if before else prm_BT
 
     def credit(
         self,
@@ -285,9 +269,14 @@ class PrimeModule(PanelModule, PassesModule):
     # ---- what samples
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module that would go on sampling with the weights it began with."""
+        """Refuse a data module that would go on sampling with the weights it began with, and ask it for lessons."""
         super().setup(stage)
-        check_takes_weights(getattr(self.trainer, "datamodule", None))
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check_takes_weights(datamodule)
+        taught = self.names["prm"] is not None and self.reward.update != "none"
+        if stage == "fit" and taught and self.reward.learn_from == "all":
+            assert datamodule is not None
+            datamodule.hand_on_rejected(self.reward.most_rejected)
 
     def send_weights(self) -> None:
         """Let the next rollouts be the present policy's; its version is the number of finished iterations."""
@@ -385,7 +374,7 @@ class PrimeModule(PanelModule, PassesModule):
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
-        return {"gate": self.gate.state_dict()}
+        return {"gate": self.gate.state_dict(), "rate": self.base_rate.state_dict(), "seen_right": self.seen_right}
 
     def rank_state(self) -> list[dict[str, Any]]:
         """Past batches of this rank."""
@@ -394,4 +383,6 @@ class PrimeModule(PanelModule, PassesModule):
     def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
         """Take up that state."""
         self.gate.load_state_dict(state["gate"])
+        self.base_rate.load_state_dict(state["rate"])
+        self.seen_right = state["seen_right"]
         self.replay.load_state_dict(share(of_ranks, self.global_rank, self.trainer.world_size))

@@ -107,6 +107,39 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replaying:
+    """Past lessons of the PRM, kept and learned from again. Not in the paper."""
+
+    iterations: int = 0
+    """Past iterations that are kept; 0 is off."""
+    passes: int = 1
+    """Passes over replayed lessons that follow the one over this iteration's."""
+    draw: Literal["iteration", "groups"] = "iteration"
+    """What a pass goes over: one past iteration, or as many groups as this iteration has, of all that are kept."""
+    reference: Literal["stored", "present"] = "stored"
+    """Whose log-probs replayed responses are scored against: the reference of their own iteration, or the policy as it
+    is now, for one forward without gradient a pass; the latter where `reference` is null."""
+    megabytes: float = 4096.0
+    """Most that is kept, in main memory, of the rank that has the most; the oldest are forgotten first."""
+    wait_right: int = 0
+    """Right answers that must have been seen before the PRM is trained at all; until then it only keeps lessons."""
+    first_passes: int = 1
+    """Replayed passes of the iteration that ends this wait, instead of `passes`."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("iterations", 0), ("passes", 0), ("megabytes", 0), ("wait_right", 0), ("first_passes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"Expected `process_reward.replay.{name}` of at least {least}, got {getattr(self, name)}."
+                )
+        if self.wait_right and not self.iterations:
+            raise ValueError(
+                "Expected `process_reward.replay.iterations` above 0 with `wait_right`, got 0: what comes while the "
+                "PRM waits has to be kept."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProcessReward:
     """The implicit process reward."""
 
@@ -120,8 +153,18 @@ class ProcessReward:
     """By what the reward is divided; over all ranks."""
     update: Literal["after", "before", "none"] = "after"
     """Train the PRM after its rewards are read (the paper's single forward), before (double forward), or not at all."""
-    replay: int = 0
-    """Past iterations to keep for one more PRM pass an iteration, over one of them; 0 is off."""
+    against: Literal["reference", "policy"] = "reference"
+    """What the reward is paid against: the reference that the loss has, or the policy that sampled, so that a frozen
+    reference is a fixed target for the loss and the reward fades as the policy comes to what the PRM knows."""
+    learn_from: Literal["accepted", "all"] = "accepted"
+    """Groups that the PRM learns from: those that the accuracy filter keeps, or all that are graded."""
+    most_rejected: float = 4.0
+    """With `learn_from: all`, at most so many rejected groups for each accepted one."""
+    intercept: Literal["none", "base_rate"] = "none"
+    """What is added to response rewards in the PRM's loss: nothing, or the log-odds of the share of right answers
+    lately, so that the PRM need not make all tokens less likely where few answers are right."""
+    replay: Replaying = Replaying()
+    """Past lessons to learn from again."""
     second_look: int = 1
     """Iterations between two measurements of the PRM on the far side of its update, `prm/accuracy_after`; each costs
     one forward pass of the PRM; 0 is off."""
@@ -129,6 +172,8 @@ class ProcessReward:
     def __post_init__(self) -> None:
         if self.second_look < 0:
             raise ValueError(f"Expected `process_reward.second_look` of 0 (off) or more, got {self.second_look}.")
+        if self.most_rejected < 0:
+            raise ValueError(f"Expected `process_reward.most_rejected` of 0 or more, got {self.most_rejected}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,11 @@ class PanelModule(SteppingModule):
     reward: ProcessReward
     gate: alg.ProcessGate
 
+    @property
+    def intercept(self) -> float:
+        """What the PRM's loss adds to response rewards."""
+        return 0.0
+
     def finite(self, batch: Batch, *logprobs_BT: Tensor | None) -> Batch:
         """The batch without tokens whose log-probs are not finite, which are counted."""
         known = [one_BT for one_BT in (batch.behaviour_logprobs_BT, *logprobs_BT) if one_BT is not None]
@@ -50,7 +55,7 @@ class PanelModule(SteppingModule):
         broken = (~reward_BT.isfinite()).sum()
         self.measures.add("prm/nonfinite_tokens", broken, 0.0)
         sums = torch.cat([self.measure_prm(batch, reward_BT.sum(1)), broken.double()[None]])
-        self.measures.update(judge_rewards(reward_BT, batch, self.gather))
+        self.measures.update(judge_rewards(reward_BT, batch, self.gather, self.intercept))
         ce_sum, ce_count, hits, pair_count, broken_tokens = self.all_reduce(sums, "sum").tolist()
         ce = ce_sum / max(ce_count, 1) if broken_tokens == 0 else math.nan
         self.gate.update(ce, hits / pair_count if pair_count else None)
@@ -83,7 +88,7 @@ class PanelModule(SteppingModule):
     def measure_prm(self, batch: Batch, reward_B: Tensor, when: str = "") -> Tensor:
         """Cross entropy and pairwise accuracy; returns their sums and counts on this rank."""
         labels = batch.outcome_B, batch.group_B, batch.valid_B
-        ce, pairs = alg.ce(reward_B, *labels), alg.pairwise_accuracy(reward_B, *labels)
+        ce, pairs = alg.ce(reward_B + self.intercept, *labels), alg.pairwise_accuracy(reward_B, *labels)
         self.measures.add(f"prm/ce{when}", *ce)
         self.measures.add(f"prm/accuracy{when}", *pairs)
         return torch.stack([*ce, *pairs]).double()
@@ -100,13 +105,16 @@ class PanelModule(SteppingModule):
         return numbers
 
 
-def judge_rewards(reward_BT: Tensor, batch: Batch, gather: Callable[[Any], list[Any]]) -> Measures:
+def judge_rewards(
+    reward_BT: Tensor, batch: Batch, gather: Callable[[Any], list[Any]], intercept: float = 0.0
+) -> Measures:
     """How well raw process rewards tell right from wrong, and what else they pay for; over all ranks.
 
     Args:
         reward_BT: `beta * log(prm / reference)`, before it is normalised.
         batch: Of this rank.
         gather: Gives what each rank has; AUC, calibration and correlations are no sums over ranks.
+        intercept: What makes log-odds of response rewards.
     """
     measures = Measures()
     judged = reward_BT.sum(1), batch.outcome_B, batch.response_length_B, batch.valid_B
@@ -116,7 +124,7 @@ def judge_rewards(reward_BT: Tensor, batch: Batch, gather: Callable[[Any], list[
     measures.add("prm/reward", reward_B[valid_B].sum(), valid_B.sum())
     for name, figure in (
         ("prm/auc", alg.auc(reward_B, outcome_B, valid_B)),
-        ("prm/calibration_error", alg.calibration_error(reward_B, outcome_B, valid_B)),
+        ("prm/calibration_error", alg.calibration_error(reward_B + intercept, outcome_B, valid_B)),
         ("prm/outcome_correlation", alg.correlation(reward_B, outcome_B, valid_B)),
         ("prm/length_correlation", alg.correlation(reward_B, length_B, valid_B)),
     ):

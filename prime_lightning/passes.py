@@ -34,7 +34,8 @@ class PassesModule(SteppingModule):
         None where the policy's own and only pass will give it: what nothing reads before costs no pass of its own.
         """
         engine, due = self.loss.proximal == "engine", self.comparison_is_due(batch)
-        as_reference = self.prm is not None and self.reference is None and batch.temperature == 1.0
+        relative = self.reference is None or self.reward.against == "policy"
+        as_reference = self.prm is not None and relative and batch.temperature == 1.0
         policy_BT = None
         if due or not (engine or self.loss.in_one_pass(self.updates["policy"], as_reference)):
             policy_BT = self.score(self.policy, batch, batch.temperature)

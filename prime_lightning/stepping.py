@@ -220,8 +220,22 @@ class SteppingModule(pl.LightningModule):
                 learned = True
         return learned
 
-    def optimise_prm(self, batch: Batch, reference_BT: Tensor, loss: Callable[..., Any], beta: float) -> Tensor | None:
+    def optimise_prm(
+        self,
+        batch: Batch,
+        reference_BT: Tensor,
+        loss: Callable[..., Any],
+        beta: float,
+        intercept_B: Tensor | None = None,
+    ) -> Tensor | None:
         """Train `self.prm` on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3.
+
+        Args:
+            batch: Responses with outcomes.
+            reference_BT: `log pi_ref` of their tokens.
+            loss: See `algorithms.prm_loss`.
+            beta: Reward per nat.
+            intercept_B: Added to `r`, see `algorithms.BaseRate`.
 
         Returns:
             Its log-probs `[B, T]` under the mask as they were before; None unless one step over all responses was all.
@@ -235,7 +249,8 @@ class SteppingModule(pl.LightningModule):
             seen_BT[rows, :t] = torch.where(micro.mask_BT, prm_bt.detach(), seen_BT[rows, :t])  # no row that only pads
             reference_bt = reference_BT[rows, :t]
             reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=beta)
-            total, count = loss(reward_bt.sum(1), micro.outcome_B, micro.group_B, micro.valid_B)
+            logit_b = reward_bt.sum(1) if intercept_B is None else reward_bt.sum(1) + intercept_B[rows]
+            total, count = loss(logit_b, micro.outcome_B, micro.group_B, micro.valid_B)
             self.measures.add("prm/loss", total, count)
             return total  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import tiny
 import torch
 
-from prime_lightning.options import Update
+from prime_lightning.options import ProcessReward, Replaying, Update
 
 
 def torchrun(folder: Path, model: Path | str, scene: str, **environment: str) -> list[subprocess.Popen[str]]:
@@ -60,9 +60,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def pieces(model: str, **options: Any) -> tuple[tiny.PrimeModule, tiny.RolloutDataModule]:
+def pieces(
+    model: str, reward: ProcessReward = ProcessReward(), **options: Any
+) -> tuple[tiny.PrimeModule, tiny.RolloutDataModule]:
     update = Update(minibatches=2, micro_tokens=60)
-    prime = tiny.module(model, policy_update=update, prm_update=update, policy_optimizer=adam, prm_optimizer=adam)
+    optimizers = {"policy_optimizer": adam, "prm_optimizer": adam}
+    prime = tiny.module(model, policy_update=update, prm_update=update, process_reward=reward, **optimizers)
     return prime, tiny.data(model, prompts_per_batch=6, **options)
 
 
@@ -72,12 +75,14 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def balance(folder: Path, model: str) -> None:
-    """Three iterations with and three without balancing, from the same batches."""
+    """Three iterations with and three without balancing, from the same batches, of which the PRM learns all."""
     from prime_lightning import data as data_module
     from prime_lightning.balance import balanced
     from prime_lightning.parallel import PrimeDDPStrategy
 
-    kept: dict[str, Any] = {"moved": 0}
+    kept: dict[str, Any] = {"moved": 0, "rejected": []}
+    every = ProcessReward(learn_from="all", replay=Replaying(iterations=2, draw="groups"))
+    strict = tiny.AccuracyFilter(low=0.3, high=0.9)
 
     def groups(batch: Any) -> dict[int, Any]:
         length_B = (batch.prompt_length_B + batch.response_length_B).tolist()
@@ -91,13 +96,17 @@ def balance(folder: Path, model: str) -> None:
 
     def watched(batch: Any) -> Any:
         after = balanced(batch)
+        if not batch.rollouts:  # what the filter rejected
+            numbers = prime.gather((batch.numbers(), after.numbers()))
+            kept["rejected"] += [[sorted(n for one in part for n in one) for part in zip(*numbers, strict=True)]]
+            return after
         kept["before"], kept["after"] = groups(batch), groups(after)
         kept["moved"] += len(kept["before"].keys() - kept["after"].keys())
         return after
 
     data_module.balanced = watched  # type: ignore[assignment]
     for name, on in (("plain", False), ("balanced", True)):
-        prime, rollouts = pieces(model, balance=on, train=Uneven(seed=1))
+        prime, rollouts = pieces(model, every, balance=on, train=Uneven(seed=1), accuracy_filter=strict, patience=99)
         tiny.fit(folder / name, prime, rollouts, 3, devices=2, strategy=PrimeDDPStrategy())
         kept[name] = {k: v.clone() for k, v in prime.state_dict().items()}
     torch.save(kept, folder / f"rank{prime.global_rank}.pt")

@@ -8,8 +8,8 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_lightning.balance import assign, join, tokens_of_groups
-from prime_lightning.batch import Batch
+from prime_lightning.balance import assign, tokens_of_groups
+from prime_lightning.batch import Batch, join
 
 costs_and_ranks = st.tuples(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 8))
 
@@ -83,6 +83,18 @@ def test_ranks_exchange_whole_groups(scenes):
     assert not after[0].keys() & after[1].keys()
     sums = [[sum(sum(rows["lengths"]) for rows in one.values()) for one in two] for two in (before, after)]
     assert abs(sums[1][0] - sums[1][1]) < abs(sums[0][0] - sums[0][1])
+
+
+def test_rejected_groups_are_dealt_too_and_none_is_lost(scenes):
+    for one in scenes:
+        assert any(before for before, _ in one["rejected"])
+        assert all(before == after for before, after in one["rejected"])
+
+
+def test_a_rank_for_which_nothing_is_left_gets_a_row_that_counts_for_nothing():
+    nothing = batch_of((3, 4)).nothing()
+    assert (nothing.groups, nothing.numbers(), tokens_of_groups(nothing)) == (0, [], {})
+    assert not nothing.valid_B.any()
 
 
 def test_a_balanced_run_equals_the_other(scenes):

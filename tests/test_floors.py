@@ -32,6 +32,7 @@ FLOORS = [
         "algorithms.loss",
         "measures",
         "acceptance",
+        "positions",
         "guests",
         "attention",
         "template",
@@ -42,6 +43,7 @@ FLOORS = [
         "kernels",
         "logprobs",
         "batch",
+        "options",
         "prompts",
         "tally",
         "pretrained",
@@ -57,11 +59,12 @@ FLOORS = [
         "report.rollouts",
         "report.panels",
     },
-    {"arithmetic", "eurus", "options", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
+    {"arithmetic", "eurus", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
     {"stepping", "ahead", "validation", "lora", "plan.shape"}
     | {"prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
     {"panel", "passes", "placement", "sync", "scoring", "probe"},
+    {"learning"},
     {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
     | {"prm", "prm.credit", "prm.train"},

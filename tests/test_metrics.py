@@ -14,7 +14,7 @@ from prime_lightning.alarms import MEANINGS, Alarm, Alarms
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.difficulty import ByDifficulty
 from prime_lightning.evaluation.callback import Benchmarks
-from prime_lightning.options import PolicyLoss, ProcessReward
+from prime_lightning.options import PolicyLoss, ProcessReward, Replaying
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.prompts import MixedPrompts
 from prime_lightning.rollout import Sampling
@@ -60,13 +60,14 @@ def logged(tmp_path_factory, warm_model):
         reference=str(warm_model),
         critic=str(warm_model),
         advantage=alg.gae,
-        process_reward=ProcessReward(beta=0.5, replay=1),
+        process_reward=ProcessReward(beta=0.5, replay=Replaying(iterations=1)),
         policy_loss=PolicyLoss(kl="loss"),
         critic_optimizer=tiny.adam(1e-3),
     )
     tiny.trainer(folder, 2, alarms, history=history, **settings).fit(first, rollouts)
-    second = tiny.module(warm_model, process_reward=ProcessReward(beta=0.5, update="before"))
-    tiny.trainer(folder, 1, history=history).fit(second, tiny.data(warm_model))
+    every = ProcessReward(beta=0.5, update="before", learn_from="all", intercept="base_rate")
+    second = tiny.module(warm_model, process_reward=every)
+    tiny.trainer(folder, 1, history=history).fit(second, tiny.data(warm_model, accuracy_filter=AccuracyFilter()))
     known = ByDifficulty(short, keep=1e-9)
     known.learn(0, [1.0])
     third = tiny.data(warm_model, train=known, max_staleness=1)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prime_lightning import algorithms as alg
 from prime_lightning.acceptance import AccuracyFilter
 from prime_lightning.batch import Batch
-from prime_lightning.options import Credit, Loading, PolicyLoss, Probe, ProcessReward, Update
+from prime_lightning.options import Credit, Loading, PolicyLoss, Probe, ProcessReward, Replaying, Update
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
@@ -196,7 +196,7 @@ def test_tokens_with_non_finite_logprobs_are_dropped_and_counted(warm_model, tmp
         {"policy_loss": PolicyLoss(kl="loss", kl_weight=0.1), "reference": True},
         {"policy_loss": PolicyLoss(aggregate="sequence", entropy_weight=0.01, importance_cap=None)},
         {"policy_loss": PolicyLoss(aggregate="constant", constant_length=8, clip_high=0.28)},
-        {"process_reward": ProcessReward(replay=2)},
+        {"process_reward": ProcessReward(replay=Replaying(iterations=2))},
         {"prm_loss": alg.dpo_bon_reward},
         {"loading": Loading(gradient_checkpointing=True, packed=True, chunk_tokens=16)},
         {"loading": Loading(dtype="bfloat16", attention="eager")},
@@ -232,7 +232,8 @@ def watched_entropy(prime, value):
 @pytest.mark.parametrize(("weight", "kind", "skipped"), [(0.0, "measured", 0), (0.01, "trained", 2)])
 def test_entropy_is_computed_where_it_is_used(warm_model, tmp_path, weight, kind, skipped):
     """Only in the policy's update; and one that is not finite reaches the loss only where the loss has it."""
-    options = {"reference": str(warm_model), "process_reward": ProcessReward(replay=2), "probe": Probe(every=None)}
+    replayed = ProcessReward(replay=Replaying(iterations=2))
+    options = {"reference": str(warm_model), "process_reward": replayed, "probe": Probe(every=None)}
     prime = tiny.module(warm_model, policy_loss=PolicyLoss(entropy_weight=weight), **options)
     asked = watched_entropy(prime, math.nan)
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
@@ -290,7 +291,7 @@ def test_packed_rows_and_shared_prompts_train_as_padded_rows(warm_model, tmp_pat
             critic=str(warm_model),
             advantage=alg.gae,
             loading=loading,
-            process_reward=ProcessReward(replay=1),
+            process_reward=ProcessReward(replay=Replaying(iterations=1)),
             policy_update=Update(minibatches=2, micro_tokens=90),
         )
         computed = tokens_of(prime)

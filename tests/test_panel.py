@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prime_lightning import algorithms as alg
-from prime_lightning.options import ProcessReward
+from prime_lightning.options import ProcessReward, Replaying
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def run(warm_model, sharp_folder, tmp_path_factory):
         warm_model,
         reference=str(sharp_folder),
         gate=alg.ProcessGate(max_ce=None, min_accuracy=0.0),
-        process_reward=ProcessReward(beta=0.5, replay=1, second_look=1),
+        process_reward=ProcessReward(beta=0.5, replay=Replaying(iterations=1), second_look=1),
     )
     snapshots = []
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from prime_lightning import algorithms as alg
-from prime_lightning.options import Loading, PolicyLoss, Probe, ProcessReward, Update
+from prime_lightning.options import Loading, PolicyLoss, Probe, ProcessReward, Replaying, Update
 from prime_lightning.rollout import Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
 
@@ -143,7 +143,7 @@ def rows_and_weights(model, folder, own, monkeypatch, until=99, **options):
     "options",
     [
         {"process_reward": ProcessReward(beta=0.5)},
-        {"process_reward": ProcessReward(beta=0.5, replay=2), "prm_loss": alg.dpo},
+        {"process_reward": ProcessReward(beta=0.5, replay=Replaying(iterations=2)), "prm_loss": alg.dpo},
         {"policy_loss": PolicyLoss(kl="loss", kl_weight=0.1, importance_cap=None, aggregate="sequence")},
         {"policy_loss": PolicyLoss(entropy_weight=0.01), "loading": Loading(attention="varlen", packed=True)},
     ],
@@ -161,7 +161,7 @@ def test_own_passes_learn_what_passes_before_them_teach(warm_model, tmp_path, mo
 
 def test_rewards_come_before_the_labels_though_no_group_has_a_pair(warm_model, tmp_path, monkeypatch):
     """DPO on groups that are all right learns nothing from them, but from those that are replayed."""
-    options = {"process_reward": ProcessReward(replay=1), "prm_loss": alg.dpo, "until": 4}
+    options = {"process_reward": ProcessReward(replay=Replaying(iterations=1)), "prm_loss": alg.dpo, "until": 4}
     own, before = (
         rows_and_weights(warm_model, tmp_path / str(own), own, monkeypatch, **options)[0] for own in (True, False)
     )

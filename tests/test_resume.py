@@ -14,7 +14,7 @@ import torch
 
 from prime_lightning import algorithms as alg
 from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.options import ProcessReward
+from prime_lightning.options import ProcessReward, Replaying
 
 STEPS = 6
 
@@ -24,7 +24,7 @@ def pieces(model, prime_options=None):
     prime = tiny.module(
         model,
         gate=alg.ProcessGate(after=1, max_ce=None, min_accuracy=0.0, ramp=3),
-        process_reward=ProcessReward(beta=0.5, replay=2),
+        process_reward=ProcessReward(beta=0.5, replay=Replaying(iterations=2)),
         schedule=lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5),
         **(prime_options or {}),
     )
@@ -142,7 +142,7 @@ trainer:
         save_last: true
         save_top_k: 0
     - class_path: test_resume.Breath
-model: {policy_update: {minibatches: 2}, process_reward: {replay: 1}}
+model: {policy_update: {minibatches: 2}, process_reward: {replay: {iterations: 1}}}
 data:
   train: {class_path: prime_lightning.arithmetic.ArithmeticPrompts, init_args: {seed: 1, operations: 2}}
   sampling: {samples: 4, max_tokens: 8}

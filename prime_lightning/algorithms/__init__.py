@@ -47,6 +47,7 @@ from prime_lightning.algorithms.masked import (
     whiten,
 )
 from prime_lightning.algorithms.prm_loss import (
+    BaseRate,
     ce,
     dpo,
     dpo_bon_accuracy,
@@ -60,6 +61,7 @@ from prime_lightning.algorithms.reward import ProcessGate, normalise, process_re
 
 __all__ = [
     "AllReduce",
+    "BaseRate",
     "Credit",
     "ProcessGate",
     "advantage_share",

@@ -10,8 +10,9 @@ valid alone, never on the rewards, so it can be had beforehand by a call with ze
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -268,6 +269,57 @@ def nca(
     return torch.where(valid_B, terms_B, 0.0).sum(), valid_B.new_tensor(
         group_B[valid_B].unique().numel(), dtype=torch.long
     )
+
+
+class BaseRate:
+    """Running share `p` of right answers, and its log-odds `b = log(p / (1 - p))`: an intercept for `ce`.
+
+    Not in the paper. CE fits `sigmoid(r + b)` to the outcome, so the reward has to say only what a response says
+    beyond the base rate: `r = logit P(right | response) - logit p`, which is 0 for one that says nothing. Without it a
+    PRM starts at `sigmoid(0)`, and where one answer in twenty is right it first makes all tokens less likely. The
+    constant is the `c(x)` of PRIME, arXiv 2502.01456, App. C.2, given instead of learned; it cancels in pairwise losses
+    and in group baselines.
+
+    An iteration with `k` right of `n` answers has `m = (k + 1/2) / (n + 1)`, which no odds make infinite; then
+    `p <- momentum p + (1 - momentum) m`, the first as it is. An iteration without answers changes nothing.
+
+    Args:
+        momentum: Share of the old rate in the new one, in [0, 1).
+
+    Raises:
+        ValueError: If the momentum is out of its range.
+
+    Example:
+        >>> rate = BaseRate()
+        >>> print(rate.intercept, round(rate.update(right=0.0, count=9.0), 3))  # p = 0.5 / 10
+        0.0 -2.944
+    """
+
+    def __init__(self, momentum: float = 0.7) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Expected `momentum` in [0, 1), got {momentum}.")
+        self.momentum = momentum
+        self.rate: float | None = None
+
+    @property
+    def intercept(self) -> float:
+        """Log-odds of the rate in nats; 0 before the first answer."""
+        return 0.0 if self.rate is None else math.log(self.rate / (1 - self.rate))
+
+    def update(self, right: float, count: float) -> float:
+        """Take in one iteration's sum of outcomes and number of answers; the new intercept."""
+        if count > 0:
+            mean = (right + 0.5) / (count + 1)
+            self.rate = mean if self.rate is None else self.momentum * self.rate + (1 - self.momentum) * mean
+        return self.intercept
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"rate": self.rate}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state."""
+        self.rate = state["rate"]
 
 
 def _detached_terms(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:

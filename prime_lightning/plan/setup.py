@@ -154,7 +154,8 @@ def scored_passes(model: Any, temperature: float) -> dict[str, int]:
     """
     update = {role: Update(**model[f"{role}_update"].as_dict()) for role in ("policy", "prm")}
     loss, rewards = PolicyLoss(**model.policy_loss.as_dict()), model.process_reward["update"]
-    relative, at_one = bool(model.prm and not model.reference), temperature == 1.0
+    against = model.process_reward["against"] == "policy"
+    relative, at_one = bool(model.prm and (against or not model.reference)), temperature == 1.0
     early = loss.proximal == "trainer" and not loss.in_one_pass(update["policy"], relative and at_one)
     return {
         "policy": early + (relative and not at_one),

@@ -10,6 +10,7 @@ from ragged import batch
 from torch.testing import assert_close
 
 from prime_lightning.algorithms import (
+    BaseRate,
     auc,
     calibration_error,
     ce,
@@ -269,3 +270,31 @@ def test_calibration_error_at_its_ends():
     assert calibration_error(sure_B, torch.zeros(2), ~all_B).isnan()
     with pytest.raises(ValueError, match="Expected at least 1 in `bins`"):
         calibration_error(sure_B, torch.zeros(2), all_B, bins=0)
+
+
+# ---- the intercept
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12), st.floats(0, 0.99))
+def test_base_rate_is_a_running_share_of_right_answers(iterations, momentum):
+    rate, p = BaseRate(momentum), None
+    for right, wrong in iterations:
+        got = rate.update(float(right), float(right + wrong))
+        if right + wrong:
+            mean = (right + 0.5) / (right + wrong + 1)
+            p = mean if p is None else momentum * p + (1 - momentum) * mean
+        assert got == pytest.approx(0.0 if p is None else math.log(p) - math.log(1 - p))
+    again = BaseRate(momentum)
+    again.load_state_dict(rate.state_dict())
+    assert again.intercept == rate.intercept
+
+
+def test_ce_with_the_intercept_is_least_at_what_a_response_says_beyond_the_base_rate():
+    """Responses of two kinds, right 3 of 4 and 0.2 of 4 times: the best rewards are the log-odds less the intercept."""
+    b = math.log(0.4 / 0.6)
+    reward_B = torch.zeros(2, requires_grad=True)
+    outcome_B, valid_B = torch.tensor([0.75, 0.05]), torch.ones(2, dtype=torch.bool)
+    best = torch.tensor([math.log(0.75 / 0.25) - b, math.log(0.05 / 0.95) - b])
+    [slope_B] = torch.autograd.grad(ce(reward_B + best + b, outcome_B, torch.arange(2), valid_B)[0], reward_B)
+    assert_close(slope_B, torch.zeros(2), atol=1e-6, rtol=0)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.callbacks import HuggingFaceExport
-from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Replaying, Update
 from prime_lightning.parallel import Sharded
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
@@ -49,7 +49,7 @@ def pieces(folder: Path, **options: Any) -> tuple[tiny.PrimeModule, tiny.Rollout
     settings: dict[str, Any] = {
         "prm": str(folder / "prm"),
         "reference": str(folder / "policy"),
-        "process_reward": ProcessReward(beta=0.5, replay=2),
+        "process_reward": ProcessReward(beta=0.5, replay=Replaying(iterations=2)),
         "gate": alg.ProcessGate(max_ce=None, min_accuracy=0.0, ramp=5),
         "credit": Credit(whiten=True),
         "policy_loss": PolicyLoss(kl="loss", kl_weight=0.01, entropy_weight=0.001),

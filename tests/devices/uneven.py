@@ -8,6 +8,7 @@ too); every process counts its collectives and the calls of each head.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from toys import rollout
 from prime_lightning.batch import Batch
 from prime_lightning.head import OpenHead
 from prime_lightning.logprobs import ScoringLM
-from prime_lightning.options import Loading, Lora, PolicyLoss, ProcessReward, Update
+from prime_lightning.options import Loading, Lora, PolicyLoss, ProcessReward, Replaying, Update
 from prime_lightning.prm.train import PRMModule
 
 LENGTHS = ((30, 24), (1, 2), (29, 30), (2, 1))  # of the two responses to each of four prompts
@@ -59,6 +60,9 @@ class Given(pl.LightningDataModule):
     def sync(self, weights: Any, version: int) -> None:
         """Nothing is sampled."""
 
+    def hand_on_rejected(self, most: float) -> None:
+        """Rejected groups come with every batch."""
+
     def rest(self) -> None:
         """Nothing runs."""
 
@@ -79,6 +83,9 @@ class Given(pl.LightningDataModule):
             for i, (lengths, prompt) in enumerate((lengths, tokens(3)) for lengths in LENGTHS)
         ]
         batch = Batch.of_groups(groups[rank::world], rank=rank, world=world)
+        if self.kind == "prime":  # rejected groups are of the first rank alone, which has two groups more than accepted
+            rejected = Batch.of_groups(groups[1:3]) if rank == 0 else batch.nothing()
+            batch = replace(batch, rejected=rejected)
         return (batch.tokens_BL, batch.prompt_length_B, batch.response_length_B) if self.kind == "sft" else batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -99,7 +106,9 @@ def module(folder: Path, kind: str, models: str) -> Any:
         return tiny.SFTModule(own, loading, sgd, warmup=0.0)
     if kind == "prm":
         return PRMModule(own, other, loading, beta=0.5, update=update, optimizer=sgd, warmup=0.0)
-    reward, loss = ProcessReward(beta=0.5, replay=1), PolicyLoss(entropy_weight=0.01)
+    replay = Replaying(iterations=2, passes=2, draw="groups")
+    reward = ProcessReward(beta=0.5, learn_from="all", intercept="base_rate", replay=replay)
+    loss = PolicyLoss(entropy_weight=0.01)
     lora = Lora(rank=2, target_modules=["lm_head", "q_proj"]) if models == "adapted" else None
     prime = tiny.module(
         own, prm=other, reference=own, loading=loading, process_reward=reward, policy_loss=loss, policy_lora=lora,

@@ -14,7 +14,7 @@ import tiny
 
 from prime_lightning import algorithms as alg
 from prime_lightning.arithmetic import write_model
-from prime_lightning.options import Credit, PolicyLoss, ProcessReward
+from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Replaying
 from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.verifiers import Verifiers
 
@@ -35,7 +35,7 @@ def run() -> list[dict[str, float]]:
         prime = tiny.module(
             model,
             reference=str(model),
-            process_reward=ProcessReward(beta=0.5, replay=2),
+            process_reward=ProcessReward(beta=0.5, replay=Replaying(iterations=2)),
             gate=alg.ProcessGate(max_ce=None, min_accuracy=0.0, ramp=2),
             credit=Credit(whiten=True, gamma_process=0.9),
             policy_loss=PolicyLoss(kl="loss", kl_weight=0.01, entropy_weight=0.001),

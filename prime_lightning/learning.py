@@ -1,0 +1,127 @@
+"""How the PRM of a `PrimeModule` learns: from which rollouts, how often, and since when.
+
+By default from the accepted rollouts of the iteration, once, as in PRIME, arXiv 2502.01456, Algorithm 1. The other ways
+are ours; `docs/prm_learning.md` has their equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prime_lightning import algorithms as alg
+from prime_lightning.batch import Batch, join, padded_cat
+from prime_lightning.panel import PanelModule
+from prime_lightning.passes import PassesModule
+from prime_lightning.replay import Lessons, Replay
+
+
+class LearningModule(PanelModule, PassesModule):
+    """The side of `PrimeModule` that trains the PRM."""
+
+    prm_loss: Callable[..., Any]
+    replay: Replay
+    base_rate: alg.BaseRate
+    seen_right: float = 0.0
+    """Right answers of all lessons so far, over all ranks."""
+    _labels: tuple[int, float] = (-1, 0.0)
+    """Iteration whose labels were counted last, and the intercept before."""
+
+    @property
+    def intercept(self) -> float:
+        """What the PRM's loss added to response rewards before this iteration's labels."""
+        iteration, before = self._labels
+        return before if iteration == self.trainer.global_step else self.present_intercept
+
+    @property
+    def present_intercept(self) -> float:
+        """What it adds now."""
+        return self.base_rate.intercept if self.reward.intercept == "base_rate" else 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether too few right answers were seen yet for the PRM to learn."""
+        return self.seen_right < self.reward.replay.wait_right
+
+    def update_prm(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
+        """`L_CE` (or another PRM loss) on the outcome labels: this iteration's lessons, then replayed ones.
+
+        Returns the log-probs of the batch from before the update, where it has them and rewards are of them.
+        """
+        if self.prm is None or reference_BT is None or self.reward.update == "none":
+            return None
+        before, waited, prm_BT = self.reward.update == "before", self.waiting, None
+        if before:
+            self.second_look(batch, reference_BT)
+        lessons = self.counted(self.lessons(batch, reference_BT))
+        if not self.waiting:
+            prm_BT = self.optimise_prm(*lessons.given, self.prm_loss, self.reward.beta, lessons.intercept_B)
+            unread = prm_BT is None and self.prm_goes_first and not before  # there was nothing to learn in these
+            if unread and len(self.replay):
+                prm_BT = self.score(self.prm, batch)
+            self.relearn(lessons.groups, self.reward.replay.first_passes if waited else self.reward.replay.passes)
+        self.replay.add(lessons)
+        if not before:
+            self.second_look(batch, reference_BT)
+        return None if before or prm_BT is None else prm_BT[: len(batch), : batch.mask_BT.shape[1]]
+
+    def relearn(self, groups: int, passes: int) -> None:
+        """Passes over replayed lessons, of so many groups where groups are drawn."""
+        generator = self.generator("replay")
+        for _ in range(passes):
+            past = self.replay.draw(groups, generator, self.device)
+            if past is None:
+                return
+            self.optimise_prm(*self.seen_again(past), self.prm_loss, self.reward.beta, past.intercept_B)
+            age_BT = self.trainer.global_step - past.batch.version_BT
+            self.measures.add("prm/replay_age", age_BT[past.batch.mask_BT].sum(), past.batch.mask_BT.sum())
+
+    def seen_again(self, past: Lessons) -> tuple[Batch, Tensor]:
+        """Replayed responses and what they are scored against."""
+        if self.reward.replay.reference == "stored":
+            return past.given
+        return past.batch, self.score(self.policy, past.batch)
+
+    def lessons(self, batch: Batch, reference_BT: Tensor) -> Lessons:
+        """What this iteration has to teach: its accepted groups, and with `learn_from: all` the rejected ones."""
+        rejected = batch.rejected if self.reward.learn_from == "all" else None
+        told = self.gather((batch.groups, [] if rejected is None else rejected.numbers()))
+        accepted, others = sum(groups for groups, _ in told), sorted(n for _, numbers in told for n in numbers)
+        if rejected is not None and others:  # all ranks take part, those too that have none
+            batch, reference_BT = self.joined(batch, reference_BT, rejected, others, accepted)
+        none_B = torch.zeros_like(batch.outcome_B)
+        groups = accepted + len(others)
+        return Lessons(batch=batch, reference_logprobs_BT=reference_BT, intercept_B=none_B, groups=groups)
+
+    def joined(
+        self, batch: Batch, reference_BT: Tensor, rejected: Batch, numbers: list[int], first: int
+    ) -> tuple[Batch, Tensor]:
+        """Accepted and rejected rows with their reference; the n-th of `numbers` becomes `first + n`."""
+        start_BT = rejected.behaviour_logprobs_BT if self.loss.proximal == "engine" else None
+        other_BT = self.reference_logprobs(rejected, start_BT)
+        assert other_BT is not None
+        rejected = self.finite(rejected, other_BT)
+        if rejected.groups == 0:
+            return batch, reference_BT
+        place_B = torch.searchsorted(torch.tensor(numbers, device=self.device), rejected.group_B)
+        other = replace(rejected, group_B=first + place_B, rollouts=[])
+        return join([replace(batch, rollouts=[]), other], batch), padded_cat([reference_BT, other_BT])
+
+    def counted(self, lessons: Lessons) -> Lessons:
+        """Take in how many answers are right, where something depends on it; the lessons with their intercept."""
+        if self.reward.intercept == "none" and not self.reward.replay.iterations:
+            return lessons
+        known_B = lessons.batch.valid_B
+        sums = torch.stack([lessons.batch.outcome_B[known_B].sum(), known_B.sum()])
+        right, count = self.all_reduce(sums, "sum").tolist()
+        most = self.all_reduce(torch.tensor(lessons.megabytes), "max")
+        self._labels = self.trainer.global_step, self.present_intercept
+        self.base_rate.update(right, count)
+        self.seen_right += right
+        if self.reward.intercept != "none":
+            self.measures.add("prm/intercept", self.present_intercept)
+        return replace(lessons, intercept_B=lessons.intercept_B + self.present_intercept, most_megabytes=float(most))
