@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,21 @@ class ArithmeticLessons:
         seed: Of the problems and of the teacher's slips.
         operations: Length of a chain.
         modulus: Of the arithmetic.
+        teacher: Who answers; its own chains are not read.
     """
 
     template = ArithmeticPrompts.template
 
-    def __init__(self, size: int = 64_000, seed: int = 10_000, operations: int = 10, modulus: int = 10) -> None:
+    def __init__(
+        self,
+        size: int = 64_000,
+        seed: int = 10_000,
+        operations: int = 10,
+        modulus: int = 10,
+        teacher: Teacher = Teacher(),
+    ) -> None:
         self.size, self.seed = size, seed
-        self.teacher = Teacher(chains=Chains(operations=operations, modulus=modulus))
+        self.teacher = replace(teacher, chains=Chains(operations=operations, modulus=modulus))
 
     def __len__(self) -> int:
         """Number of lessons."""

@@ -180,6 +180,13 @@ def test_lessons_are_problems_with_the_teachers_answers_and_end():
     assert 0 < sum(all(step_truth(row["problem"], row["response"])) for row in rows) < 50
 
 
+def test_lessons_of_another_teacher_are_its_answers():
+    perfect = Teacher(shaky=0.0, reliability=1.0, chains=Chains(operations=99))
+    rows = list(ArithmeticLessons(size=50, seed=7, operations=3, modulus=16, teacher=perfect))
+    chains = Chains(operations=3, modulus=16)
+    assert [row["response"] for row in rows] == [chains.solution(chains.results(row["problem"])) for row in rows]
+
+
 def test_the_model_folder_is_a_hugging_face_folder(tmp_path):
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
