@@ -15,11 +15,12 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf import OmegaConf
 
 from prime_lightning.alarms import Alarms
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.module import PrimeModule
-from prime_lightning.options import precision_of
+from prime_lightning.options import cpu_precision, precision_of
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.progress import PrimeProgress
 from prime_lightning.sft import LessonDataModule, SFTModule
@@ -56,6 +57,7 @@ class PrimeCLI(LightningCLI):
         run: bool = True,
     ) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        OmegaConf.register_resolver("cpu_precision", lambda: cpu_precision(), replace=True)
         for message in MEANT_AS_IT_IS:
             warnings.filterwarnings("ignore", message=message)
         self.command = command or args

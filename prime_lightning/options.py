@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 from prime_lightning.algorithms.loss import Aggregation, Estimator
 from prime_lightning.algorithms.reward import Granularity, Normalisation
@@ -32,6 +35,23 @@ def precision_of(name: str | int | None) -> str:
             "32-true with `model.loading.dtype: bfloat16`."
         )
     return PRECISIONS[str(name)] if name is not None else "32-true"
+
+
+def cpu_precision(capabilities: Mapping[str, Any] | None = None) -> str:
+    """`bf16-mixed` on a CPU with instructions for bfloat16, else `32-true`: `${cpu_precision:}` in configurations.
+
+    Without such instructions torch computes bfloat16 in float32, slower than float32 itself.
+
+    Args:
+        capabilities: As `torch.cpu.get_capabilities()` says, which is asked by default.
+
+    Example:
+        >>> cpu_precision({"avx512_bf16": True}), cpu_precision({"avx2": True})
+        ('bf16-mixed', '32-true')
+    """
+    if capabilities is None:  # older releases of torch do not say
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
 
 
 @dataclass(frozen=True, kw_only=True)

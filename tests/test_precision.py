@@ -41,6 +41,19 @@ def start(command, model, folder, *more):
     return main([command, "--config", str(CONF / config), *options, *here, *more])
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [({"avx512_bf16": True}, "bf16-mixed"), ({"amx_bf16": True}, "bf16-mixed"), ({"avx512_f": True}, "32-true")],
+)
+def test_a_cpu_takes_bfloat16_where_it_multiplies_it(capabilities, chosen, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    layers = [f"--config={CONF}/prime.yaml", f"--config={CONF}/strategy/cpu.yaml"]
+    with pytest.raises(SystemExit):
+        main(["fit", *layers, "--print_config"])
+    assert f"  precision: {chosen}\n" in capsys.readouterr().out
+    assert parsed([f"--config={CONF}/quickstart.yaml"]).trainer.precision != "bf16-mixed"
+
+
 @pytest.mark.parametrize("command", ["fit", "sft", "prm"])
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16", "32-true", "32"])
 def test_these_train(command, name, warm_model, tmp_path):
