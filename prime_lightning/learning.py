@@ -28,6 +28,8 @@ class LearningModule(PanelModule, PassesModule):
     base_rate: alg.BaseRate
     seen_right: float = 0.0
     """Right answers of all lessons so far, over all ranks."""
+    accepted: int | None = None
+    """Groups of the batch that the filter accepted, where others follow them that have a process reward alone."""
     _labels: tuple[int, float] = (-1, 0.0)
     """Iteration whose labels were counted last, and the intercept before."""
 
@@ -107,8 +109,7 @@ class LearningModule(PanelModule, PassesModule):
         rejected = self.finite(rejected, other_BT)
         if rejected.groups == 0:
             return batch, reference_BT
-        place_B = torch.searchsorted(torch.tensor(numbers, device=self.device), rejected.group_B)
-        other = replace(rejected, group_B=first + place_B, rollouts=[])
+        other = replace(renumbered(rejected, numbers, first), rollouts=[])
         return join([replace(batch, rollouts=[]), other], batch), padded_cat([reference_BT, other_BT])
 
     def counted(self, lessons: Lessons) -> Lessons:
@@ -125,3 +126,59 @@ class LearningModule(PanelModule, PassesModule):
         if self.reward.intercept != "none":
             self.measures.add("prm/intercept", self.present_intercept)
         return replace(lessons, intercept_B=lessons.intercept_B + self.present_intercept, most_megabytes=float(most))
+
+    # ---- groups that train the policy by the process reward alone
+
+    def with_process_only(self, batch: Batch) -> Batch:
+        """The batch and, where process rewards count by now, the rejected groups that nothing else tells apart."""
+        self.accepted, rejected, which = None, batch.rejected, self.reward.process_only
+        if which == "none" or rejected is None or self.gate.weight == 0:
+            return batch
+        silent_B = alg.without_signal(rejected.outcome_B, rejected.group_B, rejected.valid_B, which)
+        rows, others = (mask_B.cpu().nonzero().squeeze(-1) for mask_B in (silent_B, ~silent_B))
+        mine = rejected.select(rows) if len(rows) else rejected.nothing()
+        told = self.gather((batch.groups, mine.numbers()))
+        numbers = sorted(number for _, found in told for number in found)
+        self.measures.add("train/process_only", mine.groups, 0.0)
+        if not numbers:
+            return batch
+        self.accepted = sum(groups for groups, _ in told)
+        if not mine.groups:
+            return batch
+        rest = rejected.select(others) if len(others) else rejected.nothing()
+        return replace(join([batch, renumbered(mine, numbers, self.accepted)], batch), rejected=rest)
+
+    def with_signal(self, batch: Batch) -> Batch:
+        """The same rows, of which those count that the filter accepted."""
+        if self.accepted is None:
+            return batch
+        accepted_B = batch.group_B < self.accepted
+        return replace(batch, valid_B=batch.valid_B & accepted_B, mask_BT=batch.mask_BT & accepted_B[:, None])
+
+    def trusted(self, batch: Batch) -> Batch:
+        """Without groups of a process reward alone, if the gate has closed since they joined."""
+        return batch if self.gate.weight > 0 else self.with_signal(batch)
+
+    def of_accepted(self, batch: Batch, outcome_BT: Tensor) -> Tensor:
+        """Outcome credit of accepted groups only."""
+        if self.accepted is None:
+            return outcome_BT
+        return torch.where((batch.group_B < self.accepted)[:, None], outcome_BT, 0.0)
+
+    def judge_prm(self, batch: Batch, reward_BT: Tensor) -> bool:
+        """By accepted groups, whatever else is in the batch."""
+        return super().judge_prm(self.with_signal(batch), reward_BT)
+
+    def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
+        """By accepted groups, too."""
+        super().second_look(self.with_signal(batch), reference_BT)
+
+    def log_iteration(self, batch: Batch) -> dict[str, float]:
+        """Responses are judged by accepted groups; the others are counted apart."""
+        return super().log_iteration(self.with_signal(batch))
+
+
+def renumbered(batch: Batch, numbers: list[int], first: int) -> Batch:
+    """The same rows, whose group is `first` and on by its place among these numbers."""
+    place_B = torch.searchsorted(torch.tensor(numbers, device=batch.group_B.device), batch.group_B)
+    return replace(batch, group_B=first + place_B)

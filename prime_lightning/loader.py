@@ -219,8 +219,8 @@ class TrainingLoader:
         )
 
     def _beside(self, batch: Batch) -> Batch:
-        """The rejected groups that a batch hands on, as tensors only."""
-        return replace(self._batch(self.rejected), rollouts=[]) if self.rejected else batch.nothing()
+        """The rejected groups that a batch hands on."""
+        return self._batch(self.rejected) if self.rejected else batch.nothing()
 
     def _started(self, missing: int) -> int:
         """Prompts that are to be undecided where this many groups are missing."""

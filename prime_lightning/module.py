@@ -96,6 +96,8 @@ class PrimeModule(LearningModule):
             raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
         if process_reward.replay.reference == "present" and reference is not None:
             raise ValueError("Expected `reference: null` with `replay.reference: present`, got a reference model.")
+        if critic is not None and process_reward.process_only != "none":
+            raise ValueError(f"Expected no critic with {process_reward.process_only=}, got one: it learns outcomes.")
         if critic is not None and credit.outcome_weight <= 0:
             raise ValueError(f"Expected `credit.outcome_weight` above 0 with a critic, got {credit.outcome_weight}.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
@@ -114,6 +116,7 @@ class PrimeModule(LearningModule):
         """One iteration of Algorithm 1, from its rollouts on, until the engine has the new policy."""
         self.rest()
         with self.one_step():
+            batch = self.with_process_only(batch)
             proximal_BT = self.proximal_logprobs(batch)
             reference_BT = self.reference_logprobs(batch, proximal_BT)
             anchor_BT = self.anchor_logprobs(batch, reference_BT)
@@ -124,6 +127,7 @@ class PrimeModule(LearningModule):
             if not self.prm_goes_first:
                 self.update_prm(batch, reference_BT)
 
+            batch = self.trusted(batch)
             values_BT = self.score(self.critic, batch) if self.critic else None
             advantage_BT = self.credit(batch, process_BT, values_BT, proximal_BT, anchor_BT)
             self.update_critic(batch, values_BT, advantage_BT)
@@ -176,6 +180,9 @@ class PrimeModule(LearningModule):
             lam=weights.lam,
         )
         outcome_BT, paid_BT = alg.mixed(credit, outcome_weight=weights.outcome_weight, process_weight=weight)
+        outcome_BT = self.of_accepted(batch, outcome_BT)
+        if weights.process_per == "step" and (step_ids := self.step_ids(batch)) is not None:
+            paid_BT = alg.per_step(paid_BT, batch.mask_BT & batch.valid_B[:, None], step_ids)
         if self.prm is not None:
             self.measures.add("process/weight", weight)
             self.measures.add("process/advantage_share", *alg.advantage_share(paid_BT, outcome_BT, batch.mask_BT))
@@ -258,7 +265,7 @@ class PrimeModule(LearningModule):
 
     def step_ids(self, batch: Batch) -> Tensor | None:
         """Number of the step that each response token belongs to, where rewards are per step."""
-        if self.reward.granularity != "step":
+        if "step" not in (self.reward.granularity, self.weights.process_per):
             return None
         if self._step_ends is None:
             words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])

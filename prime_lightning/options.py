@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from prime_lightning.algorithms.credit import Silent
 from prime_lightning.algorithms.loss import Aggregation, Estimator
 from prime_lightning.algorithms.reward import Granularity, Normalisation
 from prime_lightning.head import Entropy, Kind
@@ -180,6 +181,9 @@ class ProcessReward:
     """Groups that the PRM learns from: those that the accuracy filter keeps, or all that are graded."""
     most_rejected: float = 4.0
     """With `learn_from: all`, at most so many rejected groups for each accepted one."""
+    process_only: Silent = "none"
+    """Rejected groups that train the policy by the process reward alone, once the gate lets it count: none, those
+    without a right answer, or all whose outcomes are equal. They come on top of the batch; needs `learn_from: all`."""
     intercept: Literal["none", "base_rate"] = "none"
     """What is added to response rewards in the PRM's loss: nothing, or the log-odds of the share of right answers
     lately, so that the PRM need not make all tokens less likely where few answers are right."""
@@ -192,6 +196,10 @@ class ProcessReward:
     def __post_init__(self) -> None:
         if self.second_look < 0:
             raise ValueError(f"Expected `process_reward.second_look` of 0 (off) or more, got {self.second_look}.")
+        if self.process_only != "none" and self.learn_from != "all":
+            raise ValueError(
+                f"Expected `process_reward.learn_from: all` with `process_only: {self.process_only}`, got accepted."
+            )
         if self.most_rejected < 0:
             raise ValueError(f"Expected `process_reward.most_rejected` of 0 or more, got {self.most_rejected}.")
 
@@ -208,10 +216,20 @@ class Credit:
     """Weight of the outcome's advantage."""
     process_weight: float = 1.0
     """Weight of the process reward's advantage, on top of the gate's."""
+    process_per: Literal["token", "step"] = "token"
+    """What is one action to the process reward: a token, or a step, each token of which then gets the credit of all of
+    it; the latter with `gamma_process: 0`. Steps end as in `process_reward.step_separator`."""
     lam: float = 1.0
     """Lambda of GAE."""
     whiten: bool = False
     """Bring advantages to mean 0 and variance 1 over all tokens and ranks, as the released code does."""
+
+    def __post_init__(self) -> None:
+        if self.process_per == "step" and self.gamma_process != 0:
+            raise ValueError(
+                f"Expected `credit.gamma_process: 0` with `process_per: step`, got {self.gamma_process}: a return that "
+                "goes on behind the step would be counted once for each of its tokens."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

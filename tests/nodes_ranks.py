@@ -96,7 +96,7 @@ def balance(folder: Path, model: str) -> None:
 
     def watched(batch: Any) -> Any:
         after = balanced(batch)
-        if not batch.rollouts:  # what the filter rejected
+        if batch.rejected is None:  # it is what the filter rejected
             numbers = prime.gather((batch.numbers(), after.numbers()))
             kept["rejected"] += [[sorted(n for one in part for n in one) for part in zip(*numbers, strict=True)]]
             return after

@@ -65,9 +65,10 @@ def logged(tmp_path_factory, warm_model):
         critic_optimizer=tiny.adam(1e-3),
     )
     tiny.trainer(folder, 2, alarms, history=history, **settings).fit(first, rollouts)
-    every = ProcessReward(beta=0.5, update="before", learn_from="all", intercept="base_rate")
-    second = tiny.module(warm_model, process_reward=every)
-    tiny.trainer(folder, 1, history=history).fit(second, tiny.data(warm_model, accuracy_filter=AccuracyFilter()))
+    every = ProcessReward(beta=0.5, update="before", learn_from="all", intercept="base_rate", process_only="all")
+    gate = alg.ProcessGate(max_ce=None, min_accuracy=0.0)
+    second = tiny.module(warm_model, process_reward=every, gate=gate)
+    tiny.trainer(folder, 2, history=history).fit(second, tiny.data(warm_model, accuracy_filter=AccuracyFilter()))
     known = ByDifficulty(short, keep=1e-9)
     known.learn(0, [1.0])
     third = tiny.data(warm_model, train=known, max_staleness=1)

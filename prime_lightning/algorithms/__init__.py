@@ -15,7 +15,7 @@ from prime_lightning.algorithms.advantage import (
     rloo_official,
     rloo_printed,
 )
-from prime_lightning.algorithms.credit import kl_credit, mixed
+from prime_lightning.algorithms.credit import kl_credit, mixed, per_step, without_signal
 from prime_lightning.algorithms.health import (
     advantage_share,
     auc,
@@ -96,6 +96,7 @@ __all__ = [
     "normalise",
     "pairwise_accuracy",
     "per_response",
+    "per_step",
     "process_reward",
     "reinforce",
     "repetition",
@@ -107,4 +108,5 @@ __all__ = [
     "to_granularity",
     "value_loss",
     "whiten",
+    "without_signal",
 ]

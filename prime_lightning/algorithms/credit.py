@@ -6,6 +6,8 @@ verdict. Estimators are in `advantage.py`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,70 @@ def mixed(
         outcome_weight * outcome_BT if outcome_weight else torch.zeros_like(outcome_BT),
         process_weight * process_BT if process_weight else torch.zeros_like(process_BT),
     )
+
+
+Silent = Literal["none", "all_wrong", "all"]
+"""Groups without outcome signal that are looked for: no group, those without any right answer, or all of them."""
+
+
+def without_signal(outcome_B: Tensor, group_B: Tensor, valid_B: Tensor, which: Silent) -> Tensor:
+    """Responses of groups whose outcomes tell no member from another: `o_i = o_j` for all valid i and j, two or more.
+
+    Their outcome advantage is 0 (PRIME, arXiv 2502.01456, Eq. 4), so that only a process reward can rank them.
+
+    Args:
+        outcome_B: `[B]` outcome rewards.
+        group_B: `[B]` int group ids; all members of a group in one call.
+        valid_B: `[B]` bool.
+        which: "all_wrong" for groups whose outcomes are 0, "all" for these and others, "none" for no group.
+
+    Returns:
+        `[B]` bool.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> outcome_B, group_B = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1, 2, 2])
+        >>> without_signal(outcome_B, group_B, torch.ones(6).bool(), "all_wrong")
+        tensor([ True,  True, False, False, False, False])
+    """
+    outcome_B = torch.where(valid_B, outcome_B.float(), 0.0)
+    together_BB = (group_B[:, None] == group_B[None, :]) & valid_B[None, :]
+    differs_B = (together_BB & (outcome_B[:, None] != outcome_B[None, :])).any(1) & valid_B
+    several_B = group_sum(valid_B, group_B) >= 2
+    silent_B = several_B & (group_sum(differs_B, group_B) == 0)
+    if which == "all_wrong":
+        return silent_B & (group_sum(outcome_B, group_B) == 0)
+    return silent_B if which == "all" else torch.zeros_like(silent_B)
+
+
+def per_step(credit_BT: Tensor, mask_BT: Tensor, step_ids_BT: Tensor) -> Tensor:
+    """Give each token of a step the credit of the whole step: `A_t = sum_{s in step(t)} a_s`.
+
+    With `gamma_process: 0` the credit of a token is its centred process reward, the difference of the Q values at its
+    two ends (arXiv 2412.01981, Prop. 3.1); that of a step is the difference at the step's ends, and a step is then one
+    action.
+
+    Args:
+        credit_BT: `[B, T]` credit of single tokens.
+        mask_BT: `[B, T]` bool.
+        step_ids_BT: `[B, T]` ints from 0 that number the steps inside each response.
+
+    Returns:
+        `[B, T]`, 0 outside the mask.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> credit_BT, mask_BT = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]])
+        >>> per_step(credit_BT, mask_BT, torch.tensor([[0, 0, 1]]))
+        tensor([[3., 3., 4.]])
+    """
+    credit_BT = torch.where(mask_BT, credit_BT, 0.0)
+    sums = torch.zeros_like(credit_BT).scatter_add(1, step_ids_BT, credit_BT)  # no more steps than tokens
+    return torch.where(mask_BT, sums.gather(1, step_ids_BT), 0.0)
 
 
 def kl_credit(

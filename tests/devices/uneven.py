@@ -21,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from toys import rollout
 
+from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.head import OpenHead
 from prime_lightning.logprobs import ScoringLM
 from prime_lightning.options import Loading, Lora, PolicyLoss, ProcessReward, Replaying, Update
 from prime_lightning.prm.train import PRMModule
+from prime_lightning.rollout import Verdict
 
 LENGTHS = ((30, 24), (1, 2), (29, 30), (2, 1))  # of the two responses to each of four prompts
 STEPS = 2
@@ -84,7 +86,8 @@ class Given(pl.LightningDataModule):
         ]
         batch = Batch.of_groups(groups[rank::world], rank=rank, world=world)
         if self.kind == "prime":  # rejected groups are of the first rank alone, which has two groups more than accepted
-            rejected = Batch.of_groups(groups[1:3]) if rank == 0 else batch.nothing()
+            wrong = [[replace(r, verdict=Verdict.of_score(0.0)) for r in group] for group in groups[1:3]]
+            rejected = Batch.of_groups(wrong) if rank == 0 else batch.nothing()
             batch = replace(batch, rejected=rejected)
         return (batch.tokens_BL, batch.prompt_length_B, batch.response_length_B) if self.kind == "sft" else batch
 
@@ -107,11 +110,14 @@ def module(folder: Path, kind: str, models: str) -> Any:
     if kind == "prm":
         return PRMModule(own, other, loading, beta=0.5, update=update, optimizer=sgd, warmup=0.0)
     replay = Replaying(iterations=2, passes=2, draw="groups")
-    reward = ProcessReward(beta=0.5, learn_from="all", intercept="base_rate", replay=replay)
+    reward = ProcessReward(
+        beta=0.5, learn_from="all", intercept="base_rate", replay=replay, process_only="all_wrong"
+    )  # the gate is open in the second iteration
     loss = PolicyLoss(entropy_weight=0.01)
     lora = Lora(rank=2, target_modules=["lm_head", "q_proj"]) if models == "adapted" else None
     prime = tiny.module(
         own, prm=other, reference=own, loading=loading, process_reward=reward, policy_loss=loss, policy_lora=lora,
+        gate=alg.ProcessGate(max_ce=None, min_accuracy=0.0),
         policy_update=update, prm_update=update, policy_optimizer=sgd, prm_optimizer=sgd,
     )  # fmt: skip
     prime.engine_checked = True  # nothing sampled these responses
