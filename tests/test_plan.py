@@ -336,6 +336,16 @@ def test_passes_without_gradient_are_counted_as_docs_concepts_has_them(warm_mode
 
 
 @pytest.mark.usefixtures("_here")
+def test_replayed_passes_are_counted(warm_model):
+    replay = "--model.process_reward.replay"
+    asked = [f"{replay}.passes=3", f"{replay}.reference=present", "--model.prm_update.epochs=2"]
+    off, on = (setup(warm_model, f"{replay}.iterations={count}", *asked) for count in (0, 5))
+    assert (off.epochs["prm"], on.epochs["prm"]) == (2, 2 * 4)
+    assert (off.scored["policy"], on.scored["policy"]) == (1, 1 + 3)
+    assert off.epochs["policy"] == on.epochs["policy"] == 1
+
+
+@pytest.mark.usefixtures("_here")
 def test_adapters_have_little_state_and_a_free_reference(warm_model):
     whole = setup(warm_model, "--model.reference", str(warm_model))
     few = replace(whole, trainable={"policy": 1000, "prm": 1000}, shared_reference=True)

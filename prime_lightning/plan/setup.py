@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from prime_lightning.engines.number_format import dtype_of
-from prime_lightning.options import Loading, PolicyLoss, Update, precision_of
+from prime_lightning.options import Loading, PolicyLoss, Replaying, Update, precision_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
@@ -133,7 +133,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         checkpointing=loading.gradient_checkpointing,
         chunk_tokens=loading.chunk_tokens,
         micro_tokens={role: max(updates[role].micro_tokens, longest * unit.get(role, 1)) for role in trained},
-        epochs={role: updates[role].epochs for role in trained},
+        epochs={r: updates[r].epochs * (1 + (replaying(model).passes if r == "prm" else 0)) for r in trained},
         sampler=sampler_of(data.engine),
         groups=data.prompts_per_batch,
         samples=data.sampling.samples,
@@ -157,12 +157,24 @@ def scored_passes(model: Any, temperature: float) -> dict[str, int]:
     against = model.process_reward["against"] == "policy"
     relative, at_one = bool(model.prm and (against or not model.reference)), temperature == 1.0
     early = loss.proximal == "trainer" and not loss.in_one_pass(update["policy"], relative and at_one)
+    replay = replaying(model)
+    again = replay.passes if replay.reference == "present" and model.prm else 0
     return {
-        "policy": early + (relative and not at_one),
+        "policy": early + (relative and not at_one) + again,
         "prm": int(not (rewards == "after" and update["prm"].one_step)),
         "reference": 1 + (not at_one),
         "critic": 1,
     }
+
+
+def replaying(model: Any) -> Replaying:
+    """How past lessons of the PRM are passed over; not at all where none are kept.
+
+    Args:
+        model: The module's part of the configuration.
+    """
+    options = Replaying(**model.process_reward["replay"].as_dict())
+    return options if options.iterations else Replaying(passes=0)
 
 
 def sharding_of(trainer: Any, gpus: int) -> Sharding:

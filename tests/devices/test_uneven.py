@@ -45,7 +45,7 @@ def test_two_uneven_ranks_train_as_one_process(folder, scene):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5, nan_ok=True)
     assert one["weights"].keys() == two["weights"].keys()
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("scene", SCENES)
