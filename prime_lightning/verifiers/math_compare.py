@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prime_lightning.verifiers.math_scalar import bare, based, choice, number, same_scalar, words
+from prime_lightning.verifiers.math_shape import (
+    CLOSE,
+    OPEN,
+    SYMBOL,
+    Collection,
+    collection,
+    label,
+    solutions,
+    split,
+    spread,
+    variables,
+    words_of,
+)
 from prime_lightning.verifiers.math_text import LONGEST, normalise
 from prime_lightning.verifiers.math_units import quantity
 from prime_lightning.verifiers.options import MathOptions
 
 _MOST_ELEMENTS = 40
 _DEEPEST = 30  # brackets within brackets; the parser's time doubles with each few of them
-_OPEN, _CLOSE = "([{⦃", ")]}⦄"  # ⦃ ⦄ stand for \{ \}, one character each
-_SYMBOL = r"(?:[A-Za-z]|\\[a-z]++)(?:_ ?(?:\{ ?\w{1,8} ?\}|\w))?(?: ?\( ?[a-z](?: ?, ?[a-z])* ?\))?"
-_LABEL = re.compile(
-    rf"(?:\\text\{{[^{{}}]*?(?:is|are|=|:) ?\}} ?)?"
-    rf"(?:(?P<name>{_SYMBOL}|\((?:{_SYMBOL}|[, ])++\)) ?(?:=|\\in(?![a-z])) ?)?"
-)
 _NUMBER_LABEL = re.compile(r"\\text\{[^{}]*?(?:is|are|=|:) ?\} ?")
-_EQUALS = re.compile(r"(?<![<>!\\:]) ?= ?")
+_RELATION = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-z])")
+_SETS = re.compile(r"<|>|\\le(?![a-z])|\\ge(?![a-z])|\\cup|\\cap|\\setminus|\\mathbb|\\infty|\\begin|\\ne(?![a-z])")
+_EQUALS = re.compile(r"(?<![<>\\:]) ?= ?")
 _OR = re.compile(r" ?,? ?(?:\\text\{ ?(?:or|and) ?\}|(?<=[\d}) ])(?:or|and)(?=[ \d(\\-])|(?:, ?)(?:or|and) ) ?")
 
 
@@ -35,94 +45,30 @@ class Question:
     ordered: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Collection:
-    """An answer taken apart at its outermost commas."""
-
-    kind: str
-    """`tuple`, `set`, `interval`, `list` (several, no brackets) or `one`."""
-    parts: tuple[str, ...]
-    brackets: str = ""
-
-
-def split(text: str) -> list[str]:
-    r"""The parts between commas and semicolons outside all brackets.
-
-    Example:
-        >>> split(r"(1,2),\frac{1}{2}; x")
-        ['(1,2)', '\\frac{1}{2}', 'x']
-    """
-    parts, depth, begun = [], 0, 0
-    for position, letter in enumerate(text):
-        if letter in _OPEN:
-            depth += 1
-        elif letter in _CLOSE:
-            depth -= 1
-        elif letter in ",;" and depth == 0:
-            parts.append(text[begun:position].strip())
-            begun = position + 1
-    return [*parts, text[begun:].strip()]
-
-
-def _wrapped(text: str) -> bool:
-    """Whether the first character's bracket closes with the last."""
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += (letter in _OPEN) - (letter in _CLOSE)
-        if depth == 0:
-            return position == len(text) - 1 and position > 0
-    return False
-
-
-def collection(text: str) -> Collection:
-    r"""Take an answer apart.
-
-    Example:
-        >>> collection("(1,2)").kind, collection("1, 2").kind, collection("1,234").kind, collection("[0,1)").kind
-        ('tuple', 'list', 'one', 'interval')
-    """
-    if number(quantity(text).value) is not None:
-        return Collection("one", (text,))
-    if len(text) > 1 and _wrapped(text):
-        inner = split(text[1:-1])
-        brackets = text[0] + text[-1]
-        if brackets == "⦃⦄" and "|" not in text and ":" not in text:
-            return Collection("set", tuple(inner) if inner != [""] else (), brackets)
-        if len(inner) == 2 and brackets in ("[]", "[)", "(]"):
-            return Collection("interval", tuple(inner), brackets)
-        if len(inner) > 1 and brackets in ("()", "[]"):
-            return Collection("tuple", tuple(inner), brackets)
-        if len(inner) == 1 and brackets == "()":
-            return collection(text[1:-1].strip())
-    outer = split(text)
-    return Collection("list", tuple(outer)) if len(outer) > 1 else Collection("one", (text,))
-
-
+@lru_cache(maxsize=4096)  # a reference comes with each of its rollouts
 def _prepare(text: str) -> str:
-    r"""Normalised, `\{` as one character, `1 \text{ or } 2` and `\pm` as lists."""
+    r"""Normalised, `\{` as one character, `1 \text{ or } 2` and `\pm` as lists, inequalities as what they solve to."""
     text = normalise(text).replace(r"\{", "⦃").replace(r"\}", "⦄")
     text = _NUMBER_LABEL.sub("", text, count=1) if text.startswith(r"\text") else text
-    text = _OR.sub(", ", text)
-    if r"\pm" in text and len(split(text)) == 1 and text[:1] not in "⦃([":
-        both = (text.replace(r"\pm", upper).replace(r"\mp", lower) for upper, lower in ("+-", "-+"))
-        text = ", ".join(sign.removeprefix("+").strip() for sign in both)
-    return text
-
-
-def _label(text: str) -> tuple[str, str]:
-    r"""Name and value of `x = 3`, `x \in [0,1]`, `f(x) = x^2`; the name is empty where there is none."""
-    match = _LABEL.match(text)
-    if not match or match.end() in (0, len(text)) or not match["name"]:
-        return "", text
-    return match["name"].replace(" ", ""), text[match.end() :].strip()
+    return spread(_OR.sub(", ", solutions(text)))
 
 
 def _unlabel(reference: str, answer: str) -> tuple[str, str] | None:
-    """Take labels off; None where both have one and they differ."""
-    (wanted_name, wanted), (given_name, given) = _label(reference), _label(answer)
+    """Take labels off, but of lists whose parts have their own; None where both have one and they differ."""
+    (wanted_name, wanted), (given_name, given) = (
+        ("", text) if len(split(text)) > 1 and sum(map(bool, collection(text).names)) > 1 else label(text)
+        for text in (reference, answer)
+    )
     if wanted_name and given_name and wanted_name != given_name:
         return None
     return wanted, given
+
+
+def _same_line(wanted: str, given: str) -> Question | None:
+    """The question whether two equations in the same variables are one; None where they are not such."""
+    both = wanted.count("=") == given.count("=") == 1 and not _RELATION.search(wanted + given)
+    letters = variables(wanted)
+    return Question((_restore(wanted),), (_restore(given),)) if both and letters == variables(given) else None
 
 
 def compare(reference: str, answer: str, options: MathOptions) -> bool | Question:
@@ -141,9 +87,14 @@ def compare(reference: str, answer: str, options: MathOptions) -> bool | Questio
         return False
     if wanted.replace(" ", "") == given.replace(" ", ""):
         return True
+    said = words_of(wanted)
+    if said is not None and said == words_of(given):
+        return True
     unlabelled = _unlabel(wanted, given)
-    if unlabelled is None:
-        return False
+    if unlabelled is None or ("=" in unlabelled[0]) != ("=" in unlabelled[1]):
+        line = _same_line(wanted, given)
+        if line is not None or unlabelled is None:
+            return line or False
     return _compare(*unlabelled, options)
 
 
@@ -159,8 +110,8 @@ def self_question(reference: str) -> Question | str:
     text = _prepare(reference)
     if not _balanced(text):
         return "braces do not match"
-    text = _label(text)[1]
-    parts = [_label(part)[1] for part in collection(text).parts] if collection(text).kind != "interval" else [text]
+    text = label(text)[1] if len(split(text)) == 1 else text
+    parts = [label(part)[1] for part in collection(text).parts] if collection(text).kind != "interval" else [text]
     parts = [part for part in parts if not _plain(part)]
     values = tuple(_restore(bare(part, MathOptions())) for part in parts)
     return Question(values, values) if values else ""
@@ -169,7 +120,7 @@ def self_question(reference: str) -> Question | str:
 def _plain(text: str) -> bool:
     """Whether strings and exact numbers decide all about a value."""
     value = quantity(text).value
-    known = (number(value), choice(text), words(text), based(text))
+    known = (number(value), choice(text), words(text), words_of(text), based(text))
     return any(item is not None for item in known) or re.fullmatch(r"\d+ ?: ?\d+", text) is not None
 
 
@@ -177,7 +128,7 @@ def _balanced(text: str) -> bool:
     """Whether braces match, and nothing is nested deeper than any answer is."""
     depth = braces = 0
     for letter in text:
-        depth += (letter in _OPEN) - (letter in _CLOSE)
+        depth += (letter in OPEN) - (letter in CLOSE)
         braces += (letter == "{") - (letter == "}")
         if braces < 0 or depth > _DEEPEST:
             return False
@@ -203,9 +154,10 @@ def _compare(wanted: str, given: str, options: MathOptions) -> bool | Question:
 
 def _one_against_many(left: Collection, right: Collection, wanted: str, given: str) -> bool | Question:
     """An inequality may be an interval, and a one-element set its element; nothing else changes its kind."""
-    if re.search(
-        r"<|>|\\le(?![a-z])|\\ge(?![a-z])|\\cup|\\cap|\\setminus|\\mathbb|\\infty|\\begin|\\ne(?![a-z])", wanted + given
-    ):
+    bounded = [_RELATION.search(text) is not None for text in (wanted, given)]
+    if sum(bounded) == 1 and (right if bounded[0] else left).kind in ("list", "set"):
+        return False
+    if _SETS.search(wanted + given):
         return Question((_restore(wanted),), (_restore(given),))
     if {left.kind, right.kind} == {"one", "set"} and len(left.parts) == len(right.parts) == 1:
         return Question(tuple(map(_restore, left.parts)), tuple(map(_restore, right.parts)))
@@ -221,15 +173,13 @@ def _ordered(left: Collection, right: Collection, options: MathOptions) -> bool 
         return None if "tuple" in kinds else False
     if "tuple" in kinds:
         return True
-    return options.ordered_lists
+    named = [all(side.names) and len(set(side.names)) > 1 for side in (left, right)]
+    return options.ordered_lists or named[0] != named[1]  # x=2, y=3 is the list 2, 3 in this order
 
 
 def _unlabelled_parts(whole: Collection) -> list[str]:
     """`x=1, x=2` is the list 1, 2; `x=1, y=2` keeps its names."""
-    labelled = [_label(part) for part in whole.parts]
-    if len({name for name, _ in labelled}) == 1:
-        return [value for _, value in labelled]
-    return list(whole.parts)
+    return [label(part)[1] for part in whole.parts] if len(set(whole.names)) == 1 else list(whole.parts)
 
 
 def _distinct(parts: list[str]) -> list[str]:
@@ -285,7 +235,7 @@ def _compare_one(wanted: str, given: str, options: MathOptions) -> bool | Questi
         return said
     sides = _EQUALS.split(given)
     if len(sides) > 1 and "=" not in wanted and not re.search(r"<|>|\\le|\\ge", given):
-        values = [side for side in sides if not re.fullmatch(_SYMBOL, side)]
+        values = [side for side in sides if not re.fullmatch(SYMBOL, side)]
         return _in_order([wanted] * len(values), values, options) if values and "" not in sides else False
     if ("=" in wanted) != ("=" in given) and not re.search(r"<|>|\\le|\\ge", wanted + given):
         return False
@@ -299,7 +249,7 @@ def _compare_one(wanted: str, given: str, options: MathOptions) -> bool | Questi
 
 def _only_case_differs(wanted: str, given: str) -> bool:
     """Whether the variables are the same letters in another case; algebra folds it."""
-    left, right = (set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text))) for text in (wanted, given))
+    left, right = variables(wanted), variables(given)
     return left != right and {letter.lower() for letter in left} == {letter.lower() for letter in right}
 
 

@@ -34,7 +34,7 @@ _BASES = {
 
 _CHOICE = re.compile(r"\(?(?:\\text\{ ?\(?(?P<wrapped>[A-Z])\)?[.:]? ?\}|(?P<plain>[A-Z]))\)?[.:]?")
 _CHOICE_AND_VALUE = re.compile(
-    r"(?:\\text\{ ?\(?(?P<wrapped>[A-Z])[).:]{1,2} ?\}|\((?P<paren>[A-Z])\)|(?P<plain>[A-Z])[).:] ).+"
+    r"(?:\\text\{ ?\(?(?P<wrapped>[A-Z])[).:]{1,2}(?: [^{}]*)?\}|\((?P<paren>[A-Z])\)|(?P<plain>[A-Z])[).:] ).*"
 )
 _TEXT = re.compile(r"(?:\\text\{(?P<wrapped>[^{}\\]*)\}|(?P<plain>[A-Za-z][A-Za-z' -]{2,}|[Nn]o))\.?")
 
@@ -106,7 +106,10 @@ def _same_number(reference: str, answer: str, options: MathOptions) -> bool | No
     endless = (given if _is_decimal(reference) else wanted).denominator
     if not one_decimal or not options.tolerance or _finite_decimal(endless):
         return False
-    return abs(wanted - given) <= abs(wanted) * Fraction(options.tolerance)
+    allowed = abs(wanted) * Fraction(options.tolerance)
+    if _is_decimal(reference):  # it was rounded at its last digit, no coarser
+        allowed = min(allowed, Fraction(1, 10 ** len(reference.rpartition(".")[2])))
+    return abs(wanted - given) <= allowed
 
 
 def _is_decimal(text: str) -> bool:

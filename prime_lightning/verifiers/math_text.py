@@ -19,6 +19,7 @@ _LONGEST_JOINT = 120  # characters between two boxes of a list
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[-+]?\d[\d.,]*(?<![.,])|[A-Za-z]")
+_MINUS = re.compile(r"(?:=|\$|\\[(\[])\s*-\s*$")  # of the value in the box behind it
 _LAYOUT = re.compile(r"\\(?:[()\[\],;:! ]|quad|qquad)|\\text(?:rm|bf)?\s*\{|[$}*~]")
 _NAME = r"(?:\\?[A-Za-z]{1,8}(?:_\{?\w{1,4}\}?)? ?= ?)?"
 _LIST = re.compile(rf"(?:[,;] ?|(?:[,;] ?)?(?:[a-z]+ ){{0,3}}(?:and|or|&) ?(?:[a-z]+ ){{0,9}}){_NAME}", re.IGNORECASE)
@@ -61,7 +62,7 @@ def boxes(text: str) -> list[str]:
     r"""The last boxed answer, with those that a comma or a word joins to it; empty where none counts.
 
     The last box decides: if it is not closed or empty, nothing counts. A box inside a box is part of the outer one.
-    "3 or 4" is a list; "3, but ... 4" is a correction, and 4 counts.
+    "3 or 4" is a list; "3, but ... 4" is a correction, and 4 counts. A minus sign in front of a box belongs to it.
 
     Example:
         >>> boxes(r"First \boxed{3}. So the answer is \boxed{\frac{1}{2}}.")
@@ -80,7 +81,8 @@ def boxes(text: str) -> list[str]:
     outer: list[tuple[int, str, int]] = []
     for start, content, end in found:
         if content is not None and (not outer or start >= outer[-1][2]):
-            outer.append((start, content, end))
+            sign = "-" if _MINUS.search(text, max(0, start - 9), start) else ""
+            outer.append((start, sign + content, end))
     chosen = [outer.pop()]
     while outer and _listed(text[outer[-1][2] : chosen[0][0]]):
         chosen.insert(0, outer.pop())
@@ -92,6 +94,7 @@ def boxes(text: str) -> list[str]:
 _INVISIBLE = dict.fromkeys(
     map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 )
+_FORMULAS = re.compile(r"(?<!\\)\$((?:\\\$|[^$])*)(?<!\\)\$")
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ"
 _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
 _RAISED = str.maketrans(_SUPERSCRIPTS, "0123456789-+n")
@@ -103,14 +106,18 @@ _SYMBOLS = str.maketrans(
         "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
         "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "°": r"^{\circ}", "±": r"\pm ", "∅": r"\emptyset ",
         "ø": r"\emptyset ", "∈": r"\in ", "→": r"\to ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-        "‘": "'", "’": "'", "“": '"', "”": '"', "′": "'",
+        "≈": r"\approx ", "‘": "'", "’": "'", "“": '"', "”": '"', "′": "'",
     }
 )  # fmt: skip
 _WORDS = (
+    (re.compile(r",\\! ?(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"\\(?:begin|end)\{(?:align(?:ed)?|equation|gather(?:ed)?|split|math|displaymath)\*?\}"), ""),
+    (re.compile(r"^\s*\$?\s*(?:\\(?:approx|sim)(?![A-Za-z]))"), ""),
+    (re.compile(r"\\log_ ?(?:\{ ?e ?\}|e)"), r"\\ln "),
     (re.compile(r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])"), r"\\frac"),
     (re.compile(
         r"\\(?:displaystyle|textstyle|left|right|bigl?|bigr|Bigl?|Bigr"
-        r"|limits|quad|qquad|!|boxed|fbox)(?![A-Za-z])\.?"
+        r"|limits|middle|quad|qquad|!|boxed|fbox)(?![A-Za-z])\.?"
     ), ""),
     (re.compile(
         r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf"
@@ -119,7 +126,9 @@ _WORDS = (
     (re.compile(r"\\text\{([^{}A-Za-z]*)\}"), r"\1"),
     (re.compile(r"\\(?:leq|leqslant)(?![A-Za-z])"), r"\\le"),
     (re.compile(r"\\(?:geq|geqslant)(?![A-Za-z])"), r"\\ge"),
-    (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne"),
+    (re.compile(r"\\neq(?![A-Za-z])|(?<=\s)!="), r"\\ne "),
+    (re.compile(r"<="), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
     (re.compile(r"\\(?:varnothing)(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"\\(?:lbrace)(?![A-Za-z])"), r"\\{"),
     (re.compile(r"\\(?:rbrace)(?![A-Za-z])"), r"\\}"),
@@ -129,7 +138,8 @@ _WORDS = (
     (re.compile(r"\\(?:percent)(?![A-Za-z])|\\%"), "%"),
     (re.compile(r"\\(?:dollar)(?![A-Za-z])|\\\$"), "$"),
     (re.compile(r"\\(?:lvert|rvert|vert)(?![A-Za-z])"), "|"),
-    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\{([,:])\}"), r"\1"),
+    (re.compile(r"(?<!\\)\\(?=\d)"), ""),
     (re.compile(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\\\\s*$"), " "),
     (re.compile(r"\\[()\[\]]"), ""),
@@ -152,7 +162,7 @@ def normalise(text: str) -> str:
         >>> normalise(r"$\displaystyle\dfrac{1}{2}$ "), normalise("x²"), normalise(r"12\,345"), normalise("½.")
         ('\\frac{1}{2}', 'x^{2}', '12345', '\\frac{1}{2}')
     """
-    text = text.translate(_INVISIBLE).translate(_VULGAR)
+    text = _FORMULAS.sub(r"\1", text.translate(_INVISIBLE)).translate(_VULGAR)
     # Before NFKC, which would turn x² into x2.
     text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda m: "^{" + m[0].translate(_RAISED) + "}", text)
     text = re.sub(f"[{_SUBSCRIPTS}]+", lambda m: "_{" + m[0].translate(_LOWERED) + "}", text)

@@ -67,7 +67,7 @@ def quantity(text: str) -> Quantity:
     if text[:1] in _CURRENCY or text[:2] in ("-$", "-€", "-£"):
         sign = "-" if text[0] == "-" else ""
         unit, text = _CURRENCY[text[len(sign)]], sign + text[len(sign) + 1 :].strip()
-    stripped = re.sub(r" ?(?:%|\\text\{ ?percent ?\}|(?<=\d) percent)$", "", text)
+    stripped = re.sub(r" ?(?:%|\\text\{ ?(?:percent|pct) ?\}|(?<=\d) (?:percent|pct))$", "", text)
     if stripped != text:
         percent, text = True, stripped.strip()
     elif match := _DEGREE.fullmatch(text):

@@ -63,8 +63,8 @@ class MathOptions:
             raise ValueError("Expected math option `answer` (boxed, final or anywhere) in place of `box`, got `box`.")
         if any(len(pair.split()) != 2 for pair in self.reasoning_tags):
             raise ValueError(
-                "Expected an opening and a closing tag with a space between in each of the math option "
-                f"`reasoning_tags`, such as '<think> </think>', got {self.reasoning_tags}."
+                "Expected math option `reasoning_tags` to hold opening and closing tags with a space between, "
+                f"such as '<think> </think>', got {self.reasoning_tags}."
             )
         for name, allowed in (
             ("answer", PLACES),

@@ -144,6 +144,94 @@ CASES: dict[str, list[tuple[str, str, bool]]] = {
     "power": [("8", "2^3", True), ("2^{10}", "1024", True), ("2^{10}", "2^{11}", False), ("x^{2y}", "(x^y)^2", True), (r"3^{100}", r"9^{50}", True)],
     "absolute value": [("3", "|-3|", True), ("|x-1|", "|1-x|", True), ("|x|", "x", False)],
     "ratio": [("3:4", "3:4", True), ("3:4", "3 : 4", True), ("3:4", "4:3", False)],
+    "tiny numbers": [
+        (r"\frac{1}{2^{60}}", r"2^{-60}", True), (r"e^{-40}", r"\frac{1}{e^{40}}", True), (r"\frac{1}{2004!}", r"\frac{2005}{2005!}", True),
+        (r"\frac{1}{2^{60}}", r"\frac{1}{2^{61}}", False), ("e^{-40}", "e^{-50}", False), (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False),
+        (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac{1}{3\cdot 2^{2006}}", False), (r"\frac{1}{2^{60}}", "10^{-30}", False), (r"\frac{1}{50!}", r"\frac{1}{49!}", False),
+        (r"\left(\frac12\right)^{50}", r"\left(\frac12\right)^{60}", False), (r"1+\frac{1}{2^{200}}", "1", False), (r"\sqrt{2}+10^{-40}", r"\sqrt2", False),
+        (r"x+10^{-20}", "x", False), (r"\frac{x}{2^{60}}", r"\frac{x}{2^{61}}", False), (r"(10^{-20}, 1)", "(10^{-21}, 1)", False),
+        (r"\frac{\sqrt{3}}{10^{30}}", r"\frac{\sqrt{2}}{10^{30}}", False), (r"\begin{pmatrix}10^{-20}\\1\end{pmatrix}", r"\begin{pmatrix}10^{-21}\\1\end{pmatrix}", False),
+    ],
+    "huge numbers": [
+        (r"2^{2005}", r"2\cdot 2^{2004}", True), (r"100!", r"100\cdot 99!", True), (r"\frac{10^{40}+1}{10^{40}}", r"1+10^{-40}", True),
+        ("2^{2005}", "2^{2005}+1", False), ("100!", "100!+1", False), (r"\frac{10^{40}+1}{10^{40}}", "1", False),
+        (r"\frac{100!}{98!}", "9900", True), (r"3^{1000}", r"3^{1000}-1", False), ("120", "5!=120", True),
+    ],
+    "exact against rounded": [
+        (r"2.5\pi", r"\frac{5\pi}{2}", True), ("0.6666667", r"\frac23", True), (r"\frac23", "0.6666667", True), ("0.6666667", r"\frac{4}{6}", True), ("1.41421356", r"\sqrt2", True),
+        (r"2.5\pi", r"2.5000001\pi", False), ("0.66667", r"\frac23", False), ("0.66666670000", r"\frac23", False), ("0.6666667", "0.666667", False),
+        (r"\frac{\sqrt4}{4}", "0.5000001", False), ("0.667", r"\frac23", False), ("1.414", r"\sqrt2", False),
+    ],
+    "roots of variables": [
+        (r"\sqrt{1/n}", r"\frac{1}{\sqrt{n}}", True), (r"\frac{\sqrt{n}}{n}", r"\frac{1}{\sqrt n}", True), (r"\sqrt{x^2+2x+1}", r"|x+1|", True), (r"\sqrt{4x}", r"2\sqrt{x}", True),
+        (r"\sqrt{x^2}", "x", False), (r"x", r"\sqrt{x^2}", False), (r"\sqrt{x^4}", "x^3", False), (r"\sqrt{(x-1)^2}", "x-1", False), (r"\sqrt{x}", r"\sqrt{x}+10^{-20}", False),
+    ],
+    "line": [
+        ("2x-y+1=0", "y=2x+1", True), ("y=2x+1", "2x-y+1=0", True), ("x-2y=0", r"y=\frac{x}{2}", True), ("x+y=2", "2x+2y-4=0", True), ("x=2y", r"y=\frac{x}{2}", True),
+        ("2x-y+1=0", "y=2x-1", False), ("y=2x+1", "x=2y+1", False), ("x-2y=0", r"y=2x", False), ("x^2+1=0", "x^2+2=0", False), ("y=5", "x=5", False), ("x-2y=0", "x-2y", False),
+    ],
+    "set-builder": [
+        (r"\{x|-1<x<3\}", r"\{x \mid -1 < x < 3\}", True), (r"\{x|-1<x<3\}", "(-1,3)", True), (r"\left\{x \mid x>1\right\}", r"(1,\infty)", True), (r"(1,\infty)", r"\{x : x > 1\}", True),
+        (r"\{x \in \mathbb{R} \mid x \ge 2\}", r"[2,\infty)", True),
+        (r"\{x|-1<x<3\}", "[-1,3)", False), (r"\{x|-1<x<3\}", r"\{x \mid -1 < x < 2\}", False), (r"\{x \mid x>1\}", r"[1,\infty)", False), (r"\{x \mid x>1\}", "1", False),
+    ],
+    "union": [
+        (r"(-\infty,1)\cup(2,3)", r"x \in (-\infty,1)\cup(2,3)", True), (r"x \in (-\infty,1)\cup(2,3)", r"(2,3)\cup(-\infty,1)", True), (r"(-\infty,1)\cup(2,3)", r"x<1 \text{ or } 2<x<3", True),
+        (r"[-2,7]", r"x \in [-2,7]", True), (r"(2,12) \cup (12,102)", r"(2, 12) \cup (12, 102)", True),
+        (r"(-\infty,1)\cup(2,3)", r"(-\infty,1]\cup(2,3)", False), (r"x\in(-\infty,1)\cup(2,3)", r"(-\infty,1)", False), (r"(-\infty,1)\cup(2,3)", r"(-\infty,1)\cap(2,3)", False), ("x>1, x<3", "x>0, x<5", False), ("-1<x<3", "-1,3", False), (r"\{-1,3\}", "-1<x<3", False), ("x>1, x<3", "x<3, x>1", True),
+    ],
+    "words of several": [
+        ("Anna and Ben", r"\text{Anna and Ben}", True), ("Team 3", r"\text{Team 3}", True), ("10 hours 30 minutes", r"10 \text{ hours } 30 \text{ minutes}", True), ("A", r"\text{A) yes}", True),
+        ("4:30", "4{:}30", True), ("May 5", r"\text{May 5}", True), ("May 5, 2020", r"\text{May 5th, 2020}", True), ("New York", r"\text{new york.}", True),
+        ("Anna and Ben", r"\text{Anna and Tom}", False), ("Team 3", r"\text{Team 4}", False), ("10 hours 30 minutes", r"10 \text{ hours } 31 \text{ minutes}", False), ("A", r"\text{B) yes}", False),
+        ("4:30", "4:31", False), ("May 5", r"\text{May 6}", False), ("May 5", "5", False), (r"\text{Anna}", r"\text{Anna and Ben}", False), ("1.5 hours ago", r"\text{15 hours ago}", False),
+    ],
+    "spelling": [
+        (r"\ln 2", r"\log_e 2", True), ("3.14", r"\approx 3.14", True), (r"\log_{e}(x)", r"\ln x", True), (r"x \approx 3.14", "3.14", True), (r"28\%", "28 pct", True), (r"x \ne 3", "x != 3", True),
+        (r"\ln 2", r"\log_{10} 2", False), ("3.14", r"\approx 3.15", False), (r"\ln 2", r"\ln 3", False),
+    ],
+    "unit with marks": [
+        (r"125", r"125\textnormal{ miles}.", True), (r"15\mbox{ cm}^2", r"15\text{ cm}^2.", True), (r"\frac13", r"\frac{1}{3} \textbf{meters}", True), ("10000", r"10^4", True), ("10000", r"10^4 \text{ square units}", True), (r"10^4", "10000 square units", True),
+        (r"7", r"7\text{ apples.}", True), (r"6\pi", r"6\pi\mbox{ cm}", True), (r"\sqrt{3}", r"\sqrt3 \text{ m}.", True),
+        (r"125\text{ miles}", r"125\textnormal{ km}.", False), ("10000", r"10^3 \text{ square units}", False), (r"15\mbox{ cm}^2", r"15\text{ cm}^3.", False),
+    ],
+    "spaced thousands": [
+        (r"11,\! 111,\! 111,\! 100", "11111111100", True), (r"2,\!598,\!960", "2598960", True), (r"\$32,\!348", "32348", True), ("1,000.99", "1000.99", True),
+        (r"11,\! 111,\! 111,\! 100", "11111111101", False), (r"2,\!598,\!960", "2598", False), (r"1,\!000", "1, 0", False),
+    ],
+    "named values": [
+        ("-5, 14/3", r"x=-5, p=14/3", True), (r"a_3=2, a_{37}=19", r"a_{37}=19, a_3=2", True), ("(p,q)=(3,2)", "(3,2)", True), (r"x=2, x=-3", "-3, 2", True), ("(2,3)", "x=2, y=3", True), (r"x=2, y=3", r"y=3 \text{ and } x=2", True),
+        ("-5, 14/3", r"x=-5, p=14/4", False), (r"a_3=2, a_{37}=19", r"a_{37}=2, a_3=19", False), (r"x=2, y=3", "x=3, y=2", False), ("(2,3)", "x=3, y=2", False), ("2, 3", "y=3, x=2", False),
+    ],
+    "names of values": [
+        ("8", "AB=8", True), ("5", "x_1=5", True), ("5", "f(2)=5", True), ("8", "|AB|=8", True), ("8", "x=8", True), ("1", "|AB|=1", True), (r"60", r"\angle ABC = 60^\circ", True), ("10", "AB = 10", True),
+        ("8", "x^3=8", False), ("8", "x+y=8", False), ("8", "a-b=8", False), ("8", "|x|=8", False), ("8", "2x=8", False), ("8", "xy=8", False), ("8", "x^2=8", False),
+        ("|AB|=1", "1", True), ("|x|=1", "1", False), ("8", r"\sqrt{x}=8", False), ("8", r"\frac{x}{2}=8", False), ("8", "-x=8", False),
+    ],
+    "plus or minus in a set": [
+        (r"\{1\pm\sqrt5,-2\}", r"\{-2,1+\sqrt5,1-\sqrt5\}", True), (r"1\pm\sqrt5,-2", r"-2, 1+\sqrt5, 1-\sqrt5", True), (r"\{\pm 1, \pm 2\}", r"\{-2,-1,1,2\}", True),
+        (r"\{1\pm\sqrt5,-2\}", r"\{1\pm\sqrt5,2\}", False), (r"\{1\pm\sqrt5,-2\}", r"\{1+\sqrt5,-2\}", False), (r"\{\pm 1, \pm 2\}", r"\{-2,2,1\}", False),
+    ],
+    "equations": [
+        ("y=2x, y=3x", "y=3x, y=2x", True), ("x+y=3, x-y=1", r"x-y=1 \text{ and } x+y=3", True), ("x=0, y=0", "y=0, x=0", True),
+        ("y=2x, y=3x", "y=3x, y=4x", False), ("x+y=3, x-y=1", "x+y=3", False), ("x=0, y=1", "y=0, x=1", False),
+    ],
+    "ratio with names": [
+        ("7:32", "S_1:S_2 = 7:32", True), ("S_1:S_2 = 7:32", r"7 : 32", True), ("S_1:S_2 = 7:32", r"\frac{7}{32}", True), ("AB:BC=1:2", "AB : BC = 1 : 2", True),
+        ("7:32", "S_1:S_2 = 32:7", False), ("S_1:S_2 = 7:32", "S_2:S_1 = 7:32", False), ("7:32", "S_1:S_2 = 7:31", False),
+    ],
+    "dollars inside": [
+        ("$-1$,$2$,$-2$", "-1, 2, -2", True), (r"$(22+8 \sqrt{6}, 22-8 \sqrt{6})$,$(22-8 \sqrt{6}, 22+8 \sqrt{6})$", r"(22 + 8\sqrt{6}, 22 - 8\sqrt{6}) \text{ and } (22 - 8\sqrt{6}, 22 + 8\sqrt{6})", True), (r"$\frac{1}{3},1,\frac{1}{9}$", r"\frac19, \frac13, 1", True),
+        ("$-1$,$2$,$-2$", "-1, 2", False), (r"$3$ or $4$", "3", False), (r"$1$, $2$", "(2,1)", False),
+    ],
+    "matrix in align": [
+        (r"\begin{pmatrix} 0 & 3 \\ 0 & -1 \end{pmatrix}", "\n\\begin{pmatrix} 0 & 3 \\\\ 0 & -1 \\end{pmatrix}\n", True), (r"\begin{align*}\begin{pmatrix}1\\2\end{pmatrix}\end{align*}", r"\begin{bmatrix}1\\2\end{bmatrix}", True), (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}", True),
+        (r"\begin{pmatrix} 0 & 3 \\ 0 & -1 \end{pmatrix}", r"\begin{pmatrix} 0 & 3 \\ 0 & 1 \end{pmatrix}", False), (r"\begin{align*}\begin{pmatrix}1\\2\end{pmatrix}\end{align*}", r"\begin{bmatrix}2\\1\end{bmatrix}", False), (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
+    ],
+    "no value": [
+        ("x", "x", True), (r"\sqrt{x^2}", r"|x|", True),
+        ("143", r"\frac{14}{3}", False), (r"\frac{1}{3x}", r"\frac{1}{3}x", False),
+    ],
 }  # fmt: skip
 
 TEXTS: list[tuple[str, str, bool]] = [
@@ -183,6 +271,9 @@ TEXTS: list[tuple[str, str, bool]] = [
     ("4", r"<think>It is \boxed{4}", False),
     ("4", r"\boxed{4} <think>Or not?", False),
     ("5", r"[THINK]\boxed{4}[/THINK]\boxed{5}", True),
+    ("-256", r"so $a = -8\cdot 32 = -\boxed{256}$.", True),
+    ("256", r"so $a = -8\cdot 32 = -\boxed{256}$.", False),
+    ("256", r"The first part - \boxed{256}", True),
 ]
 """Reference, completion, correct?"""
 
@@ -221,5 +312,27 @@ POLICY: list[tuple[str, list[str], list[str]]] = [
     ("3:4", ["3 : 4", "6:8"], ["4:3"]),
     ("-5", ["−5", "–5", "-５"], []),
     ("f(x)=x^2", ["x^2"], ["f(t)=t^2"]),
-]
+    (r"\frac{1}{2^{60}}", ["2^{-60}", r"\frac{2}{2^{61}}", r"\left(\frac12\right)^{60}"], [r"\frac{1}{2^{61}}", "10^{-18}", "0"]),
+    ("0.6666667", [r"\frac23", r"\frac46", r"1-\frac13"], [r"\frac{2}{3}+10^{-6}", "0.666667", r"\frac{666666}{999998}"]),
+    (r"\sqrt{1/n}", [r"\frac{1}{\sqrt{n}}", r"\frac{\sqrt n}{n}", "n^{-1/2}"], [r"\frac{1}{n}", r"-\frac{1}{\sqrt n}", r"\sqrt{n}"]),
+    ("x", ["x", r"\frac{2x}{2}", "(x+1)-1"], [r"\sqrt{x^2}", "|x|", "-x"]),
+    ("2x-y+1=0", ["y=2x+1", "2x+1=y", "4x-2y=-2"], ["y=2x-1", "2x-y+1", "x=2y+1"]),
+    ("8", ["x=8", "AB=8", "|AB|=8", "f(2)=8", "x_1=8"], ["x+y=8", "x^3=8", "2x=8", "xy=8", "|x|=8"]),
+    (r"-5,\frac{14}{3}", [r"x=-5, p=\frac{14}{3}", r"\frac{14}{3},-5", r"x=-5 \text{ and } p=14/3"], [r"p=\frac{14}{3}, x=-5", "x=-5", r"x=5, p=\frac{14}{3}"]),
+    ("a_3=2, a_{37}=19", ["a_{37}=19, a_3=2", "a_{3}=2, a_{37}=19", r"a_3=2 \text{ and } a_{37}=19"], ["a_3=19, a_{37}=2", "a_3=2", "a_3=2, a_{36}=19"]),
+    ("y=2x, y=3x", ["y=3x, y=2x", r"y=2x \text{ and } y=3x", "2x, 3x"], ["y=2x", "y=2x, y=4x", "x=2y, x=3y"]),
+    (r"\{1\pm\sqrt5,-2\}", [r"\{-2,1+\sqrt5,1-\sqrt5\}", r"-2, 1\pm\sqrt5", r"\{1\mp\sqrt5,-2\}"], [r"\{1+\sqrt5,-2\}", r"\{1\pm\sqrt5,2\}", r"\{1\pm\sqrt5\}"]),
+    (r"(-\infty,1)\cup(2,3)", [r"x\in(-\infty,1)\cup(2,3)", r"(2,3)\cup(-\infty,1)", r"x<1 \text{ or } 2<x<3"], [r"(-\infty,1]\cup(2,3)", r"(-\infty,1)", r"x<1 \text{ or } 2<x<4"]),
+    (r"\{x \mid -1<x<3\}", [r"\{x : -1 < x < 3\}", "(-1,3)", "-1<x<3"], ["[-1,3)", r"\{x \mid x<3\}", r"\{-1,3\}"]),
+    ("S_1:S_2=7:32", ["7:32", "S_1 : S_2 = 14:64", r"\frac{7}{32}"], ["32:7", "S_2:S_1=7:32", "S_1:S_2=7:31"]),
+    (r"\text{May 5, 2020}", ["May 5, 2020", r"\text{May 5th, 2020}", r"\text{may 5, 2020.}"], [r"\text{May 6, 2020}", r"\text{May 5, 2021}", "5"]),
+    ("Anna and Ben", [r"\text{Anna and Ben}", "Anna and Ben", r"\textbf{anna and ben}"], [r"\text{Anna}", r"\text{Anna and Tom}", r"\text{Ben}"]),
+    ("10 hours 30 minutes", [r"10 \text{ hours } 30 \text{ minutes}", r"\text{10 hours, 30 minutes}", "10 Hours 30 Minutes"], [r"10 \text{ hours } 3 \text{ minutes}", r"10 \text{ hours}", "30 minutes"]),
+    ("A", [r"\text{A) yes}", r"\text{A. yes}", r"\text{(A) yes}"], [r"\text{B) yes}", "yes", r"\text{B. A}"]),
+    ("125", [r"125\textnormal{ miles}.", r"125\mbox{ miles}", r"125 \textbf{miles}"], [r"12.5\text{ miles}", r"125\text{ million}", r"126\textnormal{ miles}."]),
+    (r"10000\text{ square units}", ["10^4", r"10^4\text{ square units}", "10,000"], ["10^3", r"10^4\text{ cubic units}", "1000"]),
+    (r"11,\! 111,\! 100", ["11111100", "11,111,100", "11{,}111{,}100"], ["11111101", "11, 111", "1111110"]),
+    (r"\ln 2", [r"\log_e 2", r"\log_{e}(2)", r"\approx \ln 2"], [r"\log_{10} 2", r"\ln 3", r"\log_2 e"]),
+    (r"\begin{align*}\begin{pmatrix}1\\2\end{pmatrix}\end{align*}", [r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix}1.0\\\frac42\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"]),
+]  # fmt: skip
 """The rows of the table in docs/verifiers.md: reference, correct, wrong."""

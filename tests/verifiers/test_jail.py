@@ -31,8 +31,8 @@ FLOORS = [
         "code_text",
     },
     {"jail.kernel", "matcher", "jail.judge", "jail.candidate", "math_scalar", "math_final", "remote", "references"},
-    {"jail.cage", "launch", "code_asserts", "math_compare"},
-    {"jail.zygote", "sandbox", "code_units"},
+    {"jail.cage", "launch", "code_asserts", "math_shape"},
+    {"jail.zygote", "sandbox", "code_units", "math_compare", "jail.equality"},
     {"code_tests"},
     {"jail.maths", "jail.user", "jail.programs", "lasting", "code_run"},
     {"jail.boot", "math_answer", "user_answer", "selftest", "calibration"},
@@ -70,7 +70,13 @@ def test_inside_the_jail_there_is_only_the_standard_library() -> None:
         foreign = (
             {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - {"prime_lightning"}
         )
-        allowed = LIBRARY if name == "jail.maths" else {"jsonargparse", "rich"} if name == "command" else set()
+        allowed = (
+            LIBRARY
+            if name in ("jail.maths", "jail.equality")
+            else {"jsonargparse", "rich"}
+            if name == "command"
+            else set()
+        )
         assert foreign <= allowed, name
         if name.startswith("jail."):
             ours = {module for module in imports(path) if module.startswith("prime_lightning")}

@@ -14,6 +14,7 @@ from prime_lightning.verifiers.math_answer import answer_of
 from prime_lightning.verifiers.math_final import after_reasoning, stated
 
 from .conftest import prompt
+from .math_cases import CASES
 
 FINAL, ANYWHERE = MathOptions(answer="final"), MathOptions(answer="anywhere")
 
@@ -171,3 +172,15 @@ def same_fraction(one: str, other: str) -> bool:
         int(part) for text in (one, other) for part in text.removeprefix(r"\frac{").removesuffix("}").split("}{")
     )
     return a * d == b * c
+
+
+@pytest.mark.parametrize("form", ["Final Answer: The final answer is ${}$. I hope it is correct.", "so $${}$$"])
+def test_the_table_holds_outside_a_box(anywhere: Verifiers, form: str) -> None:
+    cases = [
+        (reference, answer, same)
+        for rows in CASES.values()
+        for reference, answer, same in rows
+        if not {"$", "\n"} & set(answer) and "answer is" not in answer
+    ]
+    verdicts = anywhere.map((prompt("math", reference), form.format(answer)) for reference, answer, _ in cases)
+    assert [case for case, verdict in zip(cases, verdicts, strict=True) if (verdict.score == 1.0) != case[2]] == []

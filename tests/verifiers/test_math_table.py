@@ -1,4 +1,4 @@
-"""The labelled table: at least 97 %, and no wrong answer called right among integers, fractions and tuples."""
+"""The labelled table, and what options, extraction and the check of references make of answers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from prime_lightning.verifiers import MathOptions, Verifiers
 from .conftest import prompt
 from .math_cases import CASES, POLICY, TEXTS
 
-EXACT_CLASSES = ("integer", "fraction", "tuple", "thousands", "decimal", "mixed number")
-
 
 @pytest.fixture(scope="module")
 def verifiers(tier: str) -> Iterator[Verifiers]:
@@ -21,7 +19,7 @@ def verifiers(tier: str) -> Iterator[Verifiers]:
 
 
 def test_the_table_is_as_large_as_promised() -> None:
-    assert len(CASES) >= 30
+    assert len(CASES) >= 50
     assert sum(map(len, CASES.values())) >= 150
 
 
@@ -29,8 +27,7 @@ def test_the_table(verifiers: Verifiers) -> None:
     pairs = [(name, reference, box, same) for name, cases in CASES.items() for reference, box, same in cases]
     verdicts = verifiers.map((prompt("math", reference), rf"so \boxed{{{box}}}.") for _, reference, box, _ in pairs)
     wrong = [case for case, verdict in zip(pairs, verdicts, strict=True) if (verdict.score == 1.0) != case[3]]
-    assert len(wrong) <= 0.03 * len(pairs), wrong
-    assert not [case for case in wrong if case[0] in EXACT_CLASSES and not case[3]]
+    assert not wrong
 
 
 @pytest.mark.parametrize(("reference", "text", "correct"), TEXTS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -22,9 +23,9 @@ from typing import Any
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from math_verify.parser import get_extraction_regexes
+from math_verify.parser import extract_latex, get_extraction_regexes
 
-from prime_lightning.verifiers.jail import wire
+from prime_lightning.verifiers.jail import equality, wire
 from prime_lightning.verifiers.jail.cage import Cage
 from prime_lightning.verifiers.jail.zygote import fork
 
@@ -36,14 +37,17 @@ _PLAIN = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
 _BOXED = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_PLAIN)]
+_PASSAGE = LatexExtractionConfig(boxed_match_priority=-1)
 _FORMULAS, _NUMBERS = (
     [(rank, pattern) for pattern, rank in patterns]
-    for patterns, _ in get_extraction_regexes([LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig()])
+    for patterns, _ in get_extraction_regexes([_PASSAGE, ExprExtractionConfig()])
 )
 _FORMULA = re.compile(r"\$\$.*?\$\$|(?<!\\)\$[^$\n]*[\\^_=][^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
 _MONEY = re.compile(r"\\\$(?=\d)|\$(?=\d[\d,.]*(?:[-+*/=]|\s|\.?$)[^$\n\\]*\$\d)|(?<=[=+-] )\$(?=\d[\d,.]*(?:\s|$))")
+_NAMED = re.compile(r"^[^=+*/-]{1,20}=")
 _LOOSE = re.compile(r"^.*(?:\\[A-Za-z]|\\\\|[_^]\{).*$", re.MULTILINE)  # LaTeX without dollars: its numbers are parts
-_DECIMAL = re.compile(r"\d\.\d|(?<!\d)\.\d")
+_PLAIN_DECIMAL = re.compile(r"-?\d{0,20}\.(\d{1,40})")
+_ROOT = re.compile(r"\\sqrt|\^")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 
 _WARM = (
@@ -81,31 +85,32 @@ _WARM = (
 def prepare(config: dict[str, Any]) -> None:
     """Import math-verify and warm its parser: the caches that fill here are shared by all workers."""
     logging.disable(logging.CRITICAL)
+    equality.install()
     for reference, answer in _WARM:
         equal(reference, answer)
 
 
 def equal(reference: str, answer: str, tolerance: float = 1e-6) -> bool:
-    """Whether two LaTeX expressions are equal: math-verify's word, but for decimals and imaginary numbers."""
+    """Whether two LaTeX expressions are equal: math-verify's word with exact comparisons, but for imaginary numbers."""
     sides = [parse(rf"\boxed{{{text}}}", _BOXED, parsing_timeout=None) for text in (reference, answer)]
-    if _DECIMAL.search(reference) or _DECIMAL.search(answer):
-        numbers = [_value(side) for side in sides]
-        if None not in numbers:  # math-verify rounds to six places, which calls 0.0000012 and 0.0000008 equal
-            return bool(abs(numbers[0] - numbers[1]) <= tolerance * abs(numbers[0]))
-    if verify(*sides, allow_set_relation_comp=True, timeout_seconds=None):
+    allowed = min(tolerance, _last_digit(reference))
+    if verify(*sides, float_rounding=allowed, allow_set_relation_comp=True, timeout_seconds=None):
         return True
-    return bool(_IMAGINARY.search(reference + " " + answer)) and _same_complex(reference, answer)
+    if _IMAGINARY.search(reference + " " + answer) and _same_complex(reference, answer):
+        return True
+    left, right = (side[0] if side else None for side in sides)
+    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
+        return False
+    if left.is_Symbol or right.is_Symbol:  # math-verify only looks at their names
+        return left.free_symbols == right.free_symbols and equality.same_expressions(left, right)
+    return bool(_ROOT.search(reference + answer)) and equality.same_roots(left, right)
 
 
-def _value(parsed: list[Any]) -> Any:
-    """The complex number that an expression without variables stands for; None where it has some, or is no number."""
-    expression = parsed[0] if parsed else None
-    if not isinstance(expression, sympy.Expr) or expression.free_symbols:
-        return None
-    try:
-        return complex(expression.doit().evalf(30))
-    except (TypeError, ValueError, ArithmeticError):
-        return None
+def _last_digit(reference: str) -> float:
+    """Relative size of the last digit of a decimal: it was rounded there and no coarser. Infinite for anything else."""
+    match = _PLAIN_DECIMAL.fullmatch(reference)
+    value = abs(float(reference)) if match else 0.0
+    return 10.0 ** -len(match[1]) / value if match and value else math.inf
 
 
 def _same_complex(reference: str, answer: str) -> bool:
@@ -134,37 +139,41 @@ def decide(references: list[str], answers: list[str], ordered: bool, tolerance: 
 def find(text: str) -> str:
     """What math-verify would take for the answer of a text, as it stands there; empty where it finds none.
 
-    Only its patterns are used, in its order: by priority, then the one that ends last; numbers are looked for outside
-    formulas. Its reading of plain numbers goes through `parse_expr`, which executes code.
+    Its patterns are used in its order: by priority, then the one that ends last. A formula that its grammar does not
+    understand is passed over, and taken if nothing else is there and it has one value. Numbers are looked for outside
+    formulas, and not read here, for it reads them by `parse_expr`, which executes code.
     """
-    text = _MONEY.sub(" ", text)
+    text = re.sub(r",\s+(and|or)\b", r" \1", _MONEY.sub(" ", text))
     prose = _LOOSE.sub(_blank, _FORMULA.sub(_blank, text))
-    for rank in sorted({rank for rank, _ in (*_FORMULAS, *_NUMBERS)}):
-        matches = [
-            match
-            for patterns, where in ((_FORMULAS, text), (_NUMBERS, prose))
-            for its, pattern in patterns
-            if its == rank
-            for match in pattern.finditer(where)
-        ]
-        for match in sorted(matches, key=lambda match: (-match.end(), match.start())):
-            taken = _taken(match)
-            if taken:
-                return taken
-    return ""
+    matches = [
+        (rank, -match.end(), match.start(), match)
+        for patterns, where in ((_FORMULAS, text), (_NUMBERS, prose))
+        for rank, pattern in patterns
+        for match in pattern.finditer(where)
+    ]
+    unread = ""
+    for *_, match in sorted(matches, key=lambda found: found[:3]):
+        formulas = [value for name, value in match.groupdict().items() if value and "latex" in name]
+        taken = _listed(match, formulas) if formulas else _number(match)
+        if taken and (not formulas or extract_latex(match, _PASSAGE)[0] is not None):
+            return taken
+        unread = unread or (taken if len(formulas) == 1 and "=" not in _NAMED.sub("", taken) else "")
+    return unread
 
 
 def _blank(match: re.Match[str]) -> str:
     return "x" * len(match[0])
 
 
-def _taken(match: re.Match[str]) -> str:
+def _listed(match: re.Match[str], formulas: list[str]) -> str:
+    percent = any(value for name, value in match.groupdict().items() if name.endswith("percent"))
+    return " and ".join(formulas) + (r"\%" if percent else "")
+
+
+def _number(match: re.Match[str]) -> str:
     groups = {name: value for name, value in match.groupdict().items() if value}
-    formulas = [value for name, value in groups.items() if "latex" in name]
-    if formulas:
-        return " and ".join(formulas) + (r"\%" if any(name.endswith("percent") for name in groups) else "")
-    percent = "%" if "percent" in groups else ""
-    return "".join(value for name, value in groups.items() if name != "percent").strip() + percent
+    percent = "%" if groups.pop("percent", "") else ""
+    return "".join(groups.values()).strip(" \n*.,=") + percent
 
 
 def start(cage: Cage, job: dict[str, Any], descriptors: list[int]) -> list[int]:
