@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from prime_lightning.batch import Batch, join
+from prime_lightning.host_group import host_group, of_all_ranks
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
@@ -52,8 +53,7 @@ def balanced(batch: Batch) -> Batch:
     A rank for which none is left gets one row that counts for nothing.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    told: list[dict[int, int]] = [{} for _ in range(world)]
-    dist.all_gather_object(told, tokens_of_groups(batch))
+    told = of_all_ranks(tokens_of_groups(batch))
     costs = dict(sorted((group, cost) for one in told for group, cost in one.items()))
     home = dict(zip(costs, assign(list(costs.values()), world), strict=True))
     here = [None if other == rank else _of(batch, home, other) for other in range(world)]
@@ -66,7 +66,7 @@ def _exchanged(outgoing: list[Batch | None], rank: int, world: int) -> list[Batc
     received: list[Batch | None] = []
     for source in range(world):
         got: list[Batch | None] = [None]
-        dist.scatter_object_list(got, outgoing if source == rank else None, src=source)
+        dist.scatter_object_list(got, outgoing if source == rank else None, src=source, group=host_group())
         received += got
     return received
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from prime_lightning.checkpoint import Folder, not_written, read, remove, stored
+from prime_lightning.host_group import of_all_ranks
 from prime_lightning.logprobs import causal_lm
 from prime_lightning.stepping import RoleStrategy, parameters
 
@@ -108,8 +109,7 @@ class Sharded(RoleStrategy, ParallelStrategy):
 
     def _errors(self, folder: Folder) -> list[str]:
         """What went wrong on any rank."""
-        told: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(told, str(folder.error) if folder.error else None)
+        told = of_all_ranks(str(folder.error) if folder.error else None)
         return [error for error in told if error is not None]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

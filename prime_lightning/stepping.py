@@ -25,6 +25,7 @@ from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import run_facts
 from prime_lightning.head import Entropy, Scores
+from prime_lightning.host_group import of_all_ranks, reduced
 from prime_lightning.measures import Measures
 from prime_lightning.options import Loading, Update, precision_of
 
@@ -287,14 +288,13 @@ class SteppingModule(pl.LightningModule):
         """Sum or maximum over all ranks."""
         if self.trainer.world_size == 1:
             return tensor
+        if tensor.device.type == "cpu":
+            return reduced(tensor, how)
         return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op=how)  # it reduces in place
 
     def gather(self, thing: Any) -> list[Any]:
         """What each rank has, in the order of the ranks; for small things."""
-        things = [thing] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(things, thing)
-        return things
+        return of_all_ranks(thing) if self.trainer.world_size > 1 else [thing]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that depends on the seed, the iteration and the purpose, so that none has to be saved."""

@@ -13,6 +13,7 @@ FLOORS = [
         "rows",
         "algorithms.masked",
         "facts",
+        "host_group",
         "shipped",
         "usage",
         "heartbeat",

@@ -25,12 +25,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from prime_lightning.engines import Kept
-from prime_lightning.engines.ranks import of_all_ranks, rank, together
+from prime_lightning.engines.ranks import rank, together
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
 from prime_lightning.engines.server_client import SampleCall, ServerClient, ServerDownError
 from prime_lightning.engines.server_fleet import Fleet, Server
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Request, Work, sampling_arguments
+from prime_lightning.host_group import of_all_ranks
 from prime_lightning.pretrained import load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 

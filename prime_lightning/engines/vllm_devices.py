@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prime_lightning.engines.ranks import of_all_ranks
+from prime_lightning.host_group import of_all_ranks
 
 
 def transfer_of(transfer: str, cuda: bool, devices: Sequence[int] | None) -> str:

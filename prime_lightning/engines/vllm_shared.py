@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_lightning.engines.ranks import of_all_ranks, rank, together
+from prime_lightning.engines.ranks import rank, together
 from prime_lightning.engines.vllm import VLLMEngine
 from prime_lightning.engines.vllm_devices import own_gpu
 from prime_lightning.engines.vllm_process import Channel, EngineDiedError
 from prime_lightning.engines.vllm_remote import Line, ProcessProxy, ProcessServer
+from prime_lightning.host_group import of_all_ranks
 
 
 class SharedVLLMEngine(VLLMEngine):

@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import distributed
 
 from prime_lightning.data import RolloutDataModule
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
 from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, sampled
+from prime_lightning.host_group import of_all_ranks
 from prime_lightning.prompts import Prompts
 from prime_lightning.tally import Tally
 from prime_lightning.verifiers import Verifiers
@@ -191,6 +191,5 @@ def _gather(trainer: pl.Trainer, mine: list[list[Record]]) -> list[list[Record]]
     """The records of all ranks, in the order of the problems."""
     if trainer.world_size == 1:
         return mine
-    parts: list[Any] = [None] * trainer.world_size
-    distributed.all_gather_object(parts, mine)
+    parts: list[list[list[Record]]] = of_all_ranks(mine)
     return sorted((group for part in parts for group in part), key=lambda group: group[0]["problem"])
