@@ -106,7 +106,7 @@ def _same_number(reference: str, answer: str, options: MathOptions) -> bool | No
     endless = (given if _is_decimal(reference) else wanted).denominator
     if not one_decimal or not options.tolerance or _finite_decimal(endless):
         return False
-    allowed = abs(wanted) * Fraction(options.tolerance)
+    allowed = max(abs(wanted), abs(given)) * Fraction(str(options.tolerance))
     if _is_decimal(reference):  # it was rounded at its last digit, no coarser
         allowed = min(allowed, Fraction(1, 10 ** len(reference.rpartition(".")[2])))
     return abs(wanted - given) <= allowed

@@ -15,7 +15,7 @@ OPEN, CLOSE = "([{⦃", ")]}⦄"  # ⦃ ⦄ stand for \{ \}, one character each
 _FUNCTIONS = r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|lim|sqrt|frac|text"
 _LETTER = rf"(?:[A-Z]{{2,4}}|[A-Za-z]|\\(?!(?:{_FUNCTIONS})(?![a-z]))[a-z]++)"
 _SUBSCRIPT = r"(?:_ ?(?:\{ ?\w{1,8} ?\}|\w))?"
-_ARGUMENTS = r"(?: ?\( ?-?[a-z\d]{1,4}(?: ?, ?-?[a-z\d]{1,4})* ?\))?"
+_ARGUMENTS = r"(?: ?\( ?-?[A-Za-z\d]{1,4}(?: ?, ?-?[A-Za-z\d]{1,4})* ?\))?"
 SYMBOL = rf"(?:{_LETTER}{_SUBSCRIPT}{_ARGUMENTS})"
 """What may name a value: x, x_1, f(2), AB, but no product of small letters."""
 _SEGMENT = r"\| ?[A-Z]{2} ?\||\\overline ?\{ ?[A-Z]{2} ?\}|m? ?\\angle ?[A-Z]{1,3}|\\text\{[A-Za-z ]{1,40}\}"

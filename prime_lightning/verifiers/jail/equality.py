@@ -54,7 +54,7 @@ def same_numbers(reference: Any, answer: Any, tolerance: float, _: int = 0) -> b
     if reference.free_symbols or answer.free_symbols:
         return False
     if sum(rounded) == 1 and not _finite(answer if rounded[0] else reference):
-        return _close(reference, answer, sympy.Rational(tolerance))
+        return _close(reference, answer, sympy.Rational(str(tolerance)))
     zero = (reference - answer).is_zero
     return _close(reference, answer, _AGREE) if zero is None else bool(zero)
 
@@ -69,7 +69,7 @@ def _finite(number: Any) -> bool:
 def _close(reference: Any, answer: Any, tolerance: Any) -> bool:
     try:
         left, right = (side.evalf(_DIGITS, maxn=2 * _DIGITS) for side in (reference, answer))
-        return bool(abs(left - right) <= tolerance * abs(left))
+        return bool(abs(left - right) <= tolerance * max(abs(left), abs(right)))
     except (TypeError, ValueError, ArithmeticError):
         return False
 
