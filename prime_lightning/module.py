@@ -390,6 +390,6 @@ class PrimeModule(LearningModule):
     def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
         """Take up that state."""
         self.gate.load_state_dict(state["gate"])
-        self.base_rate.load_state_dict(state["rate"])
-        self.seen_right = state["seen_right"]
+        self.base_rate.load_state_dict(state.get("rate", {"rate": None}))
+        self.seen_right = state.get("seen_right", 0.0)
         self.replay.load_state_dict(share(of_ranks, self.global_rank, self.trainer.world_size))
