@@ -280,8 +280,8 @@ class PrimeModule(LearningModule):
         super().setup(stage)
         datamodule = getattr(self.trainer, "datamodule", None)
         check_takes_weights(datamodule)
-        taught = self.names["prm"] is not None and self.reward.update != "none"
-        if stage == "fit" and taught and self.reward.learn_from == "all":
+        reads = self.reward.update != "none" or self.reward.process_only != "none"
+        if stage == "fit" and self.names["prm"] is not None and reads and self.reward.learn_from == "all":
             assert datamodule is not None
             datamodule.hand_on_rejected(self.reward.most_rejected)
 

@@ -109,6 +109,14 @@ def test_a_gate_that_closes_meanwhile_leaves_them_out(warm_model, tmp_path):
     assert len(history.outputs[2]["batch"]) == 16
 
 
+def test_a_prm_that_is_not_trained_can_rank_them_too(warm_model, sharp_folder, tmp_path):
+    reward = ProcessReward(beta=0.5, update="none", learn_from="all", process_only="all")
+    options = {"gate": alg.ProcessGate(**OPEN), "prm": str(sharp_folder)}
+    history, given_, _ = run(tmp_path, warm_model, 3, reward, **options)
+    assert not given_  # no update of the PRM
+    assert sum(row.get("train/process_only", 0) for row in history.rows) > 0
+
+
 def test_without_the_option_or_the_lessons_nothing_joins(warm_model, tmp_path):
     with pytest.raises(ValueError, match=r"`process_reward\.learn_from: all` with `process_only: all`, got accepted"):
         ProcessReward(process_only="all")
