@@ -13,6 +13,7 @@ true step errors, which only made-up tasks have.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import statistics
@@ -53,6 +54,7 @@ def main(args: Sequence[str]) -> None:
         tuned = settings["tuned"][task][method]
         for chosen in candidates(settings["grids"][method], tuned) if tuning else [tuned]:
             key = {"task": task, "method": method, "seed": seed, "chosen": chosen}
+            key["settings"] = digest(settings, task, method)
             if not any(key.items() <= cell.items() for cell in read(file)):
                 append(file, key | cell(settings, out, task, method, seed, chosen))
     cells = read(file)
@@ -68,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--settings", default=str(SETTINGS))
     made.add_argument("--out", default="runs/pays")
     return made
+
+
+def digest(settings: Mapping[str, Any], task: str, method: str) -> str:
+    """What a cell depends on besides its choices, in short; a cell of other settings is run anew."""
+    given = settings["tasks"][task], settings["methods"][method], settings["problems"], settings["window"]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:

@@ -71,6 +71,32 @@ def test_the_smallest_form_runs_and_goes_on_where_it_was_stopped(small, tmp_path
     assert file.read_text().splitlines() == again
 
 
+def test_tuning_runs_every_candidate_and_ranks_them(small, tmp_path, capsys):
+    settings = yaml.safe_load(small.read_text())
+    settings["grids"]["rloo"] = {"model.policy_optimizer.init_args.lr": [1e-3, 2e-3]}
+    few = tmp_path / "few.yaml"
+    few.write_text(yaml.safe_dump(settings))
+    words = ["--settings", str(few), "--out", str(tmp_path), "--task", "tiny", "--seeds", "0", "--method", "rloo"]
+    pays.main(["tune", *words])
+    cells = pays_summary.read(tmp_path / "tuning.jsonl")
+    assert [list(cell["chosen"].values()) for cell in cells] == [[1e-3], [2e-3]]
+    assert capsys.readouterr().out.count("| tiny | rloo |") == 2
+    pays.main(["summary", "--out", str(tmp_path)])  # of tuning nothing is reported
+    assert "tiny" not in capsys.readouterr().out
+    settings["problems"] = 8
+    few.write_text(yaml.safe_dump(settings))
+    pays.main(["tune", *words])  # cells of other settings are others
+    assert len(pays_summary.read(tmp_path / "tuning.jsonl")) == 4
+
+
+def test_the_best_candidate_stands_first():
+    cells = [made("rloo", s, *shares) | {"chosen": {"lr": lr}} for lr, s, shares in (
+        (1, 0, (0.1, 0.2, 0.6)), (1, 1, (0.1, 0.6)), (2, 0, (0.1, 0.6)), (2, 1, (0.6,)),
+    )]  # fmt: skip
+    lines = pays.ranking(cells, [0.5]).splitlines()[2:]
+    assert [line.split(" | ")[2:] for line in lines] == [['`{"lr": 2}`', "2", "15 |"], ['`{"lr": 1}`', "2", "25 |"]]
+
+
 @pytest.mark.parametrize("method", list(SETTINGS["methods"]))
 @pytest.mark.parametrize("task", list(SETTINGS["tasks"]))
 def test_all_settings_are_those_of_a_run(task, method, tmp_path):
