@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from prime_lightning.alarms import Alarms
 from prime_lightning.data import RolloutDataModule
+from prime_lightning.ending import last_lines
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import cpu_precision, precision_of
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
@@ -104,6 +105,11 @@ class PrimeCLI(LightningCLI):
         trainer = super().instantiate_trainer(**options)
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, PrimeProgress))  # type: ignore[attr-defined]
         return trainer
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        if self.trainer.is_global_zero:
+            print("\n".join(last_lines(self.trainer, self.command[0])), flush=True)
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user wrote: Lightning would overwrite it with the checkpoint's hyper-parameters, silently."""

@@ -53,8 +53,7 @@ def finished(model, rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         run = prime_lightning.train(model, rows, reward, folder=folder, **SMALL)
-    (command,) = [line for line in printed if "prime-lightning fit" in line]
-    return run, command
+    return run, next(line for line in printed if "prime-lightning fit" in line), printed
 
 
 def answers(folder):
@@ -63,7 +62,7 @@ def answers(folder):
 
 
 def test_a_reward_that_is_a_closure_grades_every_answer(finished, rows):
-    run, _ = finished
+    run, *_ = finished
     graded = answers(run.folder)
     assert len(graded) == 2 * 4 * 4
     assert all(score == any(c in "02468" for c in text) for _, text, score in graded)
@@ -71,7 +70,7 @@ def test_a_reward_that_is_a_closure_grades_every_answer(finished, rows):
 
 
 def test_the_command_that_is_printed_does_the_same(finished, tmp_path, monkeypatch):
-    run, command = finished
+    run, command, _ = finished
     dollar, path, program, *words = shlex.split(command)
     assert (dollar, path, program) == ("$", f"PYTHONPATH={run.folder}", "prime-lightning")
     monkeypatch.syspath_prepend(str(run.folder))
@@ -80,7 +79,7 @@ def test_the_command_that_is_printed_does_the_same(finished, tmp_path, monkeypat
 
 
 def test_a_run_has_its_models_and_numbers(finished):
-    run, _ = finished
+    run, *_ = finished
     assert list(run.metrics.index) == [0, 1]
     with (run.folder / "csv" / "version_0" / "metrics.csv").open() as file:
         assert "rollout/accuracy" in file.readline()
@@ -91,8 +90,20 @@ def test_a_run_has_its_models_and_numbers(finished):
     assert repr(run) == f"Run({str(run.folder)!r})"
 
 
+def test_the_last_lines_name_the_folders_and_the_next_commands(finished):
+    run, _, printed = finished
+    lines = printed[-1].splitlines()
+    assert lines[0] == f"Run: {run.folder}"
+    assert f"  policy: {run.policy}" in lines
+    assert f"    prime-lightning evaluate --model {run.policy} --benchmark math500" in lines
+    assert f"    prime-lightning score --prm.folder {run.prm} --input ROWS.jsonl --output scored.jsonl" in lines
+    assert f"    prime-lightning report {run.folder}" in lines
+    (resumed,) = [line for line in lines if "--ckpt_path" in line]
+    assert Path(shlex.split(resumed)[-1]).exists()
+
+
 def test_score_and_rerank_are_the_commands(finished):
-    run, _ = finished
+    run, *_ = finished
     row = {"prompt": "^1+6=", "response": "7;#7"}
     (scored,) = prime_lightning.score(run.prm, [row], detail="token")
     (alone,) = ImplicitPRM.from_pretrained(run.prm).score([row["prompt"]], [row["response"]])
@@ -105,7 +116,7 @@ def test_score_and_rerank_are_the_commands(finished):
 
 
 def test_evaluate_returns_what_the_command_writes(finished, tmp_path):
-    run, _ = finished
+    run, *_ = finished
     found = prime_lightning.evaluate(run.policy, "arithmetic", limit=4, out=tmp_path / "e", workers=1)
     assert found == json.loads((tmp_path / "e" / "results.json").read_text())["benchmarks"]
     assert 0 <= found["arithmetic"]["metrics"]["accuracy"] <= 1

@@ -69,7 +69,8 @@ FLOORS = [
     {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
     | {"prm", "prm.credit", "prm.train"},
-    {"cli", "plan", "layers"} | {"prm.score", "evaluation.callback"},
+    {"ending", "layers"} | {"prm.score", "evaluation.callback"},
+    {"cli", "plan"},
     {"quickstart", "plan.command", "doctor"}
     | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
     {"api"},
@@ -82,7 +83,7 @@ DOORS = {
     "peft": {"lora", "pretrained"},
     "plotly": {"report.page"},
     "jinja2": {"report.page"},
-    "rich": {"guests", "progress", "verifiers.*", "evaluation.command"},
+    "rich": {"guests", "progress", "verifiers.*", "evaluation.command", "prm.export"},
     "tqdm": {"guests"},
     "liger_kernel": {"fused", "kernels"},
     "cut_cross_entropy": {"fused"},
@@ -92,6 +93,7 @@ DOORS = {
     "lightning": {
         "checkpoint",
         "layers",
+        "ending",
         "stepping",
         "panel",
         "probe",

@@ -87,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
             for evaluation in todo:
                 evaluation.run(source, stack.enter_context(verifiers.answering(evaluation.answer)))
     sys.stdout.write(table({"model": options.model, "benchmarks": {e.benchmark.name: e.result for e in todo}}))
-    print(f"\nEverything: {out}")
+    print(f"\nEverything: {out}\n  answers and verdicts, one by one: {folder.samples(todo[0].benchmark.name)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`prime-lightning export`: a model of a run's checkpoint as a Hugging Face folder."""
+"""`prime-lightning export`: a model of a run's checkpoint as a Hugging Face folder, and on the hub if wanted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jsonargparse import ArgumentParser
+from rich.filesize import decimal
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,6 +34,9 @@ def parser() -> ArgumentParser:
         type=str | None,
         help="For the PRM: hub id or folder of its reference, where the run had none of its own.",
     )
+    made.add_argument("--push_to_hub", type=str | None, help="Upload the folder, too: `user/name` on the hub.")
+    made.add_argument("--public", action="store_true", help="Everybody may see it; by default it is private.")
+    made.add_argument("--dry_run", action="store_true", help="Say what would be uploaded, and do not.")
     return made
 
 
@@ -38,6 +44,8 @@ def main(args: list[str]) -> int:
     """Run the command."""
     options = parser().parse_args(args)
     claim(options.out)
+    if (options.public or options.dry_run) and options.push_to_hub is None:
+        raise ValueError("Expected --push_to_hub with --public or --dry_run, got none.")
     run = read_facts(options.ckpt)
     start = run["names"].get(options.role)
     if start is None:
@@ -52,7 +60,32 @@ def main(args: list[str]) -> int:
     write_model(options.out, start, weights, dtype=options.dtype)
     describe(options.out, options.role, run, options.reference)
     print(f"Wrote the {options.role} after {run['iterations']} iterations: {options.out}")
+    if options.push_to_hub is not None:
+        push(options.out, options.push_to_hub, public=options.public, dry_run=options.dry_run)
     return 0
+
+
+def push(folder: Path, name: str, *, public: bool, dry_run: bool) -> None:
+    """Upload a model's folder to the hub, as one commit; the repository is made if it is not there.
+
+    Raises:
+        ValueError: if the hub refuses it.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    size, who = sum(path.stat().st_size for path in files), "public" if public else "private"
+    what = f"{', '.join(path.name for path in files)} ({decimal(size)}) to {name} ({who})"
+    if dry_run:
+        print(f"Would upload {what}.")
+        return
+    try:
+        url = HfApi().create_repo(name, private=not public, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"{folder.name} by prime-lightning")
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"Expected a hub that takes {name!r}, got: {error}. Log in with `hf auth login`; the folder "
+            f"{str(folder)!r} is whole, and `hf upload` sends it again."
+        ) from None
+    print(f"Uploaded {what}: {url}")
 
 
 def _merged(start: str, lora: Lora, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
