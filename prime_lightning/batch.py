@@ -122,9 +122,9 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; to a GPU by way of pinned memory, without waiting for it."""
         moved = [f.name for f in fields(self) if f.type == "Tensor" and f.name not in LENGTHS]
-        tensors: dict[str, Any] = {name: getattr(self, name).to(device) for name in moved}
+        tensors: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in moved}
         return replace(self, **tensors, rejected=None if self.rejected is None else self.rejected.to(device))
 
     def select(self, rows: Tensor) -> Batch:
@@ -254,3 +254,10 @@ def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
                 [3, 0]])
     """
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device. The host may forget what it pinned: the allocator keeps it until the copy is done."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

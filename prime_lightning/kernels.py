@@ -27,14 +27,23 @@ def apply_kernels(model: PreTrainedModel, kernels: Kernels, *, gathers_weights: 
     Raises:
         ValueError: for kernels that cannot work here.
     """
+    check_kernels(kernels, gathers_weights=gathers_weights)
     if kernels == "liger":
         _liger(model)
     elif kernels == "compile":
-        if gathers_weights:
-            raise ValueError("Expected another strategy than ZeRO-3 with `loading.kernels: compile`; take fsdp2.yaml.")
         AttentionInterface.register(VARLEN, torch.compiler.disable(varlen))  # lengths would compile it again and again
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
+
+
+def check_kernels(kernels: Kernels, *, gathers_weights: bool) -> None:
+    """Refuse to compile what ZeRO-3's hooks interrupt.
+
+    Raises:
+        ValueError: if so.
+    """
+    if kernels == "compile" and gathers_weights:
+        raise ValueError("Expected another strategy than ZeRO-3 with `loading.kernels: compile`; take fsdp2.yaml.")
 
 
 def decoder_layers(model: PreTrainedModel) -> list[Any]:

@@ -7,6 +7,7 @@ another one, and send all gradients with every micro-batch. So models are treate
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -75,13 +76,13 @@ class Sharded(RoleStrategy, ParallelStrategy):
         """The whole weight as the optimizer has it, which may be in a higher precision."""
         return self.whole(parameter)
 
+    @abstractmethod
     def put(self, parameter: Tensor, whole: Tensor) -> None:
         """Set a weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Set the state of an optimizer."""
-        raise NotImplementedError
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder, each tensor by one rank.
@@ -154,9 +155,14 @@ def optimizer_state(state: dict[int, dict[str, Any]], groups: list[dict[str, Any
     return {"state": state, "param_groups": numbered}
 
 
-def own(value: Any) -> Any:
-    """A copy; parameters must not share a count of steps that each of them raises."""
-    return value.clone() if isinstance(value, Tensor) else value
+def own(value: Any, device: torch.device | None = None) -> Any:
+    """A copy, on a device if one is given; parameters must not share a count of steps that each of them raises."""
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def counts_on(group: dict[str, Any], parameter: Tensor) -> torch.device | None:
+    """Where an optimizer counts a parameter's steps: fused kernels read them beside it, others on the host (None)."""
+    return parameter.device if group.get("fused") or group.get("capturable") else None
 
 
 class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
@@ -235,10 +241,11 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
 
     def put_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Set the state of an optimizer."""
-        for i, parameter in enumerate(parameters(optimizer)):
-            values = {k: stored(v) for k, v in state["state"].get(i, {}).items()}
+        grouped = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        for i, (group, parameter) in enumerate(grouped):
+            values, place = {k: stored(v) for k, v in state["state"].get(i, {}).items()}, counts_on(group, parameter)
             optimizer.state[parameter] = {
-                k: _like(v, parameter) if getattr(v, "shape", None) == parameter.shape else own(v)
+                k: _like(v, parameter) if getattr(v, "shape", None) == parameter.shape else own(v, place)
                 for k, v in values.items()
             }
 

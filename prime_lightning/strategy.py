@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from prime_lightning.checkpoint import Stored, stored
-from prime_lightning.parallel import Sharded, average_gradients, optimizer_state, own
+from prime_lightning.parallel import Sharded, average_gradients, counts_on, optimizer_state, own
 from prime_lightning.placement import models_of, owners_of, replace_parameters, restore_buffers, settle
 from prime_lightning.stepping import parameters
 from prime_lightning.zero import Config, exact_sums, merged, stage_of
@@ -344,8 +344,9 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         known = next(iter(state["state"].values()))
         spread = {name for name, value in known.items() if isinstance(value, Stored) or getattr(value, "ndim", 0) > 0}
         for flat in _flats(optimizer):
+            place = counts_on(optimizer.param_groups[0], flat)
             optimizer.state[flat] = {
-                name: torch.zeros_like(flat, requires_grad=False) if name in spread else own(value)
+                name: torch.zeros_like(flat, requires_grad=False) if name in spread else own(value, place)
                 for name, value in known.items()
             }
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):

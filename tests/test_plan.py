@@ -262,6 +262,14 @@ def test_prompts_that_cannot_be_shared_are_refused_as_in_fit(seven_billion, caps
 
 
 @pytest.mark.usefixtures("_here")
+def test_compiled_layers_are_refused_under_zero3_as_in_fit(seven_billion, capsys):
+    words = ("--gpus", 8, "--model-config", seven_billion, "--model.loading.kernels", "compile")
+    assert plan(*words) == 2
+    assert "another strategy than ZeRO-3" in capsys.readouterr().err
+    assert plan(*words, "--config", "conf/strategy/fsdp2.yaml") != 2
+
+
+@pytest.mark.usefixtures("_here")
 def test_a_small_model_on_one_small_gpu(tmp_path, capsys):
     """Qwen2.5-0.5B has 494,032,768 parameters, tied embeddings once."""
     path = tmp_path / "config.json"

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from prime_lightning.engines.number_format import dtype_of
+from prime_lightning.kernels import check_kernels
 from prime_lightning.options import Loading, PolicyLoss, Replaying, Update, precision_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
@@ -99,8 +100,8 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         files: config.json by role; that of "" is for all roles.
 
     Raises:
-        ValueError: if a run would refuse the precision or a model, a configuration cannot be read, the number of
-            GPUs is not known, or the prompts of an iteration cannot be shared among them.
+        ValueError: if a run would refuse the precision, the kernels or a model, a configuration cannot be read, the
+            number of GPUs is not known, or the prompts of an iteration cannot be shared among them.
     """
     model, data, trainer = config.model, config.data, config.trainer
     loading = Loading(**model.loading.as_dict())
@@ -108,6 +109,7 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
     made = {role: read_config(name, files.get(role, files.get(""))) for role, name in named.items()}
     trained = tuple(r for r in TRAINED if r in named and not (r == "prm" and model.process_reward["update"] == "none"))
     sharding = sharding_of(trainer, _gpus(trainer) if gpus is None else gpus)
+    check_kernels(loading.kernels, gathers_weights=sharding.masters and sharding.stage == 3)
     if data.prompts_per_batch % sharding.gpus:
         raise ValueError(
             f"Expected `data.prompts_per_batch` to be divisible by the number of GPUs, got {data.prompts_per_batch} "
