@@ -186,7 +186,7 @@ class Bare:
     def draw(self, prompts: list[Prompt]) -> int:
         seeds = {prompt.draw: sample_seeds(self.sampling.seed, prompt.draw, 4) for prompt in prompts}
         requests = [(list(prompt.token_ids), seed) for prompt in prompts for seed in seeds[prompt.draw]]
-        return int(self._tell([requests, sampling_arguments(self.sampling, self.end_ids)]))
+        return int(self._tell([requests, sampling_arguments(self.sampling, self.end_ids, [])]))
 
     def _tell(self, what: Any) -> Any:
         assert self.process.stdin is not None

@@ -43,6 +43,8 @@ class Batch:
     """Version of the weights that sampled each token."""
     temperature: float = 1.0
     """Of the sampling; the policy's log-probs are taken at the same."""
+    masked: bool = False
+    """Whether ids without a token were left out of the distribution that was sampled from."""
     truncation: float = 0.0
     """Most nats by which the sampling raised a token's log-prob over the policy's, see `Sampling.truncation`."""
     rollouts: list[Rollout] = field(default_factory=list)
@@ -56,6 +58,11 @@ class Batch:
     def __len__(self) -> int:
         """Number of responses."""
         return len(self.outcome_B)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the distribution that was sampled from is the model's own, but for top-p and top-k."""
+        return self.temperature == 1.0 and not self.masked
 
     @property
     def groups(self) -> int:
@@ -79,6 +86,7 @@ class Batch:
         *,
         keep_truncated: bool = True,
         temperature: float = 1.0,
+        masked: bool = False,
         truncation: float = 0.0,
         metrics: Measures | None = None,
         rank: int = 0,
@@ -90,6 +98,7 @@ class Batch:
             groups: Rollouts of one prompt each.
             keep_truncated: Learn from responses that hit the token limit; otherwise they are masked out.
             temperature: Of the sampling.
+            masked: Whether the sampling had `mask_padding`.
             truncation: Of the sampling.
             metrics: Carried along.
             rank: Which rank this is; group i gets the number `i * world + rank`.
@@ -116,6 +125,7 @@ class Batch:
             behaviour_logprobs_BT=pad([r.completion.logprobs for r in rollouts], torch.float32),
             version_BT=pad([r.completion.versions for r in rollouts], torch.long),
             temperature=temperature or 1.0,
+            masked=masked,
             truncation=truncation,
             rollouts=rollouts,
             metrics=metrics or Measures(),

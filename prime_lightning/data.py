@@ -115,7 +115,8 @@ class RolloutDataModule(pl.LightningDataModule):
         """Load the tokenizer and start the engine."""
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model)
-            warn_of_padding(self.model, self.tokenizer)
+            if not self.sampling.mask_padding:
+                warn_of_padding(self.model, self.tokenizer)
             self._try_prompts(self.tokenizer)
             with plain_folder(self.model) as model:
                 self.engine.start(model)

@@ -30,9 +30,15 @@ Scores = tuple[Tensor, Tensor | None]
 
 
 def chosen_logprobs(
-    logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0, entropy: Entropy = "none"
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    entropy: Entropy = "none",
+    masked_V: Tensor | None = None,
 ) -> Scores:
     """Log-probability of each target and entropy of its distribution, both `[N]`, in nats and float32.
+
+    Ids of `masked_V` have the probability 0.
 
     Example:
         >>> logprobs, entropy = chosen_logprobs(torch.zeros(1, 4), torch.tensor([2]), entropy="measured")
@@ -42,6 +48,8 @@ def chosen_logprobs(
     logits_NV = logits_NV.float()
     if temperature != 1.0:
         logits_NV = logits_NV / temperature
+    if masked_V is not None:
+        logits_NV = logits_NV.masked_fill(masked_V, -torch.inf)
     normaliser_N = logits_NV.logsumexp(-1)
     logprobs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
     if entropy == "none":
@@ -49,7 +57,8 @@ def chosen_logprobs(
     if entropy == "likeliest":
         return logprobs_N, (logits_NV.amax(-1) - normaliser_N).detach()
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "trained"):
-        entropy_N = normaliser_N - (logits_NV.softmax(-1) * logits_NV).sum(-1)
+        finite_NV = logits_NV if masked_V is None else logits_NV.masked_fill(masked_V, 0.0)
+        entropy_N = normaliser_N - (logits_NV.softmax(-1) * finite_NV).sum(-1)
     return logprobs_N, entropy_N
 
 
@@ -70,6 +79,7 @@ def head_logprobs(
     dtype: torch.dtype | None = None,
     chunk_tokens: int = 4096,
     soft_cap: float | None = None,
+    masked_V: Tensor | None = None,
 ) -> Scores:
     """`chosen_logprobs` of a head's logits, of which one chunk at a time exists, or none.
 
@@ -79,13 +89,14 @@ def head_logprobs(
         targets_N: The token after each of them.
         temperature: Divides the logits.
         entropy: Whether it is computed, and has a gradient, or what else.
-        kind: How. A fused kernel knows no entropy and no temperature: in the place of a measured entropy it gives
+        kind: How. A fused kernel knows no entropy, temperature and mask: in the place of a measured entropy it gives
             `-log p` of the target, whose mean over sampled tokens estimates it; what it cannot do is done in chunks.
         dtype: Of the projection; None is that of the weights, or autocast's.
         chunk_tokens: Tokens projected at a time.
         soft_cap: `c` of `c * tanh(logits / c)`; None for none.
+        masked_V: True for ids that cannot be drawn; None for none.
     """
-    if kind in FUSED and entropy in ("none", "measured") and temperature == 1.0 and len(targets_N):
+    if kind in FUSED and entropy in ("none", "measured") and temperature == 1.0 and masked_V is None and len(targets_N):
         logprobs_N = fused_logprobs(kind, head, hidden_NH, targets_N, dtype, soft_cap)
         return logprobs_N, None if entropy == "none" else -logprobs_N.detach()
     project = head.project if dtype is None else projection(head, dtype)
@@ -96,7 +107,8 @@ def head_logprobs(
         if soft_cap is not None:
             logits_nV = soft_cap * torch.tanh(logits_nV / soft_cap)
         compiled = wanted and len(targets_n) > 1  # for 0 and 1 tokens it would be compiled once more
-        return (compiled_logprobs() if compiled else chosen_logprobs)(logits_nV, targets_n, temperature, entropy)
+        scores = compiled_logprobs() if compiled else chosen_logprobs
+        return scores(logits_nV, targets_n, temperature, entropy, masked_V)
 
     again = torch.is_grad_enabled() and hidden_NH.requires_grad
     run = functools.partial(checkpoint, chosen, use_reentrant=False) if again else chosen

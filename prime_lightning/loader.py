@@ -213,6 +213,7 @@ class TrainingLoader:
             groups,
             keep_truncated=self.options.accuracy_filter.truncated == "keep",
             temperature=self.options.sampling.temperature,
+            masked=self.options.sampling.mask_padding,
             truncation=self.options.sampling.truncation,
             rank=self.rank,
             world=self.world,

@@ -7,7 +7,7 @@ Shapes: B responses, L prompt and response tokens, T response tokens, N response
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,7 @@ class ScoringLM(ResponseModule):
         shared_prompts: Run a prompt once for all of its responses in a batch; for packed rows and `varlen`.
         head: How logits become log-probs, see `options.Loading`.
         head_dtype: Type that the vocabulary is projected onto in.
+        unused: Ids without a token, which `masked` leaves out.
 
     Raises:
         ValueError: for models whose head does more than a projection and a soft cap, or that cannot be
@@ -101,6 +102,7 @@ class ScoringLM(ResponseModule):
         shared_prompts: bool = False,
         head: Kind = "auto",
         head_dtype: str | None = None,
+        unused: Sequence[int] = (),
     ) -> None:
         super().__init__()
         config = causal_lm(model).config.get_text_config()
@@ -116,6 +118,10 @@ class ScoringLM(ResponseModule):
         self.chunk_tokens = chunk_tokens
         self.packed, self.shared_prompts = packed, shared_prompts
         self.kind, self.dtype = head, getattr(torch, head_dtype) if head_dtype else None
+        rows = torch.arange(causal_lm(model).config.get_text_config().vocab_size)
+        unused_V = torch.isin(rows, torch.tensor(unused)) if len(unused) else None
+        self.unused_V: Tensor | None
+        self.register_buffer("unused_V", unused_V, persistent=False)
         open_head(causal_lm(model).get_output_embeddings(), self.kind, self.dtype)
 
     def forward(
@@ -125,6 +131,7 @@ class ScoringLM(ResponseModule):
         response_length_B: Tensor,
         temperature: float = 1.0,
         entropy: Entropy = "none",
+        masked: bool = False,
     ) -> Scores:
         """Log-prob of each response token and entropy at its place.
 
@@ -134,21 +141,24 @@ class ScoringLM(ResponseModule):
             response_length_B: Tokens of each response.
             temperature: Divides the logits.
             entropy: Whether it is computed, and has a gradient; or the log-prob of the likeliest token instead.
+            masked: Whether ids without a token have the probability 0.
 
         Returns:
             Two tensors `[B, T]`, T the longest response, zero behind each response; None in the place of the second
             where `entropy` is "none".
         """
         hidden_NH, targets_N, laid_out = self.before_responses(tokens_BL, prompt_length_B, response_length_B)
-        logprobs_N, entropy_N = self.head_scores(hidden_NH, targets_N, temperature, entropy)
+        logprobs_N, entropy_N = self.head_scores(hidden_NH, targets_N, temperature, entropy, masked)
         return laid_out(logprobs_N), None if entropy_N is None else laid_out(entropy_N)
 
-    def head_scores(self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: Entropy) -> Scores:
+    def head_scores(
+        self, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy: Entropy, masked: bool = False
+    ) -> Scores:
         """Log-probs and entropies `[N]` from last hidden states, in one call of the vocabulary head."""
         lm = causal_lm(self.model)
         cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
         how: dict[str, Any] = {"kind": self.kind, "dtype": self.dtype, "chunk_tokens": self.chunk_tokens}
-        within = partial(head_logprobs, soft_cap=cap, **how)
+        within = partial(head_logprobs, soft_cap=cap, masked_V=self.unused_V if masked else None, **how)
         return lm.get_output_embeddings()(hidden_NH, targets_N, temperature, entropy, within=within)  # type: ignore
 
 
@@ -180,6 +190,7 @@ class ValueLM(ResponseModule):
         response_length_B: Tensor,
         temperature: float = 1.0,
         entropy: Entropy = "none",
+        masked: bool = False,
     ) -> Scores:
         """Values `[B, T]` before each response token is sampled, zero behind each response; called like `ScoringLM`."""
         hidden_NH, _, laid_out = self.before_responses(tokens_BL, prompt_length_B, response_length_B)

@@ -24,7 +24,7 @@ from prime_lightning.learning import LearningModule
 from prime_lightning.logprobs import ValueLM
 from prime_lightning.lora import WithoutAdapters
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, Probe, ProcessReward, Update
-from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
+from prime_lightning.pretrained import check_same_vocabulary, embedding_rows, ids_without_token, load_tokenizer
 from prime_lightning.probe import check_greedy
 from prime_lightning.replay import Replay, share
 from prime_lightning.scoring import load_scoring
@@ -151,7 +151,7 @@ class PrimeModule(LearningModule):
         if not self.judge_prm(batch, reward_BT):
             return None
         if self.reward.against == "policy":
-            known = proximal_BT if batch.temperature == 1.0 else None
+            known = proximal_BT if batch.plain else None
             policy_BT = self.score(self.policy, batch) if known is None else known
             reward_BT = alg.process_reward(prm_BT, policy_BT, batch.mask_BT, beta=self.reward.beta)
         reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
@@ -213,7 +213,7 @@ class PrimeModule(LearningModule):
         weight_BT = None if proximal_BT is None else self.measure_policy(batch, proximal_BT, anchor_BT, cap)
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
-            policy_bt, entropy_bt = self.logprobs(self.policy, micro, batch.temperature, options.entropy)
+            policy_bt, entropy_bt = self.logprobs(self.policy, micro, options.entropy, as_sampled=True)
             assert entropy_bt is not None
             t = micro.mask_BT.shape[1]
             proximal_bt, anchor_bt, weight_bt = (
@@ -268,7 +268,8 @@ class PrimeModule(LearningModule):
         if "step" not in (self.reward.granularity, self.weights.process_per):
             return None
         if self._step_ends is None:
-            words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+            rows = embedding_rows(str(self.names["policy"])) or len(self.tokenizer)  # with ids that have no token
+            words = self.tokenizer.batch_decode([[i] for i in range(rows)])
             self._step_ends = torch.tensor([self.reward.step_separator in word for word in words])
         ends_BT = self._step_ends.to(self.device)[batch.response_tokens()]
         return ends_BT.long().cumsum(1) - ends_BT.long()
@@ -343,6 +344,8 @@ class PrimeModule(LearningModule):
 
         def load(role: str, **options: Any) -> Any:
             name, lora = self.names[role], self.adapters.get(role)
+            if name and role in ("policy", "reference"):  # the roles that are scored as the engine samples
+                options["unused"] = ids_without_token(name, self.tokenizer)
             return name and load_scoring(name, self.loading, self.devices, lora=lora, seed=self.seed, **options)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))

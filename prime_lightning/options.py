@@ -79,8 +79,8 @@ class Loading:
     head: Kind = "auto"
     """How logits become log-probs: `plain`, `compile` (the same by torch.compile), `auto` (`compile` on CUDA, `plain`
     elsewhere), or a fused kernel that never has all logits: `liger`, `cce` (extra `fused`, CUDA only). These estimate
-    `policy/entropy` by `-log p` of the sampled tokens; an entropy bonus or a temperature other than 1 is computed as by
-    `plain`."""
+    `policy/entropy` by `-log p` of the sampled tokens; an entropy bonus, `sampling.mask_padding` or a temperature other
+    than 1 is computed as by `plain`."""
     head_dtype: Literal["float32"] | None = None
     """Type of the projection onto the vocabulary; null takes that of the weights, or `bf16-mixed`'s."""
 

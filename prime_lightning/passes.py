@@ -35,29 +35,29 @@ class PassesModule(SteppingModule):
         """
         engine, due = self.loss.proximal == "engine", self.comparison_is_due(batch)
         relative = self.reference is None or self.reward.against == "policy"
-        as_reference = self.prm is not None and relative and batch.temperature == 1.0
+        as_reference = self.prm is not None and relative and batch.plain
         policy_BT = None
         if due or not (engine or self.loss.in_one_pass(self.updates["policy"], as_reference)):
-            policy_BT = self.score(self.policy, batch, batch.temperature)
+            policy_BT = self.score(self.policy, batch, as_sampled=True)
         if due and policy_BT is not None:
             self.compare_with_engine(batch, policy_BT)
         return batch.behaviour_logprobs_BT if engine else policy_BT
 
     def reference_logprobs(self, batch: Batch, proximal_BT: Tensor | None) -> Tensor | None:
-        """`log pi_ref`: of the frozen reference, or of the policy that sampled; always at temperature 1.
+        """`log pi_ref`: of the frozen reference, or of the policy that sampled; at temperature 1 and without a mask.
 
         None where there is neither PRM nor reference, for nothing reads it then.
         """
         if self.reference is not None:
             return self.score(self.reference, batch)
-        if self.prm is None or (batch.temperature == 1.0 and proximal_BT is not None):
+        if self.prm is None or (batch.plain and proximal_BT is not None):
             return proximal_BT
         return self.score(self.policy, batch)
 
     def anchor_logprobs(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
-        """`log pi_ref` at the temperature of the sampling, at which the policy is, too: what its KL is taken to."""
-        at_one = self.reference is None or batch.temperature == 1.0
-        return reference_BT if at_one else self.score(self.reference, batch, batch.temperature)
+        """`log pi_ref` at temperature and mask of the sampling, as the policy is: what its KL is taken to."""
+        same = self.reference is None or batch.plain
+        return reference_BT if same else self.score(self.reference, batch, as_sampled=True)
 
     def comparison_is_due(self, batch: Batch) -> bool:
         """Whether engine and policy were not compared yet, and a batch can tell: if all of it is on-policy."""

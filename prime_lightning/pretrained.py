@@ -118,12 +118,19 @@ def ids_without_token(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
 
 
+def ids_with_token(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The other ids of the model, where `ids_without_token` finds any; else none."""
+    unused = set(ids_without_token(name, tokenizer))
+    return [i for i in range(embedding_rows(name) or 0) if i not in unused] if unused else []
+
+
 def warn_of_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say how many ids without a token the model could draw."""
     if unused := ids_without_token(name, tokenizer):
         warnings.warn(
             f"{len(unused)} of the {embedding_rows(name)} ids of {name!r} have no token (from {unused[0]} on). A model "
-            "that was trained with them hardly draws them; ids of completions that decode to nothing are of these.",
+            "that was trained with them hardly draws them; ids of completions that decode to nothing are of these. "
+            "`mask_padding: true` (`data.sampling`, `evaluate --mask_padding`) keeps them from being drawn.",
             stacklevel=2,
         )
 

@@ -60,6 +60,9 @@ class Sampling:
     """Smallest set of tokens whose probability reaches this; 1 is off."""
     top_k: int = 0
     """Only this many most likely tokens; 0 is off."""
+    mask_padding: bool = False
+    """Never draw an id without a token, of which a padded embedding has some; what is left is made to sum to 1. The
+    trainer's policy does the same."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, besides the tokenizer's end token. They stay in the completion."""
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prime_lightning.kernels import apply_kernels
@@ -20,6 +21,7 @@ def load_scoring(
     lora: Lora | None = None,
     seed: int = 0,
     kind: type[ScoringLM] | type[ValueLM] = ScoringLM,
+    unused: Sequence[int] = (),
 ) -> Any:
     """Load a model and spread it over the devices, as its strategy does with each model.
 
@@ -30,10 +32,11 @@ def load_scoring(
         lora: Adapters to train instead of its weights.
         seed: Of fresh adapters.
         kind: `ScoringLM`, or `ValueLM` for a critic.
+        unused: Ids without a token, for the distribution that was sampled from.
     """
     lm = load_causal_lm(name, dtype=loading.dtype, attention=loading.attention)
     apply_kernels(lm, loading.kernels, gathers_weights=getattr(devices, "zero_stage_3", False))
     if loading.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     adapted: Any = with_adapters(lm, lora, seed)
-    return devices.place(kind(adapted, **loading.scoring))
+    return devices.place(kind(adapted, unused=unused, **loading.scoring))

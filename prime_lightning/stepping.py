@@ -152,14 +152,18 @@ class SteppingModule(pl.LightningModule):
         self.log("time/evaluation", time.perf_counter() - self._evaluating, reduce_fx="max", sync_dist=True)
 
     def logprobs(
-        self, model: nn.Module | None, batch: Batch, temperature: float = 1.0, entropy: Entropy = "none"
+        self, model: nn.Module | None, batch: Batch, entropy: Entropy = "none", *, as_sampled: bool = False
     ) -> Scores:
-        """Log-probs (or values) of each response token, `[b, t]`, and their entropy where it is asked for."""
+        """Log-probs (or values) of each response token, `[b, t]`, and their entropy where it is asked for.
+
+        As the engine sampled, at its temperature and under its mask, or of the model's own distribution.
+        """
         assert model is not None
-        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, temperature, entropy)  # type: ignore
+        law = (batch.temperature, entropy, batch.masked) if as_sampled else (1.0, entropy, False)
+        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, *law)  # type: ignore
 
     @torch.no_grad()
-    def score(self, model: nn.Module | None, batch: Batch, temperature: float = 1.0) -> Tensor:
+    def score(self, model: nn.Module | None, batch: Batch, *, as_sampled: bool = False) -> Tensor:
         """Log-probs (or values) of all response tokens, `[B, T]`, in micro-batches without gradient."""
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         everything = torch.arange(len(batch))
@@ -168,7 +172,7 @@ class SteppingModule(pl.LightningModule):
                 if rows is None:
                     self.logprobs(model, batch.nothing())
                 else:
-                    scored_bt, _ = self.logprobs(model, batch.select(rows), temperature)
+                    scored_bt, _ = self.logprobs(model, batch.select(rows), as_sampled=as_sampled)
                     out_BT[self.placed(rows), : scored_bt.shape[1]] = scored_bt
         return out_BT
 

@@ -75,6 +75,11 @@ def test_compiled_scores_are_the_plain_ones():
         assert found[1] is None or found[1].requires_grad == expected[1].requires_grad
         by = [gradients(model, scores.sum()) for scores, _ in (expected, found)]
         assert_close(by[1], by[0], rtol=1e-4, atol=1e-5)
+    masked = [
+        ScoringLM(model, head=kind, unused=[0, 28])(*batch(), 0.7, "trained", True) for kind in ("plain", "compile")
+    ]
+    assert bool(masked[0][0].isinf().any())  # the text has a 0
+    assert_close(masked[1], masked[0], rtol=1e-5, atol=1e-5)
 
 
 # ---- fused kernels
@@ -167,6 +172,15 @@ def test_what_a_fused_kernel_cannot_do_is_done_in_chunks(kind, temperature, entr
     expected, found = (scored(model, None, temperature, entropy, head=head) for head in ("plain", kind))
     assert kernels[kind] == []
     assert_close(found, expected, rtol=0, atol=0)
+
+
+@each
+def test_a_mask_is_applied_in_chunks_where_a_fused_kernel_knows_none(kind, kernels):
+    model, unused = tiny_lm(), [7, 28]
+    expected, found = (ScoringLM(model, head=head, unused=unused)(*batch(), masked=True) for head in ("plain", kind))
+    assert kernels[kind] == []
+    assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(found[0], scored(model)[0])
 
 
 @each

@@ -23,7 +23,7 @@ from prime_lightning.engines import Kept
 from prime_lightning.engines.hf_cache import grown_cache
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.pretrained import ids_without_token, load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 BLOCK = 256  # tokens whose probabilities are summed at once
@@ -62,6 +62,7 @@ class HFEngine:
         self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)  # type: ignore[arg-type]
         self.model.eval().requires_grad_(False)
         warn_of_float32(self.dtype, self.device.type == "cuda", self.model.num_parameters())
+        self.unused = torch.tensor(ids_without_token(model, self.tokenizer), dtype=torch.long, device=self.device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.version, self._hollow = -1, False
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
@@ -129,6 +130,8 @@ class HFEngine:
         slots = np.array([i * sampling.samples + k for i, k in groups.missing()])
         logits_RV, cache, mask_RL = self._prefill(prompts, slots // sampling.samples)
         for step in range(sampling.max_tokens):
+            if sampling.mask_padding:
+                logits_RV.index_fill_(1, self.unused, -torch.inf)
             tokens_R, logprobs_R = draw(logits_RV, sampling, uniform(rows.keys[slots], step))
             finished = self._record(rows, slots, tokens_R, logprobs_R, sampling)
             for row in finished:

@@ -32,7 +32,7 @@ from prime_lightning.engines.server_fleet import Fleet, Server
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Request, Work, sampling_arguments
 from prime_lightning.host_group import of_all_ranks
-from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.pretrained import ids_with_token, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 PIECE = 32  # tokens a message; the last message comes at once
@@ -108,6 +108,7 @@ class ServerEngine:
         self.close()
         self.tokenizer = load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
+        self.token_ids = ids_with_token(model, self.tokenizer)
         dtype = self.dtype
         for server in self.servers:
             server.introduce(self.served_model, self.tokenizer, dtype, self.transfer, self.start_timeout)
@@ -231,7 +232,7 @@ class ServerEngine:
                 raise ServerDownError(f"{server.client.url} aborted a sample for no reason of ours")
 
     def _body(self, prompt: Prompt, sampling: Sampling, tokens: list[int], seed: int | None) -> dict[str, Any]:
-        arguments = sampling_arguments(sampling, self.end_ids)
+        arguments = sampling_arguments(sampling, self.end_ids, self.token_ids)
         arguments["max_tokens"] = sampling.max_tokens - len(tokens)
         return {
             **arguments,

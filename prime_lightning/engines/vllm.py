@@ -30,7 +30,7 @@ from prime_lightning.engines.vllm_errors import MISSING, explain, may_pass
 from prime_lightning.engines.vllm_process import Channel, EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weight_transfer import HostSender, WeightCopy
 from prime_lightning.engines.work import Work, sampling_arguments
-from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.pretrained import ids_with_token, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 
@@ -265,7 +265,7 @@ class VLLMEngine:
         requests = work.take(2 * self.max_sequences)
         if requests:
             plain = [(request.name, list(work.prompts[request.prompt].token_ids), request.seed) for request in requests]
-            process.send("add", plain, sampling_arguments(work.sampling, self.end_ids))
+            process.send("add", plain, sampling_arguments(work.sampling, self.end_ids, self.token_ids))
 
     def _take(self, process: Channel, work: Work) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Wait for a finished sample; yield its group if it was the last."""
@@ -326,6 +326,7 @@ class VLLMEngine:
             check_devices(self._devices())
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
+        self.token_ids = ids_with_token(model, self.tokenizer)
         self._hollow = self.args.get("load_format") == "dummy"
 
     def _spawn(self) -> EngineProcess:

@@ -97,14 +97,21 @@ class Work:
         return sample_seeds(self.sampling.seed, self.prompts[i].draw, self.sampling.samples)[k]
 
 
-def sampling_arguments(sampling: Sampling, end_ids: list[int]) -> dict[str, object]:
-    """The sampling numbers by vLLM's names, without what differs from sample to sample."""
+def sampling_arguments(sampling: Sampling, end_ids: list[int], token_ids: list[int]) -> dict[str, object]:
+    """The sampling numbers by vLLM's names, without what differs from sample to sample.
+
+    Args:
+        sampling: The numbers.
+        end_ids: What ends a completion.
+        token_ids: All ids that have a token, where others have none; else empty.
+    """
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": end_ids,
+        **({"allowed_token_ids": token_ids} if sampling.mask_padding and token_ids else {}),
         **(
             {"stop": list(sampling.stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
             if sampling.stop

@@ -20,6 +20,7 @@ from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, sampled
 from prime_lightning.host_group import of_all_ranks
 from prime_lightning.prompts import Prompts
+from prime_lightning.rollout import Sampling
 from prime_lightning.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
@@ -96,7 +97,7 @@ class Benchmarks(Callback):
         """Forget results that a resumed run will get again, take up the last one, and evaluate before training."""
         for benchmark, prompts in self.loaded:  # before it is their turn
             source = trainer.datamodule.source(prompts)  # type: ignore[attr-defined]
-            source.longest_prompt(benchmark.sampled(max_tokens=self.max_tokens))
+            source.longest_prompt(self._sampling(trainer, benchmark))
         self._done = self._resume(trainer)
         if self.before and trainer.global_step == 0:
             self._run(trainer, pl_module)
@@ -139,11 +140,16 @@ class Benchmarks(Callback):
             for benchmark, prompts in self.loaded:
                 self._evaluate(trainer, pl_module, benchmark, prompts)
 
+    def _sampling(self, trainer: pl.Trainer, benchmark: Benchmark) -> Sampling:
+        """The benchmark's, with the mask that training has."""
+        masked = trainer.datamodule.sampling.mask_padding  # type: ignore[attr-defined]
+        return benchmark.sampled(max_tokens=self.max_tokens, mask_padding=masked or None)
+
     def _evaluate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, benchmark: Benchmark, prompts: Prompts
     ) -> None:
         begun, data = time.perf_counter(), trainer.datamodule  # type: ignore[attr-defined]
-        sampling = benchmark.sampled(max_tokens=self.max_tokens)
+        sampling = self._sampling(trainer, benchmark)
         place = benchmark.place(self.template)
         if place not in self.graders:
             self.graders[place] = data.verifiers.answering(place)

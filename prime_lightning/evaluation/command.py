@@ -60,6 +60,7 @@ def parser() -> ArgumentParser:
     for name in ("temperature", "top_p"):
         made.add_argument(f"--{name}", type=float, help="Instead of the benchmark's own.")
     made.add_argument("--math.answer", type=str, help="boxed, final or anywhere, instead of the benchmark's own.")
+    made.add_argument("--mask_padding", type=bool | None, help="Never draw ids without a token.")
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes that grade.")
     made.add_argument("--allow-unsafe-sandbox", action="store_true", help="Run programs without a sandbox that holds.")
     return made
@@ -115,7 +116,7 @@ class Evaluation:
         )
         self.answer = MathOptions(answer=options.math.answer or self.benchmark.place(options.template)).answer
         self.problems = self.benchmark.size(self.prompts, options.limit)
-        changed = ("samples", "max_tokens", "top_k", "seed", "temperature", "top_p")
+        changed = ("samples", "max_tokens", "top_k", "seed", "temperature", "top_p", "mask_padding")
         self.sampling: Sampling = self.benchmark.sampled(**{key: options[key] for key in changed})
         self.given: dict[int, Any] = {}
         if options.completions is not None:
@@ -146,7 +147,7 @@ class Evaluation:
             "template": {"name": name, **template},
             "chat": self.options.chat,
             **({"chat_template_kwargs": variables} if variables else {}),
-            "sampling": asdict(self.sampling),
+            "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "mask_padding" or value},
             "engine": f"{engine.__module__}.{engine.__qualname__}",
         }
 
@@ -192,7 +193,8 @@ def engine_of(options: Namespace, todo: Sequence[Evaluation], verifiers: Verifie
         yield None
         return
     tokenizer = load_tokenizer(options.model)
-    warn_of_padding(options.model, tokenizer)
+    if not all(evaluation.sampling.mask_padding for evaluation in todo):
+        warn_of_padding(options.model, tokenizer)
     for evaluation in todo:
         evaluation.prompts.prompt(0, tokenizer)  # template and chat template must agree, before the model is loaded
     for line in announced(options.engine, todo):

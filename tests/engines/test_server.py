@@ -309,6 +309,7 @@ def test_a_server_dies_and_comes_back_with_the_present_weights(engine, model, se
         time.sleep(0.5)
     alone = ServerEngine([servings[0].url])
     alone.servers, alone.tokenizer, alone.end_ids = engine.servers[:1], engine.tokenizer, engine.end_ids
+    alone.token_ids = engine.token_ids
     alone.context, alone.version = engine.context, engine.version
     assert collect(alone, prompts, GREEDY) == before
     assert ServerClient(servings[0].url).get("/weight_info")["weight_version"] == "6"
