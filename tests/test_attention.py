@@ -14,13 +14,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import CLASSES, tiny_lm
-from transformers import AttentionInterface, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import AttentionInterface
 
 from prime_lightning import attention
 from prime_lightning.logprobs import ScoringLM, ValueLM
 from prime_lightning.options import Loading
 from prime_lightning.packing import Sequences, pack
-from prime_lightning.plan.shape import shape_of
 
 WINDOWED = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {
@@ -339,56 +338,6 @@ def test_flash_attention_by_name_gets_its_lengths_once(monkeypatch):
         assert call["cu_seq_lens_q"] is calls[0]["cu_seq_lens_q"]
         assert call["max_length_q"] == call["max_length_k"] == 7
         assert type(call["max_length_q"]) is int
-
-
-# ---- what it cannot do
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "reason"),
-    [
-        ("gemma2", {}, "Gemma2ForCausalLM, which has soft caps"),
-        ("gemma3", {"use_bidirectional_attention": True}, "attention in both directions"),
-    ],
-)
-def test_models_that_need_more_are_refused(name, options, reason):
-    model = tiny_lm(name, **options)
-    with pytest.raises(ValueError, match=rf"`attention: varlen`, got .*{reason}"):
-        attention.check_attention(model, "varlen")
-    with pytest.raises(ValueError, match=rf"`attention: varlen`, got .*{reason}"):
-        shape_of(model.config, "varlen")
-
-
-def test_a_soft_cap_is_not_left_out_by_sdpa():
-    model = tiny_lm("gemma2", attn_logit_softcapping=1.0)
-    with pytest.raises(ValueError, match="`attention: sdpa`, got Gemma2ForCausalLM, which has soft caps"):
-        attention.check_attention(model, "sdpa")
-    attention.check_attention(model, "eager")
-
-
-def test_recurrent_layers_are_refused():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "vocab_size": 29, "num_experts": 2}
-    config = Qwen3NextConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts_per_tok=1)
-    with torch.device("meta"):
-        model = Qwen3NextForCausalLM(config)
-    with pytest.raises(ValueError, match="layers of the kinds linear_attention and a recurrent state"):
-        attention.check_attention(model, "varlen")
-    with pytest.raises(ValueError, match=r"got Qwen3NextForCausalLM, in which responses would run into one another"):
-        ScoringLM(model, packed=True)
-
-
-@pytest.mark.parametrize("more", [{"softcap": 5.0}, {"s_aux": torch.ones(1)}, {"is_causal": False}, {"dropout": 0.1}])
-def test_a_layer_that_asks_for_more_is_refused(more):
-    x = torch.ones(1, 1, 2, 8)
-    with pytest.raises(ValueError, match="Expected causal softmax attention"):
-        attention.varlen(torch.nn.Identity(), x, x, x, None, sequences=Sequences.of((2,)), **more)
-
-
-def test_padded_rows_are_refused():
-    with pytest.raises(ValueError, match="packed: true"):
-        Loading(attention="varlen")
-    with pytest.raises(ValueError, match="Expected packed rows for the attention `varlen`"):
-        ScoringLM(tiny_lm(attention="varlen"))(*batch())
 
 
 def test_packing_is_the_rows_one_behind_another():

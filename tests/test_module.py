@@ -11,11 +11,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prime_lightning import algorithms as alg
-from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.batch import Batch
 from prime_lightning.options import Credit, Loading, PolicyLoss, Probe, ProcessReward, Replaying, Update
 from prime_lightning.pretrained import load_tokenizer
-from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
+from prime_lightning.rollout import Sampling, Verdict
 from prime_lightning.verifiers import Verifiers
 
 
@@ -346,37 +344,6 @@ def test_temperature_of_the_sampling_is_the_policys(warm_model, tmp_path):
     assert max(row["importance/abs_diff_max"] for row in history.rows) < 1e-4
 
 
-def test_kl_needs_a_reference(warm_model):
-    with pytest.raises(ValueError, match="Expected a `reference` model for the KL penalty"):
-        tiny.module(warm_model, policy_loss=PolicyLoss(kl="loss"))
-
-
-def test_a_group_of_one_is_refused(warm_model, tmp_path):
-    rollouts = tiny.data(
-        warm_model,
-        sampling=Sampling(samples=1, max_tokens=8),
-        accuracy_filter=AccuracyFilter(low=0, high=1, min_valid=1),
-    )
-    with pytest.raises(ValueError, match=r"sampling\.samples"):
-        tiny.fit(tmp_path, tiny.module(warm_model), rollouts, 1)
-
-
-def test_more_minibatches_than_prompts_is_refused(warm_model, tmp_path):
-    prime = tiny.module(warm_model, policy_update=Update(minibatches=5))
-    with pytest.raises(ValueError, match="at least one prompt for each of 5 minibatches, got 4"):
-        tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
-
-
-def test_models_with_other_tokenizers_are_refused(warm_model, tmp_path):
-    other = tiny.write_model(tmp_path / "other", hidden_size=32)
-    tokenizer = load_tokenizer(str(other))
-    tokenizer.add_tokens(["!"])
-    tokenizer.save_pretrained(other)
-    prime = tiny.module(warm_model, prm=str(other))
-    with pytest.raises(ValueError, match="Expected the prm to have the policy's tokenizer"):
-        prime.configure_model()
-
-
 def test_dropout_is_off(tmp_path, warm_model):
     """GPT-2 has dropout of 0.1 everywhere; engine and trainer must still agree on each log-prob."""
     tokenizer = load_tokenizer(str(warm_model))
@@ -404,40 +371,6 @@ def test_an_engine_with_other_weights_stops_the_run(sharp_folder, warm_model, tm
     prime = tiny.module(warm_model, probe=Probe(every=None))
     with pytest.raises(ValueError, match=r"got a mean difference of \d.* nats a token"):
         tiny.fit(tmp_path, prime, tiny.data(warm_model, engine=Stale()), 1)
-
-
-class Mute(tiny.HFEngine):
-    """Says nothing at all, in some of its samples."""
-
-    def stream(self, prompts, sampling, kept=None):
-        for prompt, completions in super().stream(prompts, sampling, kept):
-            nothing = Completion(text="", token_ids=[], logprobs=[], finish=Finish.STOP, versions=[])
-            yield prompt, [nothing, nothing, *completions[2:]][: len(completions)]
-
-
-@pytest.mark.parametrize("micro_tokens", [1, 512])
-@pytest.mark.parametrize("packed", [False, True])
-def test_empty_completions_are_responses_without_tokens(model_folder, tmp_path, micro_tokens, packed):
-    update = Update(minibatches=2, micro_tokens=micro_tokens, grad_clip=10.0)
-    rollouts = tiny.data(model_folder, engine=Mute(batch_size=32), oversample=2.0, surplus="keep")
-    rollouts.verifiers.submit = tiny.parity
-    options = {"policy_update": update, "prm_update": update, "loading": Loading(packed=packed)}
-    history = tiny.fit(tmp_path, tiny.module(model_folder, reference=model_folder, **options), rollouts, 3)
-    out = history.outputs[0]
-    empty_B = out["batch"].response_length_B == 0
-    assert int(empty_B.sum()) == 8
-    assert not out["batch"].mask_BT[empty_B].any()
-    assert out["advantage_BT"].isfinite().all()
-    assert history.rows[0]["policy/grad_norm"] > 0
-
-
-def test_a_batch_of_empty_completions_alone_is_a_batch():
-    done = Completion(text="", token_ids=[], logprobs=[], finish=Finish.STOP, versions=[])
-    prompt = Prompt(draw=0, token_ids=(1, 2), text="", kind="exact")
-    group = [Rollout(prompt=prompt, completion=done, verdict=Verdict.of_score(x)) for x in (0.0, 1.0)]
-    batch = Batch.of_groups([group])
-    assert batch.mask_BT.shape == (2, 0)
-    assert batch.response_tokens().shape == (2, 0)
 
 
 def test_minibatches_without_a_term_do_not_step(model_folder, tmp_path):
