@@ -218,9 +218,9 @@ def watched_entropy(prime, value):
     """Which entropy each pass asks for, by its phase; the policy's is multiplied by this value."""
     asked, logprobs = Counter(), prime.logprobs
 
-    def asking(model, batch, temperature=1.0, entropy="none"):
+    def asking(model, batch, entropy="none", *, as_sampled=False):
         asked[prime.doing, entropy] += 1
-        scores, entropy_bt = logprobs(model, batch, temperature, entropy)
+        scores, entropy_bt = logprobs(model, batch, entropy, as_sampled=as_sampled)
         return scores, None if entropy_bt is None else value * entropy_bt
 
     prime.logprobs = asking

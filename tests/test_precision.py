@@ -99,8 +99,8 @@ def test_what_is_summed_and_learnt_from_stays_float32(way, warm_model, tmp_path)
     prime = tiny.module(warm_model, loading=Loading(dtype="float32" if mixed else "bfloat16"))
     scored, inner = [], prime.score
 
-    def score(*args):
-        scored.append(inner(*args))
+    def score(*args, **options):
+        scored.append(inner(*args, **options))
         return scored[-1]
 
     prime.score = score

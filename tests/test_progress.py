@@ -103,8 +103,7 @@ def test_a_log_file_is_never_silent_for_long(model_folder, tmp_path, capsys, mon
     monkeypatch.setattr(heartbeat, "SECONDS", 0.05)
     run(tmp_path, model_folder, 2, validate=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"iteration \d/2: ", line)]
-    assert {line.split(": ")[0] for line in lines} >= {"iteration 1/2"}
-    assert any(re.search(r": (training|scoring)", line) for line in lines)
+    assert any(re.search(r": (sampling|verifying|scoring|training|sending)", line) for line in lines)
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 

@@ -148,10 +148,10 @@ def training(name: str) -> Callable[[Path, argparse.Namespace], Part]:
 
 
 def engine(cuda: bool) -> dict[str, Any]:
-    """vLLM in bfloat16 on the trainer's card, weights by `ipc`; or `generate` in the trainer's process, on a CPU."""
+    """vLLM in bfloat16 on the trainer's card, weights by `ipc`; or, on a CPU, both in float32 in one process."""
     if cuda:
         return {"data": {"engine": {"init_args": {"device": "cuda", "dtype": "bfloat16", "transfer": "ipc"}}}}
-    return {"data": {"engine": {"init_args": {"dtype": "float32"}}}}
+    return {"trainer": {"precision": "32-true"}, "data": {"engine": {"init_args": {"dtype": "float32"}}}}
 
 
 def strategy(name: str, layer: str) -> Callable[[Path, argparse.Namespace], Part]:
