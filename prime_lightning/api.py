@@ -16,10 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_lightning.call_config import (
+    Reward,
+    call_layer,
+    first_rank,
+    lower_layers,
+    plain,
+    take_back,
+    wait_for,
+    write,
+    write_rows,
+)
 from prime_lightning.cli import lightning
 from prime_lightning.evaluation import command as evaluation
 from prime_lightning.guests import calm
-from prime_lightning.layers import Reward, call_layer, first_rank, lower_layers, plain, wait_for, write, write_rows
 from prime_lightning.prm import rerank as reranking
 from prime_lightning.prm import score as scoring
 from prime_lightning.prm.folder import claim
@@ -128,20 +138,28 @@ def train(
         >>> run = train("Qwen/Qwen2.5-0.5B-Instruct", rows, max_steps=20)  # doctest: +SKIP
     """
     out = Path(folder)
-    layer = out / "call.yaml"
     if first_rank():
         claim(out).mkdir(parents=True, exist_ok=True)
-        write(layer, call_layer(out, model, dataset, reward, prm, overrides))
-    layers = lower_layers(config, out)
-    wait_for(layer)
     sys.path.append(str(out.resolve()))  # of the reward
-    before = f"PYTHONPATH={shlex.quote(str(out))} " if callable(reward) else ""
     try:
-        words = [word for each in [*layers, str(layer)] for word in ("--config", each)]
-        _run("fit", words, lightning, before=before)
+        words = _layers(out, config, (model, dataset, reward, prm, overrides))
+        _run("fit", words, lightning, before=f"PYTHONPATH={shlex.quote(str(out))} " if callable(reward) else "")
+    except Exception:
+        take_back(out)  # what is mended can be tried again in the same folder
+        raise
     finally:
         sys.path.remove(str(out.resolve()))
     return Run(out)
+
+
+def _layers(out: Path, config: Any, call: tuple[Any, ...]) -> list[str]:
+    """The arguments of `fit` that name all layers, the call's own last."""
+    layer = out / "call.yaml"
+    if first_rank():
+        write(layer, call_layer(out, *call))
+    layers = lower_layers(config, out)
+    wait_for(layer)
+    return [word for each in [*layers, str(layer)] for word in ("--config", each)]
 
 
 def evaluate(model: str, benchmark: str | Sequence[str], **options: Any) -> dict[str, Any]:

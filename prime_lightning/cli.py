@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from prime_lightning.alarms import Alarms
 from prime_lightning.data import RolloutDataModule
-from prime_lightning.ending import last_lines
+from prime_lightning.last_lines import last_lines
 from prime_lightning.module import PrimeModule
 from prime_lightning.options import cpu_precision, precision_of
 from prime_lightning.prm.train import LabelledDataModule, PRMModule

@@ -20,11 +20,11 @@ from torchmetrics import MeanMetric
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.facts import import_path
-from prime_lightning.learning import LearningModule
 from prime_lightning.logprobs import ValueLM
 from prime_lightning.lora import WithoutAdapters
 from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, Probe, ProcessReward, Update
 from prime_lightning.pretrained import check_same_vocabulary, embedding_rows, ids_without_token, load_tokenizer
+from prime_lightning.prm_learning import LearningModule
 from prime_lightning.probe import check_greedy
 from prime_lightning.replay import Replay, share
 from prime_lightning.scoring import load_scoring

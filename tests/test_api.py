@@ -6,15 +6,17 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import write_jsonl
 
 import prime_lightning
 from prime_lightning.__main__ import main
 from prime_lightning.algorithms import grpo
 from prime_lightning.arithmetic import ArithmeticPrompts, write_model
-from prime_lightning.layers import call_layer
+from prime_lightning.call_config import call_layer
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.rollout import Sampling
 
@@ -154,6 +156,33 @@ def test_what_is_inferred(model, tmp_path):
     code = call_layer(tmp_path, model, [{"problem": "add", "tests": ["assert f(1) == 2"]}], None, "other", {})
     assert code["data"]["train"]["init_args"]["kind"] == "code"
     assert code["model"]["prm"] == "other"
+
+
+def test_a_file_and_a_table_are_data_sets_too(model, rows, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    folder = tmp_path / "run"
+    run = prime_lightning.train(model, path, "exact", prm=None, folder=folder, **SMALL | {"max_steps": 1})
+    assert len(run.metrics) == 1
+    assert yaml.safe_load((folder / "call.yaml").read_text())["data"]["train"]["init_args"]["path"] == path
+    (tmp_path / "table").mkdir()
+    table = call_layer(tmp_path / "table", model, datasets.Dataset.from_list(rows), None, "same", {})
+    written = table["data"]["train"]["init_args"]["path"]
+    assert [json.loads(line) for line in Path(written).read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda model: ("/nowhere/model", [{"problem": "1", "answer": "1"}]), "there is no such folder"),
+        (lambda model: (model, [{"problem": "1", "answer": "1"}, {"problem": None, "answer": "2"}]), r"rows \[1\]"),
+        (lambda model: (model, "no_such.jsonl"), "no_such.jsonl"),
+        (lambda model: (model, ["1+1"]), "got a str"),
+    ],
+)
+def test_a_call_that_could_not_begin_leaves_its_folder_free(given, words, model, tmp_path):
+    with pytest.raises((ValueError, OSError), match=words):
+        prime_lightning.train(*given(model), folder=tmp_path / "run", max_steps=1)
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("name", ["max_step", "polcy", "train"])

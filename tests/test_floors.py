@@ -65,11 +65,11 @@ FLOORS = [
     {"stepping", "ahead", "validation", "lora", "plan.shape"}
     | {"prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
     {"panel", "passes", "placement", "sync", "scoring", "probe"},
-    {"learning"},
+    {"prm_learning"},
     {"module", "data", "sft", "parallel", "plan.setup", "prm.implicit"},
     {"callbacks", "alarms", "progress", "sample_table", "strategy", "watch", "plan.report"}
     | {"prm", "prm.credit", "prm.train"},
-    {"ending", "layers"} | {"prm.score", "evaluation.callback"},
+    {"last_lines", "call_config"} | {"prm.score", "evaluation.callback"},
     {"cli", "plan"},
     {"quickstart", "plan.command", "doctor"}
     | {"prm.export", "prm.rerank", "prm.processbench", "evaluation.command", "evaluation.contamination"},
@@ -92,8 +92,8 @@ DOORS = {
     "math_verify": {"verifiers.*"},
     "lightning": {
         "checkpoint",
-        "layers",
-        "ending",
+        "call_config",
+        "last_lines",
         "stepping",
         "panel",
         "probe",

@@ -5,7 +5,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_learning import run
+from test_prm_learning import run
 
 from prime_lightning import algorithms as alg
 from prime_lightning.options import Credit, ProcessReward, Update

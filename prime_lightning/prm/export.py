@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined] # of what it asks by
 from jsonargparse import ArgumentParser
 from rich.filesize import decimal
 from torch import Tensor
@@ -80,10 +80,10 @@ def push(folder: Path, name: str, *, public: bool, dry_run: bool) -> None:
     try:
         url = HfApi().create_repo(name, private=not public, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"{folder.name} by prime-lightning")
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (HTTPError, OSError, HFValidationError) as error:
         raise ValueError(
-            f"Expected a hub that takes {name!r}, got: {error}. Log in with `hf auth login`; the folder "
-            f"{str(folder)!r} is whole, and `hf upload` sends it again."
+            f"Expected a hub that takes {name!r}, got: {str(error).rstrip('.')}. Log in with `hf auth login`; the "
+            f"folder {str(folder)!r} is whole, and `hf upload` sends it again."
         ) from None
     print(f"Uploaded {what}: {url}")
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from prime_lightning.verifiers.math_scalar import bare, based, choice, number, same_scalar, words
 from prime_lightning.verifiers.math_shape import (
     CLOSE,
+    INEQUALITY,
     OPEN,
     SYMBOL,
     Collection,
@@ -30,7 +31,6 @@ from prime_lightning.verifiers.options import MathOptions
 _MOST_ELEMENTS = 40
 _DEEPEST = 30  # brackets within brackets; the parser's time doubles with each few of them
 _NUMBER_LABEL = re.compile(r"\\text\{[^{}]*?(?:is|are|=|:) ?\} ?")
-_RELATION = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-z])")
 _SETS = re.compile(r"<|>|\\le(?![a-z])|\\ge(?![a-z])|\\cup|\\cap|\\setminus|\\mathbb|\\infty|\\begin|\\ne(?![a-z])")
 _EQUALS = re.compile(r"(?<![<>\\:]) ?= ?")
 _OR = re.compile(r" ?,? ?(?:\\text\{ ?(?:or|and) ?\}|(?<=[\d}) ])(?:or|and)(?=[ \d(\\-])|(?:, ?)(?:or|and) ) ?")
@@ -66,7 +66,7 @@ def _unlabel(reference: str, answer: str) -> tuple[str, str] | None:
 
 def _same_line(wanted: str, given: str) -> Question | None:
     """The question whether two equations in the same variables are one; None where they are not such."""
-    both = wanted.count("=") == given.count("=") == 1 and not _RELATION.search(wanted + given)
+    both = wanted.count("=") == given.count("=") == 1 and not INEQUALITY.search(wanted + given)
     letters = variables(wanted)
     return Question((_restore(wanted),), (_restore(given),)) if both and letters == variables(given) else None
 
@@ -154,7 +154,7 @@ def _compare(wanted: str, given: str, options: MathOptions) -> bool | Question:
 
 def _one_against_many(left: Collection, right: Collection, wanted: str, given: str) -> bool | Question:
     """An inequality may be an interval, and a one-element set its element; nothing else changes its kind."""
-    bounded = [_RELATION.search(text) is not None for text in (wanted, given)]
+    bounded = [INEQUALITY.search(text) is not None for text in (wanted, given)]
     if sum(bounded) == 1 and (right if bounded[0] else left).kind in ("list", "set"):
         return False
     if _SETS.search(wanted + given):

@@ -26,7 +26,8 @@ _LABEL = re.compile(
 _BUILDER = re.compile(
     r"⦃ ?(?P<x>[a-z]) ?(?:\\in ?(?:\\mathbb ?)?\{? ?R ?\}? ?)?(?:\||:|\\mid(?![a-z])) ?(?P<condition>[^|:⦃⦄]+)⦄"
 )
-_INEQUALITY = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-z])")
+INEQUALITY = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-z])")
+"""A sign of one."""
 _LESS, _MORE = r"(<|\\le(?![a-z])) ?", r"(>|\\ge(?![a-z])) ?"
 _BETWEEN = re.compile(rf"([^<>=]*?) ?{_LESS}([a-z]) ?{_LESS}([^<>=]*)")
 _ONE_SIDED = re.compile(rf"([a-z]) ?(?:{_LESS}|{_MORE})([^<>=]*)")
@@ -126,9 +127,9 @@ def solutions(text: str) -> str:
         ('-1<x<3', '(-\\infty,1)\\cup(2,3]', 'x<1')
     """
     built = _BUILDER.fullmatch(text)
-    if built and _INEQUALITY.search(built["condition"]) and variables(built["condition"]) == {built["x"]}:
+    if built and INEQUALITY.search(built["condition"]) and variables(built["condition"]) == {built["x"]}:
         text = built["condition"].strip()
-    parts = [_interval(part) for part in _EITHER.split(text)] if _INEQUALITY.search(text) else []
+    parts = [_interval(part) for part in _EITHER.split(text)] if INEQUALITY.search(text) else []
     if len(parts) < 2 or None in parts or len({part[0] for part in parts if part}) != 1:
         return text
     return r"\cup".join(part[1] for part in parts if part)

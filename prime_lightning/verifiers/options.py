@@ -36,8 +36,6 @@ class MathOptions:
     math-verify takes from the last lines."""
     reasoning_tags: tuple[str, ...] = REASONING
     """Opening and closing tag, with a space between, of blocks that are cut off first; an unclosed one is no answer."""
-    box: bool | None = None
-    """No longer an option: see `answer`."""
     percent: str = "lenient"
     """`lenient`: 50 and 50% and 0.5 (against a written %) agree. `strict`: 50% is 0.5 and nothing else."""
     units: str = "lenient"
@@ -59,8 +57,6 @@ class MathOptions:
     """Comparisons remembered, over identical pairs of reference and answer."""
 
     def __post_init__(self) -> None:
-        if self.box is not None:
-            raise ValueError("Expected math option `answer` (boxed, final or anywhere) in place of `box`, got `box`.")
         if any(len(pair.split()) != 2 for pair in self.reasoning_tags):
             raise ValueError(
                 "Expected math option `reasoning_tags` to hold opening and closing tags with a space between, "

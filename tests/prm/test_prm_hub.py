@@ -107,7 +107,10 @@ def test_a_dry_run_asks_no_network(prime_run, tmp_path, capsys, monkeypatch):
     assert "to somebody/my-prm (public)." in said
 
 
-def test_a_hub_that_refuses_is_an_error_of_a_line_and_the_folder_stays(hub, prime_run, tmp_path):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_hub_that_refuses_is_an_error_of_a_line_and_the_folder_stays(there, hub, prime_run, tmp_path):
+    if not there:
+        hub.server_close()
     done = export(hub, prime_run, tmp_path / "prm", "--push_to_hub", "somebody/my-prm", token="hf_wrong")
     assert done.returncode == 2
     assert "hf auth login" in done.stderr

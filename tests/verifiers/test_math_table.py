@@ -80,11 +80,6 @@ def test_a_misspelt_option_says_what_was_expected(name: str, value: object) -> N
         MathOptions(**{name: value})  # type: ignore[arg-type]
 
 
-def test_the_old_name_of_an_option_names_the_new_one() -> None:
-    with pytest.raises(ValueError, match=r"Expected math option `answer` .* in place of `box`"):
-        MathOptions(box=False)
-
-
 def test_identical_pairs_are_asked_once(verifiers: Verifiers) -> None:
     first = verifiers.verify(prompt("math", r"\sqrt{50}"), r"\boxed{5\sqrt{2}}")
     again = verifiers.verify(prompt("math", r"\sqrt{50}"), r"\boxed{5\sqrt{2}}")

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -36,6 +37,8 @@ GROUPS: dict[str, Callable[..., None]] = {
     "data": RolloutDataModule.__init__,
     "dataset": DatasetPrompts.__init__,
 }
+OF_HUB: dict[str, Any] = {"split": "train", "name": None, "revision": None}
+"""What says which part of a hub data set is meant, as `DatasetPrompts` takes it."""
 TESTS = {"tests", "test", "test_list", "test_cases", "unit_tests", "input_output"}
 """Columns by which a data set is one of programs."""
 ADAPTER = '''"""The reward that was given to `prime_lightning.train`."""
@@ -116,7 +119,7 @@ def plain(value: Any) -> Any:
 
     Example:
         >>> plain({"k": (1, Path("a"))}), plain(call_layer)
-        ({'k': [1, 'a']}, 'prime_lightning.layers.call_layer')
+        ({'k': [1, 'a']}, 'prime_lightning.call_config.call_layer')
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
@@ -139,7 +142,7 @@ def plain(value: Any) -> Any:
 def _rows(out: Path, dataset: Any, overrides: Mapping[str, Any]) -> tuple[str | list[str], set[str]]:
     """The data set's path, and its columns; rows are written into the run's folder."""
     if isinstance(dataset, (str, Path)):
-        of_hub = {name: overrides[name] for name in ("split", "name", "revision") if name in overrides}
+        of_hub = {name: overrides.get(name, usual) for name, usual in OF_HUB.items()}
         return str(dataset), set(load_rows(str(dataset), **of_hub).column_names)
     path = out / "dataset.jsonl"
     columns = write_rows(path, dataset)
@@ -148,12 +151,27 @@ def _rows(out: Path, dataset: Any, overrides: Mapping[str, Any]) -> tuple[str | 
     return str(path), columns
 
 
+def take_back(out: Path) -> None:
+    """Leave a folder as it was found, empty, if nothing but a call's own files is in it."""
+    own = re.compile(r"call\.(yaml|part)|config\d+\.(yaml|part)|dataset\.jsonl|reward_\w+\.(py|pkl)")
+    there = list(out.iterdir()) if out.is_dir() else []
+    if all(path.is_file() and own.fullmatch(path.name) for path in there):
+        for path in there:
+            path.unlink()
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Write JSON lines; returns the columns."""
+    """Write JSON lines; returns the columns. What JSON cannot hold, such as a date, becomes text.
+
+    Raises:
+        ValueError: if a row is no mapping.
+    """
     columns: set[str] = set()
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if not isinstance(row, Mapping):
+                raise ValueError(f"Expected rows that are mappings of columns to values, got a {type(row).__name__}.")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             columns |= row.keys()
     return columns
 
