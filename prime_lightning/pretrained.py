@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -102,11 +109,23 @@ def _of_files(name: str, token: str) -> bool:
     )
 
 
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model, or of the base of adapters.
+
+    Raises:
+        ValueError: if there is no such folder or hub id.
+    """
+    try:
+        return AutoConfig.from_pretrained(base_of(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_missing("model", name, error)) from error
+
+
 def embedding_rows(name: str) -> int | None:
     """Rows of a model's embedding by its configuration; None where there is none to be read."""
     try:
-        config = AutoConfig.from_pretrained(base_of(name))
-    except (OSError, ValueError, KeyError):
+        config = load_config(name)
+    except ValueError:
         return None
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return int(rows) if rows is not None else None
@@ -234,6 +253,6 @@ def _missing(what: str, name: str, error: Exception) -> str:
     if path.is_dir():
         return f"Expected a {what} in the folder {name!r}, got {sorted(p.name for p in path.iterdir())[:8]}: {error}"
     return (
-        f"Expected a folder or a Hugging Face id with a {what}, got {name!r}: there is no such folder here, and the "
-        f"hub did not give it ({str(error).splitlines()[0]})."
+        f"Expected a folder or a Hugging Face id with a {what}, got {name!r}: there is no such folder here (in "
+        f"{str(Path.cwd())!r}), and the hub did not give it ({str(error).splitlines()[0]})."
     )

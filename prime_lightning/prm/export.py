@@ -12,12 +12,12 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from jsonargparse import ArgumentParser
 from rich.filesize import decimal
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from prime_lightning.checkpoint import read_facts, role_weights
 from prime_lightning.lora import merged_parameters, with_adapters
 from prime_lightning.options import Lora
-from prime_lightning.pretrained import base_of, load_causal_lm
+from prime_lightning.pretrained import load_causal_lm, load_config
 from prime_lightning.prm.folder import claim, describe, write_model
 from prime_lightning.usage import TypedParser
 
@@ -91,9 +91,7 @@ def push(folder: Path, name: str, *, public: bool, dry_run: bool) -> None:
 def _merged(start: str, lora: Lora, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """The weights with their adapters added, matrix by matrix."""
     with torch.device("meta"):
-        model = with_adapters(
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_of(start))), lora, seed=0
-        )
+        model = with_adapters(AutoModelForCausalLM.from_config(load_config(start)), lora, seed=0)
     model.load_state_dict(dict(weights), assign=True)
     return merged_parameters(model)
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import prime_lightning
-from prime_lightning.pretrained import base_of, load_tokenizer
+from prime_lightning.pretrained import base_of, load_config, load_tokenizer
 from prime_lightning.prm.facts import PRMFacts
 
 WHAT = {
@@ -82,8 +82,7 @@ def write_model(
 
 def _skeleton(source: str, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model without memory, once its weights and the given ones are found to be the same."""
-    source = base_of(source)
-    config = AutoConfig.from_pretrained(source)
+    config = load_config(source)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     own = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}  # tied ones once
@@ -98,7 +97,7 @@ def _skeleton(source: str, state: Mapping[str, Tensor]) -> PreTrainedModel:
     model.config.dtype = next(iter(state.values())).dtype
     if model.can_generate():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(source)
+            model.generation_config = GenerationConfig.from_pretrained(base_of(source))
         except OSError:
             model.generation_config = GenerationConfig.from_model_config(config)
     return model

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import tiny
@@ -169,6 +170,16 @@ def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_refused(prime_run, 
         assert re.search(words, said), said
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_whose_models_are_not_here_says_which_and_where_it_looked(tmp_path, capsys):
+    """A run that named its model by a relative path, exported from another folder."""
+    facts = {"names": {"policy": "runs/warm/policy"}, "iterations": 1, "command": "", "numbers": {}}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "prime": {"facts": facts}}, tmp_path / "last.ckpt")
+    assert export(tmp_path / "last.ckpt", "policy", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "'runs/warm/policy': there is no such folder here" in said
+    assert str(Path.cwd()) in said
 
 
 def test_weights_of_another_model_leave_nothing_behind(prime_run, chat_model, tmp_path):
