@@ -175,7 +175,8 @@ def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_refused(prime_run, 
 def test_a_run_whose_models_are_not_here_says_which_and_where_it_looked(tmp_path, capsys):
     """A run that named its model by a relative path, exported from another folder."""
     facts = {"names": {"policy": "runs/warm/policy"}, "iterations": 1, "command": "", "numbers": {}}
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "prime": {"facts": facts}}, tmp_path / "last.ckpt")
+    weights = {"policy.model.lm_head.weight": torch.zeros(1)}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "prime": {"facts": facts}}, tmp_path / "last.ckpt")
     assert export(tmp_path / "last.ckpt", "policy", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert "'runs/warm/policy': there is no such folder here" in said
