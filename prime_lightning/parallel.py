@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -22,6 +22,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 from prime_lightning.checkpoint import Folder, not_written, read, remove, stored
 from prime_lightning.host_group import of_all_ranks
 from prime_lightning.logprobs import causal_lm
+from prime_lightning.placement import copies_of
 from prime_lightning.stepping import RoleStrategy, parameters
 
 
@@ -166,14 +168,18 @@ def counts_on(group: dict[str, Any], parameter: Tensor) -> torch.device | None:
 
 
 class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
-    """FSDP2: each decoder layer's parameters, gradients and optimizer state are spread over all devices.
+    """FSDP2: each decoder layer's parameters, gradients and optimizer state are spread over devices.
 
     Args:
+        replicas: Whole copies of each model, each spread over `ranks / replicas` ranks in a row (HSDP). 1 spreads over
+            all devices, which takes the least memory; `nodes` keeps a copy on each node, so that weights are gathered
+            inside nodes and only gradients travel between them.
         timeout: Of collectives.
     """
 
-    def __init__(self, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(self, replicas: int | Literal["nodes"] = 1, timeout: timedelta | None = default_pg_timeout) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1, timeout=timeout)
+        self.replicas = replicas
 
     def setup(self, trainer: Any) -> None:
         """Refuse a module whose models were not placed: each rank would train its own, and nothing would say so.
@@ -191,9 +197,13 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
             )
 
     def setup_environment(self) -> None:
-        """One mesh over all devices."""
+        """Lightning's mesh over all devices, and our own, which may have a dimension of copies."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        copies = copies_of(self.replicas, self.num_nodes, self.world_size)
+        sizes, names = (copies, self.world_size // copies), ("replicate", "shard")
+        mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+        self.mesh = mesh if copies > 1 else mesh["shard"]
 
     def place(self, model: nn.Module) -> nn.Module:
         """Shard layer by layer; what is not in a layer is a unit of its own.
@@ -204,12 +214,11 @@ class PrimeFSDPStrategy(Sharded, ModelParallelStrategy):
         policy = MixedPrecisionPolicy()
         if "bf16" in str(self.precision_plugin.precision):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        mesh = self.device_mesh["data_parallel"]
         layers = set(causal_lm(model.model)._no_split_modules or [])  # type: ignore[arg-type]
         for module in list(model.modules()):
             if type(module).__name__ in layers:
-                fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+                fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
         return model
 
     def whole(self, parameter: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Lightning's own strategies do these things to a module as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -35,6 +36,25 @@ def owners_of(module: nn.Module, optimizers: list[Optimizer]) -> list[str]:
             "each pair of a model and an optimizer."
         )
     return named
+
+
+def copies_of(replicas: int | Literal["nodes"], nodes: int, ranks: int) -> int:
+    """How many whole copies of a model there are.
+
+    Raises:
+        ValueError: if ranks cannot be dealt out to them evenly.
+
+    Example:
+        >>> copies_of("nodes", nodes=2, ranks=16)
+        2
+    """
+    copies = nodes if replicas == "nodes" else replicas
+    if not isinstance(copies, int) or copies < 1 or ranks % copies:
+        raise ValueError(
+            f"Expected the strategy's `replicas` to be `nodes` or to divide the number of ranks, got {replicas!r} and "
+            f"{ranks} ranks."
+        )
+    return copies
 
 
 def settle(module: LightningModule, device: torch.device) -> None:

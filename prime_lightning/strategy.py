@@ -30,7 +30,7 @@ from prime_lightning.checkpoint import Stored, stored
 from prime_lightning.parallel import Sharded, average_gradients, counts_on, optimizer_state, own
 from prime_lightning.placement import models_of, owners_of, replace_parameters, restore_buffers, settle
 from prime_lightning.stepping import parameters
-from prime_lightning.zero import Config, exact_sums, merged, stage_of
+from prime_lightning.zero import Config, check_partition, exact_sums, merged, stage_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is first imported
@@ -228,6 +228,8 @@ class PrimeDeepSpeedStrategy(Sharded, DeepSpeedStrategy):
         ours = {"gradient_accumulation_steps": 1, "managed_gradient_accumulation": False, "gradient_clipping": 0.0}
         sums = exact_sums() if self.gradient_dtype == "float32" and stage_of(self.config or {}) else {}
         self.config = defaults | sums | (self.config or {}) | ours
+        for one in ({}, *self.roles.values()):
+            check_partition(merged(self.config, one))
         if stage_of(self.config) == 0 and self.precision_plugin.precision != "32-true":
             raise ValueError("Expected `trainer.precision` 32-true with ZeRO stage 0, or stage 1 to 3 with bfloat16.")
 

@@ -27,6 +27,21 @@ def stage_of(config: Config) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def check_partition(config: Config) -> None:
+    """Refuse ZeRO++'s second partition of weights inside nodes.
+
+    Raises:
+        ValueError: if a config asks for it. DeepSpeed makes its group with the first model that it loads and fails at
+            the second (`deepspeed.utils.groups`); asked for by the config of a model alone, it does nothing.
+    """
+    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size > 1:
+        raise ValueError(
+            f"Expected no `zero_hpz_partition_size`, which DeepSpeed has for one model a process only, got {size}. "
+            "conf/strategy/hsdp.yaml gathers weights inside nodes."
+        )
+
+
 def exact_sums() -> Config:
     """Gradients of bfloat16 models are added up over micro-batches, and reduced over ranks, in float32."""
     return {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

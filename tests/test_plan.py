@@ -315,6 +315,11 @@ def test_what_the_configuration_says(warm_model):
     strategy = setup(warm_model, f"--trainer.strategy={ours}").sharding
     assert (strategy.name, strategy.masters, strategy.replicate_frozen) == ("ZeRO-3", True, True)
     assert setup(warm_model, "--config=conf/strategy/fsdp2.yaml", "--trainer.devices=2").sharding.name == "FSDP2"
+    nodes = ("--config=conf/strategy/hsdp.yaml", "--trainer.devices=4", "--trainer.num_nodes=2")
+    hybrid = setup(warm_model, *nodes, "--data.prompts_per_batch=8").sharding
+    assert (hybrid.name, hybrid.gpus, hybrid.replicas, hybrid.share(3)) == ("FSDP2 x 2", 8, 2, 4)
+    with pytest.raises(ValueError, match="to divide the number of ranks, got 3 and 8 ranks"):
+        setup(warm_model, *nodes, "--trainer.strategy.init_args.replicas=3")
     assert setup(warm_model, "--config=conf/engine/vllm.yaml").sampler.fraction == 0.4
     shared = setup(warm_model, "--config=conf/engine/vllm_shared.yaml").sampler
     assert (shared.tensor_parallel, shared.beside) == (2, True)

@@ -19,6 +19,8 @@ class Sharding:
     name: str = "one GPU"
     """For the reader."""
     gpus: int = 1
+    replicas: int = 1
+    """Whole copies of each model, each divided over the same number of GPUs."""
     stage: int = 0
     """0: a whole copy each; 1 divides the optimizer's state, 2 gradients too, 3 (and FSDP2) parameters too."""
     masters: bool = False
@@ -34,7 +36,7 @@ class Sharding:
 
     def share(self, stage: int) -> int:
         """By how much something is divided that is divided from `stage` on."""
-        return self.gpus if self.stage >= stage else 1
+        return self.gpus // self.replicas if self.stage >= stage else 1
 
 
 def parameter_bytes(parameters: int, width: int, sharding: Sharding) -> float:

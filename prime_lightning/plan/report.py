@@ -145,11 +145,14 @@ def switches(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
 
 def _strategies(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
     shard = setup.sharding
+    if shard.replicas > 1:
+        flat = replace(shard, name="FSDP2", replicas=1)
+        yield "trainer.strategy.init_args.replicas: 1", lambda s: replace(s, sharding=flat)
     if shard.gpus > 1 and shard.stage < 3:
         zero3 = replace(shard, name="ZeRO-3", stage=3, masters=True)
         yield "ZeRO-3 over the same GPUs", lambda s: replace(s, sharding=zero3, **_half(s))
     if not shard.offload_optimizer:
-        offload = replace(shard, name="ZeRO-3, offload", stage=3, masters=True, offload_optimizer=True)
+        offload = replace(shard, name="ZeRO-3, offload", replicas=1, stage=3, masters=True, offload_optimizer=True)
         yield (
             "ZeRO-3 with the optimizer's state in the host's memory",
             lambda s: replace(s, sharding=offload, **_half(s)),
@@ -157,7 +160,9 @@ def _strategies(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
     yield (
         f"{4 * shard.gpus} GPUs under ZeRO-3",
         lambda s: replace(
-            s, sharding=replace(s.sharding, gpus=4 * shard.gpus, name="ZeRO-3", stage=3, masters=True), **_half(s)
+            s,
+            sharding=replace(s.sharding, gpus=4 * shard.gpus, replicas=1, name="ZeRO-3", stage=3, masters=True),
+            **_half(s),
         ),
     )
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from prime_lightning.engines.number_format import dtype_of
 from prime_lightning.kernels import check_kernels
 from prime_lightning.options import Loading, PolicyLoss, Replaying, Update, precision_of
+from prime_lightning.placement import copies_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
 
@@ -100,8 +101,8 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         files: config.json by role; that of "" is for all roles.
 
     Raises:
-        ValueError: if a run would refuse the precision, the kernels or a model, a configuration cannot be read, the
-            number of GPUs is not known, or the prompts of an iteration cannot be shared among them.
+        ValueError: if a run would refuse the precision, the kernels, the strategy or a model, a configuration cannot be
+            read, the number of GPUs is not known, or the prompts of an iteration cannot be shared among them.
     """
     model, data, trainer = config.model, config.data, config.trainer
     loading = Loading(**model.loading.as_dict())
@@ -199,7 +200,8 @@ def sharding_of(trainer: Any, gpus: int) -> Sharding:
             offload_parameters=bool(options.get("offload_parameters", "offload" in low and stage == 3)),
         )
     if "fsdp" in low or "modelparallel" in low:
-        return Sharding(name="FSDP2", gpus=gpus, stage=3)
+        copies = copies_of(options.get("replicas", 1), int(trainer.num_nodes), gpus)
+        return Sharding(name=f"FSDP2 x {copies}" if copies > 1 else "FSDP2", gpus=gpus, replicas=copies, stage=3)
     return Sharding(name="DDP" if gpus > 1 else "one GPU", gpus=gpus)
 
 

@@ -81,7 +81,8 @@ def strategy(name: str, **options: Any) -> Any:
         deepspeed = PrimeDeepSpeedStrategy(stage=int(name[4]), logging_level=40, **options)
         deepspeed.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
         return deepspeed
-    return {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}[name]()
+    made = {"one": lambda: "auto", "ddp": PrimeDDPStrategy, "fsdp2": PrimeFSDPStrategy}
+    return PrimeFSDPStrategy(replicas=int(name[4:])) if name.startswith("hsdp") else made[name]()
 
 
 def weights(prime: pl.LightningModule) -> dict[str, torch.Tensor]:
@@ -185,6 +186,7 @@ def varied(
     if option == "nan":  # one step, in which every rank has rows
         options["policy_update"] = Update(minibatches=1, micro_tokens=60, grad_clip=0.5)
     prime, rollouts = pieces(folder, **options)
+    rollouts.prompts_per_batch = 8 if option == "four" else rollouts.prompts_per_batch
     spread: Any = strategy(name)
     if name != "one":
         offload = {"device": "cpu"}
@@ -323,13 +325,25 @@ def facts_of(prime: tiny.PrimeModule, option: str) -> dict[str, Any]:
         "reference_is_whole": all(0 not in shape for shape in shapes),
         "stages": {role: engine.zero_optimization_stage() for role, engine in engines.items()},
         "frequencies_off": gap,
+        "placements": {p.placements for p in prime.parameters() if isinstance(p, DTensor)},
     }
 
 
 ELSEWHERE = ("uneven", "spoilt")
+
+
+def refused(folder: Path, scene: str) -> None:
+    """`refused:hsdp3`: what a strategy says to a number of ranks that it cannot be laid over."""
+    prime, rollouts = pieces(folder)
+    try:
+        tiny.trainer(folder, 1, callbacks=[], devices=4, strategy=strategy(scene.split(":")[1])).fit(prime, rollouts)
+    except ValueError as error:
+        (folder / f"{scene}:{os.environ['RANK']}.txt").write_text(str(error))
+
+
 SCENES = {
     "variant": variant, "endless": endless, "prm": prm, "export": export, "sums": sums, "loose": loose,
-    "resume": resume,
+    "resume": resume, "refused": refused,
 }  # fmt: skip
 
 

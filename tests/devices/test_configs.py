@@ -21,6 +21,7 @@ CONF = Path(__file__).parents[2] / "conf"
 KINDS = {
     "ddp": PrimeDDPStrategy,
     "fsdp2": PrimeFSDPStrategy,
+    "hsdp": PrimeFSDPStrategy,
     "zero1": PrimeDeepSpeedStrategy,
     "zero2": PrimeDeepSpeedStrategy,
     "zero3": PrimeDeepSpeedStrategy,
@@ -46,6 +47,7 @@ def test_each_strategy_is_built_by_its_config(name):
     strategy = built("--config", CONF / f"strategy/{name}.yaml")
     assert type(strategy) is KINDS[name]
     assert strategy.num_processes == 8
+    assert getattr(strategy, "replicas", 1) == ("nodes" if name == "hsdp" else 1)
     if name.startswith("zero"):
         zero = strategy.config["zero_optimization"]
         assert zero["stage"] == int(name[4])
@@ -104,6 +106,14 @@ def test_stages_without_overlap_have_none():
     strategy.roles = {"prm": {"zero_optimization": {"stage": 1}}}
     overlap = [strategy.config_of(role)["zero_optimization"]["overlap_comm"] for role in ("policy", "prm")]
     assert overlap == [True, False]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_second_partition_of_weights_is_refused(alone):
+    asked = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    strategy = PrimeDeepSpeedStrategy(roles={"prm": asked}) if alone else PrimeDeepSpeedStrategy(config=asked)
+    with pytest.raises(ValueError, match=r"one model a process only, got 2\. conf/strategy/hsdp\.yaml"):
+        strategy._init_config_if_needed()
 
 
 def test_a_config_for_a_model_that_is_not_there_is_refused(warm_model):
