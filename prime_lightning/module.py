@@ -51,7 +51,8 @@ class PrimeModule(LearningModule):
         prm_loss: What trains the PRM, see `algorithms.prm_loss`.
         advantage: Estimator, see `algorithms.advantage`.
         credit: Discounts and weights.
-        policy_loss: Clipping, KL, entropy and importance correction.
+        outcome_shaping: Changes outcome rewards on their way to advantages alone, as `algorithms.OverlongPenalty` does.
+        policy_loss: Surrogate, clipping, KL, entropy and importance correction.
         policy_update: Minibatches and gradient clip of the policy.
         prm_update: The same for the PRM.
         critic_update: The same for the critic.
@@ -80,6 +81,7 @@ class PrimeModule(LearningModule):
         prm_loss: Callable[..., Any] = alg.ce,
         advantage: Callable[..., alg.Credit] = alg.rloo,
         credit: Credit = Credit(),
+        outcome_shaping: Callable[..., Any] | None = None,
         policy_loss: PolicyLoss = PolicyLoss(),
         policy_update: Update = Update(),
         prm_update: Update = Update(grad_clip=10.0),
@@ -106,7 +108,7 @@ class PrimeModule(LearningModule):
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
-        self.schedule, self.probe = schedule, probe
+        self.schedule, self.probe, self.shaping = schedule, probe, outcome_shaping
         self.replay, self.base_rate = Replay(process_reward.replay), alg.BaseRate()
         self.pass_rate = MeanMetric()
         self.probed: int | None = None  # the iteration of the last look
@@ -171,7 +173,7 @@ class PrimeModule(LearningModule):
         weights, rows = self.weights, (batch.mask_BT, batch.group_B, batch.valid_B)
         weight = weights.process_weight * self.gate.weight
         credit = self.advantage(
-            batch.outcome_B,
+            self.shaped(batch),
             process_BT if weight else None,
             *rows,
             values_BT=None if values_BT is None else values_BT / weights.outcome_weight,
@@ -205,12 +207,12 @@ class PrimeModule(LearningModule):
     def update_policy(
         self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor | None, anchor_BT: Tensor | None
     ) -> None:
-        """Eq. 6, the clipped surrogate, with the optional KL, entropy and importance terms.
+        """Eq. 6, the clipped surrogate or another, with the optional KL, entropy and importance terms.
 
         Without `proximal_BT` the policy's log-probs of this very pass stand for it: `exp(logp - logp.detach())`.
         """
-        options, cap = self.loss, self.loss.importance_cap or 2.0
-        weight_BT = None if proximal_BT is None else self.measure_policy(batch, proximal_BT, anchor_BT, cap)
+        options = self.loss
+        weight_BT = None if proximal_BT is None else self.measure_policy(batch, proximal_BT, anchor_BT)
 
         def terms(micro: Batch, rows: Tensor) -> Tensor:
             policy_bt, entropy_bt = self.logprobs(self.policy, micro, options.entropy, as_sampled=True)
@@ -221,9 +223,9 @@ class PrimeModule(LearningModule):
             )
             if proximal_bt is None:
                 micro, proximal_bt = self.finite(micro, policy_bt), policy_bt.detach()
-                weight_bt = self.measure_policy(micro, proximal_bt, anchor_bt, cap)
+                weight_bt = self.measure_policy(micro, proximal_bt, anchor_bt)
             mask_bt = micro.mask_BT
-            total, measured = alg.clipped_surrogate(
+            total, measured = options.surrogate(
                 policy_bt,
                 proximal_bt,
                 advantage_BT[rows, :t],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from prime_lightning.algorithms.credit import Silent
-from prime_lightning.algorithms.loss import Aggregation, Estimator
+from prime_lightning.algorithms.importance import Beyond, Unit
+from prime_lightning.algorithms.loss import Estimator
+from prime_lightning.algorithms.masked import Aggregation
 from prime_lightning.algorithms.reward import Granularity, Normalisation
+from prime_lightning.algorithms.surrogate import Surrogate, clipped_surrogate
 from prime_lightning.head import Entropy, Kind
 
 PRECISIONS = {"32-true": "32-true", "32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed"}
@@ -255,6 +259,8 @@ class Update:
 class PolicyLoss:
     """The policy's loss."""
 
+    surrogate: Callable[..., Surrogate] = clipped_surrogate
+    """What is minimised, see `algorithms.surrogate`: PPO's clipped ratio, `gspo`, `cispo`, or your own."""
     clip_low: float = 0.2
     """The ratio counts down to 1 minus this."""
     clip_high: float = 0.2
@@ -276,9 +282,39 @@ class PolicyLoss:
     one forward pass more if there are several optimizer steps, or the engine's own, which makes the ratio the whole
     importance weight."""
     importance_cap: float | None = 2.0
-    """Largest weight of the truncated importance correction from engine to trainer; null is no correction."""
+    """Largest weight of the importance correction from engine to trainer; null is no correction."""
+    importance_floor: float = 0.0
+    """Smallest weight of it."""
+    importance_per: Unit = "token"
+    """What has one weight: a token by its own ratio, or a response by the product or the geometric mean of its
+    tokens' ratios."""
+    importance_beyond: Beyond = "truncate"
+    """What becomes of a weight out of these bounds: it is brought to the bound, or to 0."""
     value_clip: float = 0.2
     """How far the critic's value may move in one iteration."""
+
+    def __post_init__(self) -> None:
+        if self.aggregate == "constant" and not self.constant_length:
+            raise ValueError(
+                "Expected `policy_loss.constant_length` with `aggregate: constant`, got none; "
+                "take `${data.sampling.max_tokens}`."
+            )
+        cap = self.importance_cap
+        if not 0 <= self.importance_floor < (math.inf if cap is None else cap):
+            raise ValueError(
+                "Expected `policy_loss.importance_floor` of 0 or more and below `importance_cap` "
+                f"({cap}), got {self.importance_floor}."
+            )
+
+    @property
+    def correction(self) -> dict[str, Any]:
+        """The options of `algorithms.importance_weight`; that of 2 is measured where there is no correction."""
+        return {
+            "cap": self.importance_cap or 2.0,
+            "floor": self.importance_floor,
+            "per": self.importance_per,
+            "beyond": self.importance_beyond,
+        }
 
     @property
     def entropy(self) -> Entropy:

@@ -17,7 +17,7 @@ from torch import Tensor
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
 from prime_lightning.measures import Measures
-from prime_lightning.options import ProcessReward
+from prime_lightning.options import PolicyLoss, ProcessReward
 from prime_lightning.stepping import SKIPS_IN_A_ROW, SteppingModule
 
 
@@ -27,6 +27,7 @@ class PanelModule(SteppingModule):
     prm: Any
     reference: Any
     reward: ProcessReward
+    loss: PolicyLoss
     gate: alg.ProcessGate
 
     @property
@@ -41,9 +42,10 @@ class PanelModule(SteppingModule):
         self.measures.add("policy/nonfinite_tokens", dropped, 0.0)
         return replace(batch, mask_BT=mask_BT)
 
-    def measure_policy(self, batch: Batch, proximal_BT: Tensor, anchor_BT: Tensor | None, cap: float) -> Tensor:
+    def measure_policy(self, batch: Batch, proximal_BT: Tensor, anchor_BT: Tensor | None) -> Tensor:
         """How far the policy is from the engine and from the reference; returns the weights that correct the first."""
-        corrected_BT, measured = alg.importance_weight(proximal_BT, batch.behaviour_logprobs_BT, batch.mask_BT, cap=cap)
+        behaviour_BT = batch.behaviour_logprobs_BT
+        corrected_BT, measured = alg.importance_weight(proximal_BT, behaviour_BT, batch.mask_BT, **self.loss.correction)
         self.measures.add_all(measured, batch.mask_BT.sum())
         if self.reference is not None and anchor_BT is not None:
             kl_BT = alg.kl(proximal_BT, anchor_BT, "k3")

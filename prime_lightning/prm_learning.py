@@ -25,6 +25,7 @@ class LearningModule(PanelModule, PassesModule):
 
     prm_loss: Callable[..., Any]
     replay: Replay
+    shaping: Callable[..., Any] | None
     base_rate: alg.BaseRate
     seen_right: float = 0.0
     """Right answers of all lessons so far, over all ranks."""
@@ -164,6 +165,15 @@ class LearningModule(PanelModule, PassesModule):
         if self.accepted is None:
             return outcome_BT
         return torch.where((batch.group_B < self.accepted)[:, None], outcome_BT, 0.0)
+
+    def shaped(self, batch: Batch) -> Tensor:
+        """Outcome rewards as the policy earns them."""
+        if self.shaping is None:
+            return batch.outcome_B
+        reward_B: Tensor = self.shaping(batch.outcome_B, batch.response_length_B)
+        accepted_B = self.with_signal(batch).valid_B
+        self.measures.add("train/shaping", (reward_B - batch.outcome_B)[accepted_B].sum(), accepted_B.sum())
+        return reward_B
 
     def judge_prm(self, batch: Batch, reward_BT: Tensor) -> bool:
         """By accepted groups, whatever else is in the batch."""

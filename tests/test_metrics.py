@@ -22,6 +22,7 @@ from prime_lightning.sft import LessonDataModule, SFTModule
 
 TEXT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
 ROWS = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| [^|]+ \|$", TEXT, re.MULTILINE)
+SHORTER = alg.OverlongPenalty(max_tokens=8, cache=2)
 OTHERS = {"epoch", "step"}  # Lightning's own
 
 
@@ -67,7 +68,7 @@ def logged(tmp_path_factory, warm_model):
     tiny.trainer(folder, 2, alarms, history=history, **settings).fit(first, rollouts)
     every = ProcessReward(beta=0.5, update="before", learn_from="all", intercept="base_rate", process_only="all")
     gate = alg.ProcessGate(max_ce=None, min_accuracy=0.0)
-    second = tiny.module(warm_model, process_reward=every, gate=gate)
+    second = tiny.module(warm_model, process_reward=every, gate=gate, outcome_shaping=SHORTER)
     tiny.trainer(folder, 2, history=history).fit(second, tiny.data(warm_model, accuracy_filter=AccuracyFilter()))
     known = ByDifficulty(short, keep=1e-9)
     known.learn(0, [1.0])

@@ -1,12 +1,14 @@
 """The maths of PRIME (arXiv 2502.01456) as functions of tensors and numbers; every name here is an import path.
 
 `masked` sums over masks and groups; `reward` what a token is worth to the PRM; `prm_loss` and `health` how the PRM is
-trained and judged; `advantage` and `credit` what a token earns; `loss` the losses of policy and critic. Nothing here
-knows of a configuration, a model, a trainer or a batch object.
+trained and judged; `shaping` what is added to outcomes, `advantage` and `credit` what a token earns; `surrogate`,
+`importance` and `loss` the losses of policy and critic. Nothing here knows of a configuration, a model, a trainer or a
+batch object.
 """
 
 from prime_lightning.algorithms.advantage import (
     Credit,
+    dr_grpo,
     gae,
     gae_returns,
     grpo,
@@ -25,20 +27,16 @@ from prime_lightning.algorithms.health import (
     pairwise_accuracy,
     repetition,
 )
-from prime_lightning.algorithms.loss import (
-    aggregate,
-    clipped_surrogate,
-    denominator,
-    drop_nonfinite,
-    importance_weight,
-    kl,
-    value_loss,
-)
+from prime_lightning.algorithms.importance import importance_weight
+from prime_lightning.algorithms.loss import drop_nonfinite, kl, value_loss
 from prime_lightning.algorithms.masked import (
     AllReduce,
+    aggregate,
+    denominator,
     group_mean,
     group_pairs,
     group_sum,
+    log_ratio,
     masked_mean,
     masked_sum,
     masked_var,
@@ -58,17 +56,22 @@ from prime_lightning.algorithms.prm_loss import (
     per_response,
 )
 from prime_lightning.algorithms.reward import ProcessGate, normalise, process_reward, to_granularity
+from prime_lightning.algorithms.shaping import OverlongPenalty
+from prime_lightning.algorithms.surrogate import Surrogate, cispo, clipped_surrogate, gspo
 
 __all__ = [
     "AllReduce",
     "BaseRate",
     "Credit",
+    "OverlongPenalty",
     "ProcessGate",
+    "Surrogate",
     "advantage_share",
     "aggregate",
     "auc",
     "calibration_error",
     "ce",
+    "cispo",
     "clipped_surrogate",
     "correlation",
     "denominator",
@@ -76,6 +79,7 @@ __all__ = [
     "dpo_bon_accuracy",
     "dpo_bon_reward",
     "dpo_detached",
+    "dr_grpo",
     "drop_nonfinite",
     "gae",
     "gae_returns",
@@ -83,11 +87,13 @@ __all__ = [
     "group_pairs",
     "group_sum",
     "grpo",
+    "gspo",
     "importance_weight",
     "kl",
     "kl_credit",
     "kto",
     "last_token_share",
+    "log_ratio",
     "masked_mean",
     "masked_sum",
     "masked_var",

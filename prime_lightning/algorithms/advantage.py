@@ -2,7 +2,7 @@
 
 Shapes in names: `B` responses, `T` response tokens. What each takes:
 
-- `outcome_B`: outcome rewards in [0, 1], NaN allowed where invalid.
+- `outcome_B`: outcome rewards in [0, 1], less what a shaping takes; NaN allowed where invalid.
 - `process_BT`: process rewards, or None.
 - `mask_BT`: bool, True = a token we train on. `group_B`: any int per prompt. `valid_B`: False = no known verdict.
 - `values_BT`: a critic's estimate before each token, for `gae` alone.
@@ -160,6 +160,35 @@ def grpo(
     return _credit(_standardised, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
 
 
+def dr_grpo(
+    outcome_B: Tensor,
+    process_BT: Tensor | None,
+    mask_BT: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    *,
+    values_BT: Tensor | None = None,
+    gamma_outcome: float = 1.0,
+    gamma_process: float = 1.0,
+    lam: float = 1.0,
+) -> Credit:
+    """`grpo` without the standard deviation: `A_t = o_i - mean_j o_j + sum_{s>=t} gamma^(s-t) (r_s - mean_j m_j)`.
+
+    Dr. GRPO, arXiv 2503.20783, section 3.2, with the process reward as in PRIME, arXiv 2502.01456, Eq. 7. Its other
+    half is in the loss: `policy_loss: {aggregate: constant}` in place of a mean over each response. The mean counts
+    the response itself, so that the outcome's part is `(K - 1) / K` of that of `rloo`, with K the valid members.
+
+    Raises:
+        ValueError: If a valid response is alone in its group.
+
+    Example:
+        >>> mask_BT, group_B, valid_B = torch.ones(4, 1).bool(), torch.zeros(4).long(), torch.ones(4).bool()
+        >>> dr_grpo(torch.tensor([1.0, 0.0, 0.0, 0.0]), None, mask_BT, group_B, valid_B)[0][:, 0]
+        tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+    """
+    return _credit(_centred, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+
+
 def reinforce(
     outcome_B: Tensor,
     process_BT: Tensor | None,
@@ -294,6 +323,12 @@ def _standardised(x_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor
     squares_B = group_sum(torch.where(valid_B, (x_B - mean_B) ** 2, 0.0), group_B)
     std_B = (squares_B / (count_B - 1).clamp(min=1)).sqrt()
     return mean_B, torch.where(comparable_B, 1 / (std_B + STD_EPSILON), 0.0)
+
+
+def _centred(x_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Baseline: the group's mean, scale 1."""
+    _, comparable_B = _members(group_B, valid_B)
+    return group_mean(x_B, group_B, valid_B), comparable_B.float()
 
 
 def _no_baseline(x_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:

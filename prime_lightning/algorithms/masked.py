@@ -1,5 +1,8 @@
 """Arithmetic over masks and over groups: the floor that every formula of the algorithm stands on.
 
+`aggregate` and `denominator` make one number of the losses of tokens. A row is a whole response, so that what is
+reduced over one response is never spread over micro-batches.
+
 Shapes in names: `B` responses, `T` response tokens. A mask is bool and True marks a token that the policy sampled and
 that is trained on. `group_B` holds an arbitrary int per response; rollouts of one prompt share it, and groups may
 differ in size. Whatever stands under a False, NaN too, reaches no result. Everything is computed in float32.
@@ -10,12 +13,19 @@ Nothing here knows about processes: where a number is to be global, the caller p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 AllReduce = Callable[[Tensor, str], Tensor]
 """`all_reduce(tensor, "sum" | "max")` returns the tensor reduced over ranks; None in its place means one process."""
+
+Aggregation = Literal["token", "sequence", "constant"]
+"""How token losses become one number."""
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 nats before `exp`: e^20 is 5e8, far beyond any clip bound, and finite."""
 
 WHITEN_EPSILON = 1e-8
 """Added to the variance by `whiten`, as in the released code."""
@@ -87,6 +97,91 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """
     squares = masked_sum((x.float() - masked_mean(x, mask)) ** 2, mask)
     return squares / (mask.sum() - int(unbiased)).clamp(min=1)
+
+
+def log_ratio(one_BT: Tensor, other_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """`log(one / other)` of two policies' log-probs of each token, within +-20 nats and 0 outside the mask.
+
+    The logarithm of the ratio of PRIME, arXiv 2502.01456, Eq. 6; `exp` of it is finite.
+
+    Args:
+        one_BT: `[B, T]` nats; gradients pass through.
+        other_BT: `[B, T]` nats.
+        mask_BT: `[B, T]` bool.
+
+    Raises:
+        RuntimeError: From torch, when the shapes differ.
+
+    Example:
+        >>> log_ratio(torch.tensor([[-1.0, -99.0]]), torch.tensor([[-1.5, 0.0]]), torch.tensor([[True, True]]))
+        tensor([[  0.5000, -20.0000]])
+    """
+    difference_BT = torch.where(mask_BT, one_BT.float() - other_BT.float(), 0.0)
+    return difference_BT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, constant_length: int | None = None) -> Tensor:
+    """Token losses to one sum, to be divided by the global `denominator(mask_BT, how)`.
+
+    The `E_t` of PRIME, arXiv 2502.01456, Eq. 6, leaves it open. `token`: `sum_i sum_t l_it`, every token of the batch
+    weighs the same. `sequence`: `sum_i mean_t l_it`, every response weighs the same (the release in effect: it takes
+    the token mean of micro-batches of one response per GPU). `constant`: `sum_i sum_t l_it / L`, every token weighs
+    the same in every batch.
+
+    Args:
+        loss_BT: `[B, T]` token losses.
+        mask_BT: `[B, T]` bool.
+        how: "token", "sequence" or "constant".
+        constant_length: L in tokens, for "constant", such as the longest response allowed.
+
+    Raises:
+        ValueError: If `how` is unknown, or "constant" comes without a positive `constant_length`.
+
+    Example:
+        >>> loss_BT, mask_BT = torch.tensor([[1.0, 3.0], [5.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+        >>> aggregate(loss_BT, mask_BT, "token"), aggregate(loss_BT, mask_BT, "sequence")
+        (tensor(9.), tensor(7.))
+    """
+    if how == "token":
+        return masked_sum(loss_BT, mask_BT)
+    if how == "sequence":
+        return masked_mean(loss_BT, mask_BT, dim=1).sum()
+    if how != "constant":
+        raise ValueError(f"Expected aggregation token, sequence or constant, got {how!r}.")
+    if constant_length is None or constant_length < 1:
+        raise ValueError(
+            f'Expected a positive `constant_length` with aggregation "constant", got {constant_length};'
+            " pass the longest response allowed, in tokens."
+        )
+    return masked_sum(loss_BT, mask_BT) / constant_length
+
+
+def denominator(mask_BT: Tensor, how: Aggregation) -> Tensor:
+    """What the sum of `aggregate` is divided by, after both are summed over micro-batches and ranks.
+
+    Tokens for "token", responses with at least one token for "sequence" and "constant": the expectation of PRIME,
+    arXiv 2502.01456, Eq. 6, over tokens or over responses.
+
+    Args:
+        mask_BT: `[B, T]` bool.
+        how: "token", "sequence" or "constant".
+
+    Returns:
+        `[]` int, the local count; it may be 0.
+
+    Raises:
+        ValueError: If `how` is unknown.
+
+    Example:
+        >>> mask_BT = torch.tensor([[True, True], [False, False]])
+        >>> denominator(mask_BT, "token"), denominator(mask_BT, "sequence")
+        (tensor(2), tensor(1))
+    """
+    if how == "token":
+        return mask_BT.sum()
+    if how in ("sequence", "constant"):
+        return mask_BT.any(dim=1).sum()
+    raise ValueError(f"Expected aggregation token, sequence or constant, got {how!r}.")
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor, *, all_reduce: AllReduce | None = None) -> Tensor:

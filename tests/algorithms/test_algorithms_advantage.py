@@ -10,6 +10,7 @@ from ragged import batch
 from torch.testing import assert_close
 
 from prime_lightning.algorithms import (
+    dr_grpo,
     gae,
     gae_returns,
     grpo,
@@ -22,9 +23,9 @@ from prime_lightning.algorithms import (
 )
 
 seeds = pytest.mark.parametrize("seed", range(10))
-ESTIMATORS = [rloo, rloo_official, rloo_printed, grpo, reinforce, gae]
+ESTIMATORS = [rloo, rloo_official, rloo_printed, grpo, dr_grpo, reinforce, gae]
 everyone = pytest.mark.parametrize("estimate", ESTIMATORS)
-grouped = pytest.mark.parametrize("estimate", [rloo, rloo_official, rloo_printed, grpo])
+grouped = pytest.mark.parametrize("estimate", [rloo, rloo_official, rloo_printed, grpo, dr_grpo])
 NUMBERS = {"gamma_outcome": 0.9, "gamma_process": 0.7, "outcome_weight": 2.0, "process_weight": 0.5, "lam": 0.8}
 
 
@@ -53,6 +54,8 @@ def centred(estimate, value, own, others):
     if estimate is rloo_official:
         return value * size / (size - 1) - sum(numbers) / (size - 1)
     mean = sum(numbers) / size
+    if estimate is dr_grpo:
+        return value - mean
     return (value - mean) / (math.sqrt(sum((x - mean) ** 2 for x in numbers) / (size - 1)) + 1e-6)
 
 
@@ -99,7 +102,7 @@ def slow_gae(c, gamma_outcome=1.0, gamma_process=1.0, outcome_weight=1.0, proces
 
 @seeds
 @pytest.mark.parametrize("numbers", [{}, NUMBERS])
-@pytest.mark.parametrize("estimate", [rloo, rloo_official, rloo_printed, grpo, reinforce])
+@pytest.mark.parametrize("estimate", [rloo, rloo_official, rloo_printed, grpo, dr_grpo, reinforce])
 def test_estimators_follow_the_paper(seed, numbers, estimate):
     c = batch(seed)
     assert_close(call(estimate, c, **numbers), slow(estimate, c, **numbers), rtol=1e-4, atol=1e-5)
@@ -218,7 +221,7 @@ def test_shifting_the_outcomes_of_a_group_changes_nothing(estimate, seed, shift)
     assert_close(call(estimate, c, None), expected_BT, rtol=1e-4, atol=tolerance)
 
 
-@pytest.mark.parametrize("estimate", [rloo, rloo_official, grpo])  # the sums of rloo_printed do not cancel it
+@pytest.mark.parametrize("estimate", [rloo, rloo_official, grpo, dr_grpo])  # the sums of rloo_printed do not cancel it
 @seeds
 def test_shifting_the_process_reward_of_a_group_changes_nothing(seed, estimate):
     c = batch(seed)  # a constant per prompt is what CE leaves over (App. C.2)
@@ -244,6 +247,16 @@ def test_grpo_outcome_credit_has_unit_spread(seed):
         outcome_G = c.outcome_B[c.group_B == group]
         spread = first_B[c.group_B == group].std()
         assert_close(spread, torch.tensor(1.0 if outcome_G.std() > 0 else 0.0), rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(2, 6))
+def test_dr_grpo_is_rloo_but_for_one_factor_and_grpo_but_for_the_spread(seed, size):
+    c = batch(seed, sizes=(size, size), invalid=False)
+    expected_BT = call(dr_grpo, c, None)
+    assert_close(call(rloo, c, None) * (size - 1) / size, expected_BT)
+    std_B = torch.stack([c.outcome_B[c.group_B == group].std() for group in c.group_B])
+    assert_close(call(grpo, c, None) * (std_B + 1e-6)[:, None], expected_BT, rtol=1e-4, atol=1e-5)
 
 
 @seeds
