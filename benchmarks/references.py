@@ -26,6 +26,7 @@ FILES = {
     "minerva_math": "minerva_math.jsonl",
     "olympiadbench": "olympiadbench.jsonl",
     "gsm8k": "gsm8k_test.jsonl",
+    "svamp": "svamp_test.jsonl",
     "mbpp": "mbpp.jsonl",
     "mbpp_sanitized": "mbpp_sanitized.jsonl",
     "humaneval": "humaneval.jsonl",

@@ -16,7 +16,7 @@ from prime_lightning.verifiers import Verifiers
 
 NAMES = [
     "aime2024", "aime2025", "amc2023", "arithmetic", "gsm8k", "humaneval", "math500", "mbpp", "mbpp_sanitized",
-    "minerva_math", "olympiadbench",
+    "minerva_math", "olympiadbench", "svamp",
 ]  # fmt: skip
 SAMPLED = {"aime2024", "aime2025", "amc2023"}
 
@@ -65,6 +65,7 @@ def test_published_files_have_the_rows_and_fill_the_templates(name):
 
 
 HUB = {
+    "svamp": ({"id": "chal-1", "question": "1+1?", "chain": "", "result": "2", "result_float": 2.0}, "2"),
     "gsm8k": ({"question": "1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}, "2"),
     "minerva_math": ({"question": "1+1?", "answer": "2"}, "2"),
     "olympiadbench": ({"question": "Solve.", "final_answer": ["$2$", "$3$"], "unit": None}, "2, 3"),

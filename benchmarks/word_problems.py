@@ -1,0 +1,216 @@
+"""A real language model on real word problems: a warm start, then RLOO and PRIME from it, and SVAMP before and after.
+
+    python benchmarks/word_problems.py warm --train mawps_asdiv_train.jsonl
+    python benchmarks/word_problems.py rl --method rloo --seed 0
+    python benchmarks/word_problems.py rl --method prime --seed 0
+    python benchmarks/word_problems.py eval --test svamp_test.jsonl
+    python benchmarks/word_problems.py credit --seed 0
+    python benchmarks/word_problems.py summary
+
+The model learns the form of an answer from the equations of some problems (word_problems_lessons.py); both methods
+begin with it and pay for the same number of rollouts. All settings stand in benchmarks/word_problems.yaml. Each
+finished stage is a line of stages.jsonl; a stage that was stopped goes on from its last checkpoint when it is called
+again, to the same bits, and one that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pays import append, merged
+from pays_summary import read
+from word_problems_credit import credit
+from word_problems_lessons import lessons, rows_of, write
+from word_problems_summary import summary
+
+from prime_lightning.cli import lightning
+from prime_lightning.evaluation.command import main as evaluate
+from prime_lightning.quickstart import config, quiet
+from prime_lightning.report.runs import read_run
+
+SETTINGS = Path(__file__).with_suffix(".yaml")
+CURVE = ("rollout/accuracy", "rollout/responses", "rollout/tokens", "policy/entropy", "prm/accuracy", "prm/ce")
+
+
+def main(args: Sequence[str]) -> None:
+    options = parser().parse_args(args)
+    settings, out = yaml.safe_load(Path(options.settings).read_text()), Path(options.out)
+    if options.stage != "summary":
+        quiet()
+        torch.set_num_threads(options.threads)
+        out.mkdir(parents=True, exist_ok=True)
+        STAGES[options.stage](options, settings, out)
+    print(summary(read(out / "stages.jsonl")))
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("stage", choices=[*STAGES, "summary"])
+    options.add_argument("--train", help="of warm: jsonl file with problem, answer and equation")
+    options.add_argument("--test", help="of eval: jsonl file with SVAMP; the hub's by default")
+    options.add_argument("--model", help="hub id or folder; that of the settings by default")
+    options.add_argument("--method", choices=["rloo", "prime"], default="prime")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--device", choices=["cpu"], default="cpu", help="which settings")
+    options.add_argument("--threads", type=int, default=1, help="of torch; equal bits need an equal number")
+    options.add_argument("--settings", default=str(SETTINGS))
+    options.add_argument("--out", default="runs/word_problems")
+    return options
+
+
+def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
+    """Split the problems, and learn from the worked answers of some."""
+    chosen, file = settings[options.device], Path(options.train or "")
+    if not file.is_file():
+        raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
+
+    def run() -> dict[str, Any]:
+        rows = rows_of(file)
+        write(out / "train.jsonl", rows[: -chosen["held_out"]])
+        write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
+        count = write(out / "lessons.jsonl", lessons(rows[: chosen["lessons"]]))
+        given = {"init_args": {"path": str(out / "lessons.jsonl"), "template": template()}}
+        layer = merged(chosen["warm"], {"data": {"lessons": given}, "model": {"policy": model_of(options, settings)}})
+        configs = [config("sft.yaml"), config("strategy/cpu.yaml")]
+        return {"lessons": count, "seconds": trained("sft", configs, layer, out / "warm", 42, chosen["save_every"])}
+
+    once(out, {"stage": "warm", "settings": digest(chosen["warm"], chosen["lessons"], chosen["held_out"])}, run)
+
+
+def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
+    """Train by one method from the warm start."""
+    chosen, folder = settings[options.device], folder_of(out, options)
+    configs, layer = rl_layers(options, settings, out)
+
+    def run() -> dict[str, Any]:
+        seconds = trained("fit", configs, layer, folder, options.seed, chosen["save_every"])
+        rows = read_run(folder).rows.values()
+        return {"seconds": seconds, "curve": {name: [row[name] for row in rows if name in row] for name in CURVE}}
+
+    names = [path.name for path in configs]
+    once(out, {"stage": "rl", "method": options.method, "seed": options.seed, "settings": digest(layer, names)}, run)
+
+
+def rl_layers(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The configurations of a run, and what goes on top of them."""
+    chosen, rows = settings[options.device], {"init_args": {"path": str(out / "train.jsonl")}}
+    layer = merged(chosen["rl"], settings["methods"][options.method])
+    start = {"model": {"policy": str(out / "warm" / "policy")}, "data": {"train": rows, "validation": rows}}
+    return [config(name) for name in ("prime.yaml", *chosen["configs"])], merged(layer, start)
+
+
+def trained(what: str, configs: Sequence[Path], layer: dict[str, Any], folder: Path, seed: int, every: int) -> float:
+    """Run `sft` or `fit` to its end; seconds of all its starts."""
+    begun, clock = time.time(), folder / "seconds.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "layer.yaml").write_text(yaml.safe_dump(merged(layer, placed(what, folder, every))))
+    try:
+        lightning(command(what, configs, folder, seed))
+    finally:
+        append(clock, {"seconds": time.time() - begun})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes; the models are beside it
+    return float(sum(row["seconds"] for row in read(clock)))
+
+
+def command(what: str, configs: Sequence[Path], folder: Path, seed: int) -> list[str]:
+    """What `prime-lightning` is called with: the layers, and the last checkpoint if there is one."""
+    last = folder / "checkpoints" / "last.ckpt"
+    words = [word for path in (*configs, folder / "layer.yaml") for word in ("--config", str(path))]
+    return [what, *words, "--seed_everything", str(seed), *(["--ckpt_path", str(last)] if last.exists() else [])]
+
+
+def placed(what: str, folder: Path, every: int) -> dict[str, Any]:
+    """Where a run writes, and how often it saves."""
+    roles = ["policy"] if what == "sft" else ["policy", "prm"]
+    saved = {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": every, "save_last": True, "save_top_k": 0}
+    callbacks = [
+        made("prime_lightning.callbacks.HuggingFaceExport", folder=str(folder), roles=roles),
+        made("lightning.pytorch.callbacks.ModelCheckpoint", **saved),
+    ]
+    if what == "fit":
+        callbacks.append(made("prime_lightning.callbacks.RolloutLog", folder=str(folder)))
+    logger = made("lightning.pytorch.loggers.CSVLogger", save_dir=str(folder), name="csv")
+    return {"trainer": {"default_root_dir": str(folder), "callbacks": callbacks, "logger": [logger]}}
+
+
+def made(path: str, **given: Any) -> dict[str, Any]:
+    """A class and its arguments, as configurations write them."""
+    return {"class_path": path, "init_args": given}
+
+
+def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
+    """Greedy answers of every model that there is: as it comes, warm, and trained."""
+    asked = settings[options.device]["evaluation"]
+    found = {"untrained": model_of(options, settings)}
+    found |= {path.parent.name: str(path) for path in sorted(out.glob("*/policy"))}
+    for name, model in found.items():
+        folder = out / "evaluations" / name
+        words = ["--model", model, "--benchmark", asked["benchmark"], "--template", "chat", "--out", str(folder)]
+        words += ["--limit", str(asked["limit"]), "--max_tokens", str(asked["max_tokens"])]
+        words += ["--data", options.test] if options.test else []
+        words += [f"--engine.{option}={value}" for option, value in asked["engine"].items()]
+
+        def run(folder: Path = folder, words: Sequence[str] = tuple(words)) -> dict[str, Any]:
+            evaluate(words)
+            return {"result": json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]}
+
+        once(out, {"stage": "eval", "model": name, "settings": digest(asked)}, run)
+
+
+def blame(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
+    """Does the process reward fall at the first wrong number of an answer to a problem that was never trained on?"""
+    key = {"stage": "credit", "method": options.method, "seed": options.seed}
+    once(out, key, lambda: credit(folder_of(out, options), out / "held_out.jsonl", template()))
+
+
+STAGES: dict[str, Callable[[argparse.Namespace, Mapping[str, Any], Path], None]] = {
+    "warm": warm,
+    "rl": rl,
+    "eval": score,
+    "credit": blame,
+}
+
+
+def once(out: Path, key: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> None:
+    """Run a stage and note it, unless it is noted."""
+    if any(key.items() <= done.items() for done in read(out / "stages.jsonl")):
+        print(f"done before: {json.dumps(key)}", flush=True)
+        return
+    found = run()
+    made_by = {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()}
+    append(out / "stages.jsonl", dict(key) | dict(found) | {"made_by": made_by})
+
+
+def template() -> dict[str, Any]:
+    """How word problems are asked: as their configuration says."""
+    read_in = yaml.safe_load(config("data/word_problems.yaml").read_text())
+    return dict(read_in["data"]["train"]["init_args"]["template"])
+
+
+def digest(*settings: Any) -> str:
+    """Settings in short; a stage of other settings is run anew."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def folder_of(out: Path, options: argparse.Namespace) -> Path:
+    """Of a run."""
+    return out / f"{options.method}-seed{options.seed}"
+
+
+def model_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> str:
+    """The model that everything starts from."""
+    return str(options.model or settings[options.device]["model"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""Does the process reward fall at the first wrong number of an answer? The truth comes from the problem's equation.
+
+A line of an answer is right if its last number is a result of the equation, or its answer. In an answer with a wrong
+end, the lines up to the first wrong one are judged, that one among them, and none behind it; in one with a right end
+all lines are right. So an answer that gets there another way is right, and a detour to a wrong end wrong at its start.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from word_problems_lessons import checked, numbers
+
+from prime_lightning.engines.hf import HFEngine
+from prime_lightning.options import Loading
+from prime_lightning.prm.credit import step_auc
+from prime_lightning.prm.implicit import ImplicitPRM
+from prime_lightning.prm.steps import StepRule
+from prime_lightning.prompts import DatasetPrompts, Template
+from prime_lightning.rollout import Sampling
+
+LINES = StepRule(rule="newline")
+NEAR = Fraction(1, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An answer, its lines as far as they can be judged, and their rewards."""
+
+    right: bool
+    truths: list[bool]
+    rewards: list[float]
+
+
+def credit(folder: Path, held_out: Path, template: Mapping[str, Any], wrong: int = 100) -> dict[str, Any]:
+    """Step AUC of a run's PRM on fresh answers of its policy, until so many have a known wrong step."""
+    prm = ImplicitPRM.from_pretrained(
+        folder / "prm", reference=str(folder / "policy"), loading=Loading(dtype="bfloat16"), device="cpu"
+    )
+    judged = list(until(answers(str(folder / "policy"), held_out, Template(**template), prm), wrong))
+    of_wrong = [one for one in judged if not one.right]
+    multi = [one for one in of_wrong if len(one.truths) > 1]
+    falls = [one.rewards[len(one.truths) - 1] < mean(one.rewards[: len(one.truths) - 1]) for one in multi]
+    return {
+        "answers": len(judged),
+        "wrong_answers": len(of_wrong),
+        "all": measured(judged),
+        "wrong_alone": measured(of_wrong),
+        "falls": {"of": len(multi), "share": mean([float(fell) for fell in falls]) if falls else None},
+    }
+
+
+def until(judged: Iterator[Judged], wrong: int) -> Iterator[Judged]:
+    """All answers up to the last of so many with a wrong step."""
+    for one in judged:
+        yield one
+        wrong -= not all(one.truths)
+        if wrong == 0:
+            return
+
+
+def answers(policy: str, held_out: Path, template: Template, prm: ImplicitPRM, at_a_time: int = 32) -> Iterator[Judged]:
+    """One answer to each problem at temperature 1, judged and scored; without those that hold no wrong number."""
+    engine = HFEngine(batch_size=at_a_time, dtype="bfloat16", device="cpu")
+    engine.start(policy)
+    prompts = DatasetPrompts(str(held_out), template=template, shuffle=False)
+    for start in range(0, len(prompts), at_a_time):
+        draws = range(start, min(start + at_a_time, len(prompts)))
+        asked = [prompts.prompt(draw, engine.tokenizer) for draw in draws]
+        sampled = [(p, done[0]) for p, done in engine.stream(asked, Sampling(samples=1, max_tokens=96))]
+        sampled = [(p, done) for p, done in sampled if done.text.strip() and not done.truncated]
+        scored = prm.score([p.text for p, _ in sampled], [done.text for _, done in sampled], steps=LINES)
+        for (prompt, _), one in zip(sampled, scored, strict=True):
+            right, truths = line_truths(one.steps, prompt.row)
+            if right or not all(truths):
+                yield Judged(right=right, truths=truths, rewards=one.step_rewards)
+
+
+def line_truths(lines: Sequence[str], row: Mapping[str, Any]) -> tuple[bool, list[bool]]:
+    r"""Whether an answer is right, and which of its lines are, as far as that is known.
+
+    Example:
+        >>> row = {"problem": "Of 9 sell 2, buy 4.", "answer": "11", "equation": "+ - number0 number1 number2"}
+        >>> line_truths(["9 - 2 = 7.", "7 + 4 = 12.", r"\boxed{12}."], row)
+        (False, [True, False])
+    """
+    found = [last[-1] if (last := numbers(text)) else None for text in lines]
+    answer = Fraction(row["answer"])
+    if found[-1] is not None and near(found[-1], [answer]):
+        return True, [True] * len(lines)
+    known = [answer, *(step.result for step in checked(row) or ())]
+    truths = []
+    for value in found:
+        truths.append(value is None or near(value, known))
+        if not truths[-1]:
+            break
+    return False, truths
+
+
+def near(value: Fraction, known: Sequence[Fraction]) -> bool:
+    """Whether a number is one of these, as far as four places say."""
+    return any(abs(value - one) < NEAR for one in known)
+
+
+def measured(judged: Sequence[Judged]) -> dict[str, Any]:
+    """AUC of the lines' rewards, with a 95 % interval by drawing answers anew."""
+
+    def auc(some: Sequence[Judged]) -> Any:
+        return step_auc([one.rewards for one in some], [one.truths for one in some])
+
+    return auc(judged) | {"interval": bootstrap(judged, lambda some: auc(some)["auc"])}
+
+
+def bootstrap(
+    values: Sequence[Any], measure: Callable[[Sequence[Any]], float | None], draws: int = 500
+) -> list[float] | None:
+    """Middle 95 % of a measure over samples drawn with repeats; None where it has no value.
+
+    Example:
+        >>> bootstrap([1.0, 1.0], mean)
+        [1.0, 1.0]
+    """
+    rng = random.Random(0)
+    found = [measure(rng.choices(values, k=len(values))) for _ in range(draws)] if values else []
+    known = sorted(value for value in found if value is not None)
+    return [known[int(0.025 * len(known))], known[int(0.975 * len(known))]] if known else None
+
+
+def mean(values: Sequence[float]) -> float:
+    """The usual one."""
+    return sum(values) / len(values)

@@ -1,0 +1,81 @@
+"""What the stages of benchmarks/word_problems.py say, as tables."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Stage = Mapping[str, Any]
+
+
+def summary(stages: Sequence[Stage]) -> str:
+    """All tables; of a stage that was run with several settings, the last."""
+    parts = [accuracies(of(stages, "eval")), runs(of(stages, "rl")), credits_of(of(stages, "credit"))]
+    return "\n\n".join("\n".join(lines) for lines in map(list, parts) if lines)
+
+
+def of(stages: Sequence[Stage], which: str) -> list[Stage]:
+    """The last of each model, or of each method and seed, of a kind of stage."""
+    names = ("model", "method", "seed")
+    return list({tuple(one.get(name) for name in names): one for one in stages if one["stage"] == which}.values())
+
+
+def accuracies(stages: Sequence[Stage]) -> Iterator[str]:
+    """Accuracy of each model, with its interval, and what is gained on the warm start."""
+    if not stages:
+        return
+    base = next((one["result"]["metrics"]["accuracy"] for one in stages if one["model"] == "warm"), None)
+    yield f"| model | {stages[0]['result']['title']}, greedy | 95 % interval | problems | points above the warm start |"
+    yield "|---|---|---|---|---|"
+    for one in stages:
+        result = one["result"]
+        value, (low, high) = result["metrics"]["accuracy"], result["interval"]["accuracy"]
+        gain = "" if base is None or one["model"] in ("untrained", "warm") else f"{100 * (value - base):+.1f}"
+        yield f"| {one['model']} | {value:.1%} | {low:.1%} to {high:.1%} | {result['problems']} | {gain} |"
+
+
+def runs(stages: Sequence[Stage]) -> Iterator[str]:
+    """Training accuracy in fifths of each run, and what it cost."""
+    if not stages:
+        return
+    yield "| run | accuracy while training, by fifths | rollouts | tokens | seconds |"
+    yield "|---|---|---|---|---|"
+    for one in stages:
+        curve = one["curve"]
+        shares = ", ".join(f"{value:.1%}" for value in fifths(curve["rollout/accuracy"]))
+        counts = f"{sum(curve['rollout/responses']):,.0f} | {sum(curve['rollout/tokens']):,.0f}"
+        yield f"| {one['method']}, seed {one['seed']} | {shares} | {counts} | {one['seconds']:,.0f} |"
+
+
+def fifths(values: Sequence[float]) -> list[float]:
+    """Means of five stretches of about equal length.
+
+    Example:
+        >>> fifths([1.0, 3.0, 5.0, 5.0, 5.0, 5.0, 0.0, 0.0, 7.0, 9.0])
+        [2.0, 5.0, 5.0, 0.0, 8.0]
+    """
+    ends = [round(i * len(values) / 5) for i in range(6)]
+    return [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(ends) if b > a]
+
+
+def credits_of(stages: Sequence[Stage]) -> Iterator[str]:
+    """Step AUC of each PRM."""
+    if not stages:
+        return
+    yield "| PRM of | wrong answers | step AUC, all answers | wrong answers alone | reward falls at the wrong step |"
+    yield "|---|---|---|---|---|"
+    for one in stages:
+        falls = one["falls"]
+        share = "" if falls["share"] is None else f"{falls['share']:.0%} of {falls['of']}"
+        aucs = f"{said(one['all'])} | {said(one['wrong_alone'])}"
+        yield f"| {one['method']}, seed {one['seed']} | {one['wrong_answers']} | {aucs} | {share} |"
+
+
+def said(measured: Mapping[str, Any]) -> str:
+    """An AUC with its interval."""
+    if measured["auc"] is None:
+        return "none"
+    low, high = measured["interval"]
+    return f"{measured['auc']:.3f} ({low:.3f} to {high:.3f})"
