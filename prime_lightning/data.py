@@ -43,6 +43,8 @@ class RolloutDataModule(pl.LightningDataModule):
         validation_sampling: How validation rollouts are drawn.
         validation_prompts: How many of the validation prompts are taken; of fewer rows, each equally often.
         prompts_per_batch: Groups of one iteration, over all ranks.
+        chat_template_kwargs: Variables of the tokenizer's chat template for all prompts that use it, such as
+            `enable_thinking: false`; those of a prompt's own template go before.
         max_prompt_tokens: Longer prompts are skipped and counted, as are those that leave no room for
             `sampling.max_tokens` in the engine's context.
         accuracy_filter: Which groups are trained on.
@@ -70,6 +72,7 @@ class RolloutDataModule(pl.LightningDataModule):
         sampling: Sampling = Sampling(),
         validation_sampling: Sampling = Sampling(samples=1),
         validation_prompts: int = 256,
+        chat_template_kwargs: dict[str, Any] | None = None,
         prompts_per_batch: int = 256,
         max_prompt_tokens: int = 1024,
         accuracy_filter: AccuracyFilter = AccuracyFilter(),
@@ -100,6 +103,8 @@ class RolloutDataModule(pl.LightningDataModule):
                 "which has none, set `data.accuracy_filter.min_valid` to 1."
             )
         self.model, self.train, self.engine, self.validation = model, train, engine, validation
+        for part in [*train.parts(), *(validation.parts() if validation else ())]:
+            part.template = part.template.with_variables(chat_template_kwargs or {})
         self.sampling, self.validation_sampling = sampling, validation_sampling
         self.validation_prompts = validation_prompts
         self.prompts_per_batch, self.max_prompt_tokens = prompts_per_batch, max_prompt_tokens

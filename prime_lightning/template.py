@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +73,10 @@ class Template:
                 f"Expected no `chat_template_kwargs` without the chat template, got {self.chat_template_kwargs} and "
                 "`chat: false`."
             )
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Self:
+        """The same template with these variables of the chat template under its own; none without one."""
+        return replace(self, chat_template_kwargs={**variables, **self.chat_template_kwargs}) if self.chat else self
 
     def fields(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Names and paths in `user` that are fields of this row."""
