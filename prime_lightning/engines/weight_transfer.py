@@ -100,7 +100,9 @@ class WeightCopy:
         return buffer[start : start + length].view(self.dtype).view(shape)
 
     def passing(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Iterator[tuple[str, Tensor]]:
-        """The weights as they come, each checked and copied on its way; `version` is None until all have passed.
+        """The weights as they come, in the engine's format, each checked and copied on its way.
+
+        `version` is None until all have passed.
 
         Raises:
             ValueError: if a name or a shape is not the model's, or one is missing.
@@ -115,9 +117,10 @@ class WeightCopy:
                     f"Expected weights of the engine's model, got {name!r} with shape {tuple(tensor.shape)} ({known}). "
                     "Engine and policy must be built from the same model."
                 )
-            self.tensors[own].copy_(tensor.detach())
+            cast = tensor.detach().to(self.dtype)  # once, on its own device: half as much crosses to the host
+            self.tensors[own].copy_(cast)
             missing.pop(own, None)
-            yield own, tensor
+            yield own, cast
         if missing:
             raise ValueError(f"Expected all weights of the policy, got none for {list(missing)[:3]} ...")
         self.version = version

@@ -106,6 +106,7 @@ def memory_lines(setup: Setup, memory: Memory, gpu_bytes: float) -> Iterator[str
             yield f"{part:<30}" + "".join(f"{_gib(row[r]) if r in row else '-':>11}" for r in roles)
     tokens = max(setup.micro_tokens.values())
     words = {"activations": f"activations ({tokens:,} tokens)", "logits": f"logits ({setup.chunk_tokens:,} tokens)"}
+    words["logits"] += ", head in float32" if setup.head_dtype else ""
     phases = {"": memory.held, "training: ": memory.training, "sampling: ": memory.sampling}
     sizes = {phase + words.get(part, part): size for phase, rows in phases.items() for part, size in rows.items()}
     yield from (f"{part:<44}{_gib(size):>8}" for part, size in sizes.items() if size)
@@ -113,6 +114,9 @@ def memory_lines(setup: Setup, memory: Memory, gpu_bytes: float) -> Iterator[str
     yield f"{'at the peak':<44}{_gib(memory.peak):>8}  of {_gib(gpu_bytes)}: {verdict}"
     if memory.host:
         yield f"{'host memory for each GPU (offload)':<44}{_gib(memory.host):>8}"
+    if memory.loading:
+        kind = f"  in {setup.loaded}; next to none from files in it".replace("torch.", "")
+        yield f"{'host memory for each GPU (loading a model)':<44}{_gib(memory.loading):>8}{kind}"
     if memory.peak > gpu_bytes:
         yield from _switch_lines(setup, gpu_bytes)
 

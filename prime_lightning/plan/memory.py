@@ -81,6 +81,11 @@ def host_bytes(parameters: int, moments: int, width: int, sharding: Sharding) ->
     return optimizer + (width * parameters / sharding.share(3) if sharding.offload_parameters else 0.0)
 
 
+def loading_bytes(parameters: int, width: int, sharding: Sharding) -> float:
+    """`width * Psi` of the host, where each rank loads a model whole before it is spread: all but ZeRO-3."""
+    return 0.0 if sharding.masters and sharding.stage == 3 else width * parameters
+
+
 def cache_bytes(sequences: int, tokens: int, cache_width: int, width: int) -> int:
     """Keys and values of `sequences` samples of `tokens` tokens: `2 * layers * kv_heads * head_dim` numbers a token.
 

@@ -32,6 +32,8 @@ class Memory:
     """Of the engine and of CUDA, throughout."""
     host: float
     """Of the host, for each rank."""
+    loading: float
+    """Of the host, for each rank, while the largest model is loaded."""
 
     @property
     def kept(self) -> float:
@@ -70,6 +72,7 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
         sampling=sampling,
         held={**held, "CUDA context, NCCL (assumed)": CONTEXT},
         host=sum(mem.host_bytes(n, setup.moments[role], width, shard) for role, n in counts.items()),
+        loading=max(mem.loading_bytes(s.parameters, setup.loaded.itemsize, shard) for s in setup.shapes.values()),
     )
 
 
@@ -88,12 +91,13 @@ def _work(setup: Setup, role: str) -> float:
         setup.weights,
         autocast=setup.autocast,
         checkpointing=setup.checkpointing,
+        head=setup.head_dtype,
     )
 
 
 def _logits(setup: Setup, role: str) -> float:
     chunk = min(setup.chunk_tokens, setup.micro_tokens[role])
-    return logits_bytes(setup.shapes[role].vocabulary, chunk, setup.weights, autocast=setup.autocast)
+    return logits_bytes(setup.shapes[role], chunk, setup.weights, autocast=setup.autocast, head=setup.head_dtype)
 
 
 def _engine(setup: Setup, gpu_bytes: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -131,6 +135,8 @@ def switches(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
         )
     if setup.chunk_tokens > 1024:
         yield "model.loading.chunk_tokens: 1024", lambda s: replace(s, chunk_tokens=1024)
+    if setup.head_dtype is not None:
+        yield "model.loading.head_dtype: null", lambda s: replace(s, head_dtype=None)
     if setup.sampler.beside and fraction is None and setup.sampler.sequences > 64:
         yield "data.engine.init_args.batch_size: 64", lambda s: replace(s, sampler=replace(s.sampler, sequences=64))
     if setup.sampler.beside and fraction is not None and fraction > 0.3:

@@ -55,6 +55,10 @@ class Setup:
     sharding: Sharding
     weights: torch.dtype
     """Type of the weights that forward and backward see."""
+    loaded: torch.dtype
+    """Type that weights are loaded in."""
+    head_dtype: str | None
+    """Type of the projection onto the vocabulary, where it has one of its own."""
     autocast: bool
     checkpointing: bool
     chunk_tokens: int
@@ -132,6 +136,8 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         moments={role: _moments(model[f"{role}_optimizer"]) for role in trained},
         sharding=sharding,
         weights=torch.bfloat16 if half else getattr(torch, loading.dtype),
+        loaded=getattr(torch, loading.dtype),
+        head_dtype=loading.head_dtype,
         autocast=mixed and not half,
         checkpointing=loading.gradient_checkpointing,
         chunk_tokens=loading.chunk_tokens,

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prime_lightning.attention import check_attention
-from prime_lightning.head import chosen_logprobs
+from prime_lightning.head import chosen_logprobs, projection
 from prime_lightning.logprobs import ScoringLM
 from prime_lightning.pretrained import base_of
 
@@ -122,13 +122,15 @@ def adapter_parameters(config: PretrainedConfig, rank: int, targets: str | list[
 
 
 @functools.lru_cache(maxsize=64)
-def _work(config: str, tokens: int, chunk: int, weights: torch.dtype, autocast: bool, checkpointing: bool) -> int:
+def _work(
+    config: str, tokens: int, chunk: int, weights: torch.dtype, head: str | None, autocast: bool, checkpointing: bool
+) -> int:
     """Peak of live bytes in one forward and backward, weights and their gradients left out."""
     values = json.loads(config)
     with FakeTensorMode(), torch.device("cpu"):
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=weights)
         model = _without_gradients(made.train(), checkpointing)
-        scoring = ScoringLM(model, chunk_tokens=chunk)
+        scoring = ScoringLM(model, chunk_tokens=chunk, head_dtype=head)
         tokens_bl = torch.zeros(-(-tokens // ROW), min(ROW, tokens), dtype=torch.long)
         peak = Peak()
         with peak, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
@@ -138,7 +140,14 @@ def _work(config: str, tokens: int, chunk: int, weights: torch.dtype, autocast: 
 
 
 def work_bytes(
-    config: PretrainedConfig, tokens: int, chunk: int, weights: torch.dtype, *, autocast: bool, checkpointing: bool
+    config: PretrainedConfig,
+    tokens: int,
+    chunk: int,
+    weights: torch.dtype,
+    *,
+    autocast: bool,
+    checkpointing: bool,
+    head: str | None = None,
 ) -> int:
     """Bytes that a forward and backward of one micro-batch needs at its peak, besides weights and gradients.
 
@@ -153,11 +162,12 @@ def work_bytes(
         weights: Type of the weights.
         autocast: Whether products are computed in bfloat16.
         checkpointing: Whether activations are computed again in the backward pass.
+        head: Type of the projection onto the vocabulary, where it has one of its own.
     """
     layers: int = config.get_text_config().num_hidden_layers
 
     def count(of_layers: int) -> int:
-        return _work(_shallow(config, of_layers), tokens, chunk, weights, autocast, checkpointing)
+        return _work(_shallow(config, of_layers), tokens, chunk, weights, head, autocast, checkpointing)
 
     if layers <= FEW:
         return count(layers)
@@ -165,14 +175,18 @@ def work_bytes(
     return few + (few - half) * (layers - FEW) // (FEW // 2)
 
 
-def logits_bytes(vocabulary: int, chunk: int, weights: torch.dtype, *, autocast: bool) -> int:
-    """Bytes of the logits' part in `work_bytes`: one chunk `[n, V]`, its float32 copies and its gradients."""
+def logits_bytes(shape: Shape, chunk: int, weights: torch.dtype, *, autocast: bool, head: str | None = None) -> int:
+    """Bytes of the logits' part in `work_bytes`: one chunk `[n, V]`, its float32 copies and its gradients.
+
+    With a `head` type of its own, the copy of the head's weight `[V, H]` in it, and that copy's gradient, too.
+    """
     with FakeTensorMode(), torch.device("cpu"):
-        head = torch.zeros(vocabulary, 1, dtype=weights)
-        hidden = torch.zeros(chunk, 1, dtype=weights, requires_grad=True)
+        width = shape.hidden if head else 1
+        linear = nn.Linear(width, shape.vocabulary, bias=False, dtype=weights)
+        hidden = torch.zeros(chunk, width, dtype=weights, requires_grad=True)
         peak = Peak()
         with peak, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
-            logits = nn.functional.linear(hidden, head)
+            logits = projection(linear, getattr(torch, head))(hidden) if head else linear(hidden)
             chosen_logprobs(logits, torch.zeros(chunk, dtype=torch.long), entropy="measured")[0].sum().backward()
     return peak.bytes
 

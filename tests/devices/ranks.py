@@ -86,9 +86,9 @@ def strategy(name: str, **options: Any) -> Any:
 
 
 def weights(prime: pl.LightningModule) -> dict[str, torch.Tensor]:
-    """Whole weights of the trained models."""
-    found = prime.trainer.strategy.lightning_module_state_dict()
-    whole = devices(prime.trainer).whole
+    """Whole weights of the trained models, as their optimizers have them."""
+    found, spread = prime.trainer.strategy.lightning_module_state_dict(), devices(prime.trainer)
+    whole = getattr(spread, "master", spread.whole)
     return {name: whole(p).clone() for name, p in found.items() if not name.startswith("reference.")}
 
 

@@ -9,13 +9,15 @@ import uneven
 from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
 
 pytestmark = pytest.mark.timeout(700)  # a rank that waits for a collective that never comes would wait half an hour
+STRATEGIES = ["ddp", "zero2", "zero3", "fsdp2"]
 SCENES = [
-    "prime:untied:zero3", "prime:tied:zero3", "prime:adapted:zero3", "sft:tied:zero3", "prm:untied:zero3",
-    "prime:tied:fsdp2", "sft:untied:fsdp2", "prm:tied:fsdp2",
-    "prime:untied:zero2", "sft:tied:zero2", "prm:untied:zero2",
-    "prime:tied:ddp", "sft:tied:ddp", "prm:untied:ddp",
-    "step:untied:zero3", "step:tied:fsdp2", "step:untied:ddp",
+    *(f"prime:{models}:{name}" for name in STRATEGIES for models in ("tied", "tied-again", "untied", "untied-again")),
+    "prime:adapted:zero3", "sft:tied-again:zero3", "prm:untied:zero3",
+    "sft:untied:fsdp2", "prm:tied-again:fsdp2", "sft:tied-again:zero2", "prm:untied:zero2",
+    "sft:tied-again:ddp", "prm:untied:ddp", "step:untied:zero3", "step:tied-again:fsdp2", "step:untied:ddp",
+    "prime:tied-wide:zero3", "prime:untied-wide:fsdp2", "prime:untied-mixed:zero3", "prime:tied-mixed:fsdp2",
 ]  # fmt: skip
+EXACT = ("loss", "grad_norm", "ce")  # in bfloat16, differences of small numbers are noise
 KINDS = sorted({scene.rpartition(":")[0] for scene in SCENES})
 
 
@@ -40,14 +42,18 @@ def ran(folder, scene):
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_uneven_ranks_train_as_one_process(folder, scene):
     one, two = ran(folder, f"{scene.rpartition(':')[0]}:one"), ran(folder, scene)
+    rel, atol = (1e-2, 3e-3) if "mixed" in scene else (1e-4, 1e-6)
     assert len(one["rows"]) == len(two["rows"]) == uneven.STEPS
     for row, other in zip(one["rows"], two["rows"], strict=True):
-        assert row == pytest.approx(other, rel=1e-4, abs=1e-5, nan_ok=True)
+        same = [name for name in row if "mixed" not in scene or name.endswith(EXACT)]
+        assert {n: row[n] for n in same} == pytest.approx(
+            {n: other[n] for n in same}, rel=rel, abs=rel / 10, nan_ok=True
+        )
     if scene.startswith("prime"):  # rejected groups, all on the first rank, joined the batch of the second step
         assert [row.get("train/process_only", 0) for row in two["rows"]] == [0, 2]
     assert one["weights"].keys() == two["weights"].keys()
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -1,8 +1,9 @@
 """Ranks of very different work: rank 0 has responses of 30 tokens, rank 1 of one or two; the head's chunks are of two.
 
 A scene `uneven:KIND:MODELS:STRATEGY` trains for two steps: KIND is `prime`, `step` (the same with one optimizer step an
-iteration), `sft` or `prm`, MODELS is `untied`, `tied` (with gradient checkpointing) or `adapted` (LoRA on the head,
-too); every process counts its collectives and the calls of each head.
+iteration), `sft` or `prm`. MODELS is `untied`, `tied` or `adapted` (LoRA on the head, too), and behind it may come
+`-again` (gradient checkpointing), `-wide` (head in float32) or `-mixed` (that, and the rest in bfloat16). Every
+process counts its collectives and the calls of each head.
 """
 
 from __future__ import annotations
@@ -96,14 +97,16 @@ class Given(pl.LightningDataModule):
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Weights move by the gradient itself."""
-    return torch.optim.SGD(parameters, lr=0.1)
+    """Weights move by the gradient; at twice the rate one process with sums in another order gets 2e-5 elsewhere."""
+    return torch.optim.SGD(parameters, lr=0.05)
 
 
 def module(folder: Path, kind: str, models: str) -> Any:
     """A module of that kind; its own model is `models`, the other one, where there is one, the opposite."""
-    own, other = (str(folder / name) for name in (("tied", "untied") if models == "tied" else ("untied", "tied")))
-    loading = Loading(chunk_tokens=2, gradient_checkpointing=models == "tied")
+    kept, _, way = models.partition("-")
+    own, other = (str(folder / name) for name in (("tied", "untied") if kept == "tied" else ("untied", "tied")))
+    dtype = "float32" if way in ("wide", "mixed") else None
+    loading = Loading(chunk_tokens=2, gradient_checkpointing=way == "again", head_dtype=dtype)
     update = Update(minibatches=1 if kind == "step" else 2, micro_tokens=80, grad_clip=10.0)
     if kind == "sft":
         return tiny.SFTModule(own, loading, sgd, warmup=0.0)
@@ -114,7 +117,7 @@ def module(folder: Path, kind: str, models: str) -> Any:
         beta=0.5, learn_from="all", intercept="base_rate", replay=replay, process_only="all_wrong"
     )  # the gate is open in the second iteration
     loss = PolicyLoss(entropy_weight=0.01)
-    lora = Lora(rank=2, target_modules=["lm_head", "q_proj"]) if models == "adapted" else None
+    lora = Lora(rank=2, target_modules=["lm_head", "q_proj"]) if kept == "adapted" else None
     prime = tiny.module(
         own, prm=other, reference=own, loading=loading, process_reward=reward, policy_loss=loss, policy_lora=lora,
         gate=alg.ProcessGate(max_ce=None, min_accuracy=0.0),
@@ -171,7 +174,7 @@ def train(folder: Path, scene: str) -> None:
     world = 1 if name == "one" else 2
     trainer = tiny.trainer(
         folder, STEPS, history=history, devices=world, strategy=spread, callbacks=[counting],
-        enable_checkpointing=False,
+        enable_checkpointing=False, precision="bf16-mixed" if models.endswith("mixed") else "32-true",
     )  # fmt: skip
     trainer.fit(learner, data)
     counts = [dict(counting.collectives.calls), dict(counting.heads)]

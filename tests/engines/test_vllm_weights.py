@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prime_lightning.arithmetic import write_model
 from prime_lightning.engines import hf
@@ -45,6 +46,30 @@ class Receiver:
     def read_back(self, columns):
         shift = 0.01 if self.spoiled else 0.0
         return {n: (column_of(self.weights[n], c).float() + shift).tolist() for n, c in columns.items()}
+
+
+class Crossings(TorchDispatchMode):
+    """Numbers that are copied from one tensor to another of a different format."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and args[0].dtype != args[1].dtype:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_where_they_are_before_they_go_anywhere(model):
+    copy, named = WeightCopy(model, "bfloat16"), list(load_causal_lm(model).named_parameters())
+    with Crossings() as crossings:
+        passed = list(copy.passing(named, 1))
+    assert crossings.count == 0
+    for name, tensor in passed:
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, copy.tensors[name])
+    copy.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
