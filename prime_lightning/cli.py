@@ -61,7 +61,7 @@ class PrimeCLI(LightningCLI):
         OmegaConf.register_resolver("cpu_precision", lambda: cpu_precision(), replace=True)
         for message in MEANT_AS_IT_IS:
             warnings.filterwarnings("ignore", message=message)
-        self.command = command or args
+        self.command, self.asked = command or args, next(iter(args), "")
         super().__init__(
             model,
             data,
@@ -84,6 +84,11 @@ class PrimeCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """No options by their first letters: a misspelt one is to be an error, not another one."""
         return super().init_parser(**{"allow_abbrev": False, **kwargs})
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is asked for: Lightning makes a parser of all options for each."""
+        known = super().subcommands()
+        return {self.asked: known[self.asked]} if self.asked in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data module samples from, and tokenizes for, the policy, or the one model that is trained."""

@@ -15,7 +15,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.batch import pad
 from prime_lightning.facts import run_facts
@@ -260,5 +261,12 @@ class SFTModule(pl.LightningModule):
         trainer = self.trainer
         loader = LessonLoader(trainer.datamodule, 0, 1)  # type: ignore[attr-defined]
         steps = trainer.max_steps if trainer.max_steps > 0 else len(loader) * (trainer.max_epochs or 1)
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return cosine(optimizer, self.warmup, steps)
+
+
+def cosine(optimizer: Optimizer, warmup: float, steps: int) -> dict[str, Any]:
+    """For `configure_optimizers`: a cosine to 0 over all steps, after a linear rise over the share `warmup` of them."""
+    from transformers import get_cosine_schedule_with_warmup  # here, because it brings transformers' trainer and peft
+
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps), steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -64,7 +64,8 @@ FLOORS = [
         "report.panels",
     },
     {"arithmetic", "eurus", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
-    | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder", "report.page"},
+    | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder"}
+    | {"evaluation.table", "report.page"},
     {"stepping", "ahead", "validation", "lora", "plan.shape"}
     | {"prm.folder", "evaluation.benchmark", "evaluation.runner", "report", "report.command"},
     {"panel", "passes", "placement", "sync", "scoring", "probe"},

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from prime_lightning.__main__ import main
+from prime_lightning.cli import PrimeCLI
+from prime_lightning.data import RolloutDataModule
+from prime_lightning.module import PrimeModule
 from prime_lightning.usage import line_of, place_of
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -129,6 +132,37 @@ def test_planning_imports_neither_data_sets_nor_vllm():
     code = f"import sys, prime_lightning.plan.command; print({heavy} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
+
+
+def test_printing_a_configuration_imports_nothing_that_only_a_run_needs(tmp_path):
+    code = (
+        "import sys; from prime_lightning.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    words = [sys.executable, "-c", code, *FIT, "--print_config"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True)
+    loaded = set(ran.stderr.splitlines()[-1].split())
+    heavy = {"datasets", "pandas", "pyarrow", "evaluate", "peft", "vllm", "deepspeed", "math_verify", "plotly", "wandb"}
+    heavy |= {"prime_lightning.engines.vllm", "transformers.trainer"}
+    assert "prime_lightning.evaluation.callback" in loaded  # which quickstart.yaml names
+    assert not heavy & loaded
+    assert "prime_lightning.evaluation.callback.Benchmarks" in ran.stdout
+
+
+class OnlyParsed(PrimeCLI):
+    def instantiate_classes(self):
+        pass
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_only_the_command_that_was_asked_for_gets_a_parser(command):
+    cli = OnlyParsed(PrimeModule, RolloutDataModule, [command, *FIT[1:]])
+    assert cli.subcommand == command
+    assert set(cli._subcommand_parsers) == {command}
 
 
 def test_versions_name_what_a_report_needs(capsys):

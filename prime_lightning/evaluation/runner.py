@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from prime_lightning.evaluation import records
-from prime_lightning.evaluation.metrics import ProblemMetric, ProblemTable, load_metric, problem_values
 from prime_lightning.evaluation.records import Record
+from prime_lightning.evaluation.table import ProblemTable, problem_values
 from prime_lightning.loader import RolloutSource, Round
 from prime_lightning.prompts import Prompts
 from prime_lightning.rollout import Prompt, Sampling
@@ -36,7 +36,9 @@ class Scores:
     def __init__(
         self, metrics: Sequence[str], samples: int, kind: str, answer: str, device: torch.device | str = "cpu"
     ) -> None:
-        self.metrics: list[ProblemMetric] = [load_metric(name, kind, answer) for name in metrics]
+        from prime_lightning.evaluation.metrics import load_metric  # here, because it brings data sets and pandas
+
+        self.metrics = [load_metric(name, kind, answer) for name in metrics]
         self.names = list(problem_values(self.metrics, [NOTHING] * samples))
         self.table = ProblemTable(self.names, samples).to(device)
 

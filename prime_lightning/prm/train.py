@@ -18,7 +18,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import CatMetric, MeanMetric
-from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase
 
 from prime_lightning import algorithms as alg
 from prime_lightning.batch import Batch
@@ -36,7 +36,7 @@ from prime_lightning.prm.responses import (
 )
 from prime_lightning.prompts import permutation
 from prime_lightning.scoring import load_scoring
-from prime_lightning.sft import LessonLoader
+from prime_lightning.sft import LessonLoader, cosine
 from prime_lightning.stepping import SteppingModule
 
 VALIDATION_LAP = 2**31  # a pass of the seeded order that training never comes to
@@ -244,8 +244,7 @@ class PRMModule(SteppingModule):
         optimizer, trainer = self.optimizer(self.prm.parameters()), self.trainer
         batches = len(LessonLoader(trainer.datamodule, 0, 1)) * (trainer.max_epochs or 1)  # type: ignore[attr-defined]
         steps = min(batches, trainer.max_steps) if trainer.max_steps > 0 else batches
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return cosine(optimizer, self.warmup, steps)
 
     def facts(self) -> dict[str, Any]:
         """What the PRM's JSON file says."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from prime_lightning.evaluation.metrics import ProblemTable, load_metric, problem_values
+from prime_lightning.evaluation.metrics import load_metric
 from prime_lightning.evaluation.statistics import mean_and_error
+from prime_lightning.evaluation.table import ProblemTable, problem_values
 
 FOLDER = Path(__file__).parents[2] / "evals" / "metrics"
 CASES = [(path.parent, case) for path in sorted(FOLDER.glob("*/cases.json")) for case in json.loads(path.read_text())]
