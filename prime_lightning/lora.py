@@ -7,6 +7,7 @@ bases, dropout (a token's log-prob must not differ between two passes) and adapt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +58,19 @@ def with_adapters(lm: PreTrainedModel, lora: Lora | None, seed: int) -> nn.Modul
             "an adapter on one of them would untie them, and engines tie them."
         )
     return model
+
+
+def on_same_weights(adapted: Any) -> PreTrainedModel:
+    """Another causal LM, without adapters, whose weights are the frozen ones below the adapters of this one.
+
+    The parameters are the same objects: what moves one of the models to a device, moves both.
+
+    Args:
+        adapted: With adapters.
+    """
+    frozen = {id(parameter): parameter for parameter in adapted.parameters() if not parameter.requires_grad}
+    lm: PreTrainedModel = copy.deepcopy(adapted, frozen).unload()  # type: ignore[arg-type]
+    return lm
 
 
 @torch.no_grad()

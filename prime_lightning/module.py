@@ -29,6 +29,7 @@ from prime_lightning.probe import check_greedy
 from prime_lightning.replay import Replay, share
 from prime_lightning.scoring import load_scoring
 from prime_lightning.sync import PolicyWeights, check_takes_weights
+from prime_lightning.together import check_together
 
 ROLES = ("prm", "policy", "critic")
 
@@ -46,6 +47,7 @@ class PrimeModule(LearningModule):
         policy_lora: Train low-rank adapters on the policy instead of its weights; null trains all of them. A
             `reference` of the policy's name is then the policy without its adapters, which takes no memory.
         prm_lora: The same for the PRM.
+        share_base: Keep the frozen weights below the adapters of policy and PRM, which are of one name, once.
         process_reward: The implicit process reward.
         gate: When the process reward counts.
         prm_loss: What trains the PRM, see `algorithms.prm_loss`.
@@ -76,6 +78,7 @@ class PrimeModule(LearningModule):
         loading: Loading = Loading(),
         policy_lora: Lora | None = None,
         prm_lora: Lora | None = None,
+        share_base: bool = False,
         process_reward: ProcessReward = ProcessReward(),
         gate: alg.ProcessGate | None = None,
         prm_loss: Callable[..., Any] = alg.ce,
@@ -94,16 +97,10 @@ class PrimeModule(LearningModule):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        if policy_loss.kl != "none" and reference is None:
-            raise ValueError(f"Expected a `reference` model for the KL penalty ({policy_loss.kl=}), got none.")
-        if process_reward.replay.reference == "present" and reference is not None:
-            raise ValueError("Expected `reference: null` with `replay.reference: present`, got a reference model.")
-        if critic is not None and process_reward.process_only != "none":
-            raise ValueError(f"Expected no critic with {process_reward.process_only=}, got one: it learns outcomes.")
-        if critic is not None and credit.outcome_weight <= 0:
-            raise ValueError(f"Expected `credit.outcome_weight` above 0 with a critic, got {credit.outcome_weight}.")
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
         self.loading, self.adapters = loading, {"policy": policy_lora, "prm": prm_lora}
+        self.share_base, rules = share_base, {"loss": policy_loss, "reward": process_reward, "credit": credit}
+        check_together(self.names, self.adapters, share_base=share_base, **rules)  # type: ignore[arg-type]
         self.reward, self.gate = process_reward, gate or alg.ProcessGate()
         self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
         self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
@@ -351,7 +348,8 @@ class PrimeModule(LearningModule):
             return name and load_scoring(name, self.loading, self.devices, lora=lora, seed=self.seed, **options)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
-        self.policy, self.prm = load("policy"), load("prm")
+        self.policy = load("policy")
+        self.prm = load("prm", beside=self.policy if self.share_base else None)
         below = self.adapters["policy"] is not None and self.names["reference"] == self.names["policy"]
         self.reference = WithoutAdapters(self.policy) if below else load("reference")
         self.critic = load("critic", kind=ValueLM)

@@ -69,6 +69,8 @@ def average_gradients(updated: list[nn.Parameter]) -> None:
 class Sharded(RoleStrategy, ParallelStrategy):
     """Checkpoints of models that no rank has as a whole: folders of whole tensors, see `checkpoint.py`."""
 
+    shares_weights = False
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         """`load_optimizer_state_dict` is to be called."""

@@ -37,6 +37,9 @@ SKIPS_IN_A_ROW = 5
 class RoleStrategy:
     """What a strategy does with each model of a `SteppingModule`. This is for whole models on each device."""
 
+    shares_weights = True
+    """Whether two models may have weights in common."""
+
     def place(self, model: nn.Module) -> nn.Module:
         """Spread a model that was just loaded over the devices."""
         return model

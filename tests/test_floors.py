@@ -63,7 +63,7 @@ FLOORS = [
         "report.rollouts",
         "report.panels",
     },
-    {"arithmetic", "eurus", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
+    {"together", "arithmetic", "eurus", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder"}
     | {"evaluation.table", "report.page"},
     {"stepping", "ahead", "validation", "lora", "plan.shape"}

@@ -18,8 +18,10 @@ from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Template
 HERE = Path(__file__).parent
 PUBLISHED = json.loads((HERE / "published.json").read_text())
 ZERO3, ONE = ("--config", "conf/engine/vllm.yaml"), ("--config", "conf/strategy/one_gpu.yaml")
+SMALL = ("--config", "conf/strategy/one_gpu_24gb.yaml")
 PLANS = [  # GiB of a GPU that is enough, as the files say, and of one that is not
     ("qwen2.5-1.5b-instruct", ONE, 80, 40),
+    ("qwen2.5-1.5b-instruct", SMALL, 24, 16),
     ("qwen2.5-7b-instruct", ZERO3, 80, 24),
     ("qwen3-4b", ZERO3, 80, 16),
     ("qwen3-4b-thinking", ZERO3, 80, 16),
@@ -66,7 +68,9 @@ def test_every_model_is_here():
 
 
 @pytest.mark.usefixtures("_here")
-@pytest.mark.parametrize(("name", "more", "enough", "little"), PLANS, ids=[name for name, *_ in PLANS])
+@pytest.mark.parametrize(
+    ("name", "more", "enough", "little"), PLANS, ids=[f"{name}-{gib}" for name, _, gib, _ in PLANS]
+)
 def test_the_plan_says_what_the_file_says(name, more, enough, little, tmp_path, capsys):
     config = parsed(layers(name, more))
     model = PUBLISHED[config.model.policy]

@@ -96,7 +96,8 @@ def _role_and_file(given: str) -> tuple[str, str]:
 def memory_lines(setup: Setup, memory: Memory, gpu_bytes: float) -> Iterator[str]:
     """The table of memory, the verdict, and what would help."""
     shard, roles = setup.sharding, list(setup.shapes)
-    arithmetic = "bfloat16 products of float32 weights" if setup.autocast else f"{setup.weights}".removeprefix("torch.")
+    weights = f"{setup.weights}".removeprefix("torch.")
+    arithmetic = f"bfloat16 products of {weights} weights" if setup.autocast else weights
     yield f"Memory of one GPU in GiB: {shard.gpus} GPUs, {shard.name}, {arithmetic}"
     for role, shape in setup.shapes.items():
         yield f"  {role:<10} {setup.configs[role].model_type}, {shape.parameters:,} parameters, {shape.layers} layers"

@@ -16,6 +16,7 @@ from prime_lightning.options import Loading, PolicyLoss, Replaying, Update, prec
 from prime_lightning.placement import copies_of
 from prime_lightning.plan.memory import Sharding
 from prime_lightning.plan.shape import Shape, adapter_parameters, read_config, shape_of
+from prime_lightning.together import check_share_base
 
 TRAINED = ("policy", "prm", "critic")
 ROLES = (*TRAINED, "reference")
@@ -75,6 +76,8 @@ class Setup:
     """Of the longest response."""
     shared_reference: bool
     """The reference is the policy below its adapters."""
+    shared_base: bool
+    """The PRM's adapters stand on the policy's weights."""
     shared_prompts: bool
     """A prompt is run once for all of its responses."""
     scored: Mapping[str, int]
@@ -93,6 +96,8 @@ class Setup:
         """Parameters that a role keeps, its adapters included."""
         if role == "reference" and self.shared_reference:
             return 0
+        if role == "prm" and self.shared_base:
+            return self.trainable[role]
         return self.shapes[role].parameters + (self.trainable[role] if self.adapted(role) else 0)
 
 
@@ -111,6 +116,8 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
     model, data, trainer = config.model, config.data, config.trainer
     loading = Loading(**model.loading.as_dict())
     named = {role: model.get(role) for role in ROLES if model.get(role)}
+    if model.share_base:
+        check_shared(model, trainer)
     made = {role: read_config(name, files.get(role, files.get(""))) for role, name in named.items()}
     trained = tuple(r for r in TRAINED if r in named and not (r == "prm" and model.process_reward["update"] == "none"))
     sharding = sharding_of(trainer, _gpus(trainer) if gpus is None else gpus)
@@ -149,9 +156,26 @@ def setup_of(config: Any, gpus: int | None, files: Mapping[str, str]) -> Setup:
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.sampling.max_tokens,
         shared_reference="policy" in adapted and named.get("reference") == named["policy"],
+        shared_base=bool(model.share_base),
         shared_prompts=loading.shares_prompts,
         scored={role: n for role, n in scored_passes(model, data.sampling.temperature or 1.0).items() if role in named},
     )
+
+
+def check_shared(model: Any, trainer: Any) -> None:
+    """Refuse, as a run would, to keep the frozen weights of policy and PRM once.
+
+    Args:
+        model: The module's part of the configuration.
+        trainer: The trainer's.
+
+    Raises:
+        ValueError: if the models or the strategy do not allow it.
+    """
+    check_share_base({role: model.get(role) for role in ROLES}, {r: model.get(f"{r}_lora") for r in ("policy", "prm")})
+    sharding = sharding_of(trainer, 1)
+    if sharding.stage or sharding.masters:
+        raise ValueError(f"Expected a strategy that keeps whole models with `share_base: true`, got {sharding.name}.")
 
 
 def scored_passes(model: Any, temperature: float) -> dict[str, int]:

@@ -172,20 +172,26 @@ def variant(folder: Path, scene: str) -> None:
         torch.save({"rows": history.rows, "again": again.rows, "facts": facts}, folder / f"{scene}.pt")
 
 
+def chosen(folder: Path, option: str) -> dict[str, Any]:
+    """What an option changes."""
+    loading, base = Loading(gradient_checkpointing=True), str(folder / "policy")
+    packed = Loading(gradient_checkpointing=True, attention="varlen", packed=True)
+    policy, prm = Lora(rank=2, alpha=4.0), Lora(rank=3, alpha=6.0)
+    changes: dict[str, dict[str, Any]] = {
+        "packed": {"loading": packed},
+        "lora": {"policy_lora": policy, "prm_lora": policy},
+        "shared": {"policy_lora": policy, "prm_lora": prm, "prm": base, "share_base": True},  # below all three roles
+        "still": {"process_reward": ProcessReward(beta=0.5, update="none")},
+        "nan": {"policy_update": Update(minibatches=1, micro_tokens=60, grad_clip=0.5)},  # every rank has rows
+    }
+    return {"loading": loading} | changes.get(option, {})
+
+
 def varied(
     folder: Path, option: str, name: str, history: tiny.History, *callbacks: pl.Callback
 ) -> tuple[tiny.PrimeModule, tiny.RolloutDataModule, pl.Trainer]:
     """A run with an option."""
-    options: dict[str, Any] = {"loading": Loading(gradient_checkpointing=True)}
-    if option == "packed":
-        options["loading"] = Loading(gradient_checkpointing=True, attention="varlen", packed=True)
-    if option == "lora":
-        options |= {role: Lora(rank=2, alpha=4.0) for role in ("policy_lora", "prm_lora")}
-    if option == "still":
-        options["process_reward"] = ProcessReward(beta=0.5, update="none")
-    if option == "nan":  # one step, in which every rank has rows
-        options["policy_update"] = Update(minibatches=1, micro_tokens=60, grad_clip=0.5)
-    prime, rollouts = pieces(folder, **options)
+    prime, rollouts = pieces(folder, **chosen(folder, option))
     rollouts.prompts_per_batch = 8 if option == "four" else rollouts.prompts_per_batch
     spread: Any = strategy(name)
     if name != "one":

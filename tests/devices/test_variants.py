@@ -10,11 +10,12 @@ import torch
 from prime_lightning.pretrained import load_causal_lm
 
 pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
-OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan", "packed"]
+OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan", "packed", "shared"]
 EXACT = ("loss", "grad_norm", "entropy", "ce")  # in bfloat16, differences of small numbers are noise
 SCENES = [
     "lora:zero3", "lora:fsdp2", "offload:zero3", "bf16:zero3", "bf16:zero1", "still:zero3", "roles:zero3",
     "nan:zero2", "nan:zero3", "nan:fsdp2", "packed:zero3", "packed:fsdp2",
+    "shared:ddp",
 ]  # fmt: skip
 SUMS = [f"sums:zero{stage}:float32" for stage in (1, 2, 3)] + ["sums:zero2:bfloat16"]
 EXPORTS = ["export:none", "export:before"]
