@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", help="hub id or folder; that of the settings by default")
     options.add_argument("--method", choices=["rloo", "prime"], default="prime")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", choices=["cpu"], default="cpu", help="which settings")
+    options.add_argument("--device", choices=["cpu", "cuda24", "cuda80"], default="cpu", help="which settings")
     options.add_argument("--threads", type=int, default=1, help="of torch; equal bits need an equal number")
     options.add_argument("--settings", default=str(SETTINGS))
     options.add_argument("--out", default="runs/word_problems")
@@ -103,9 +103,12 @@ def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> N
 
 def rl_layers(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> tuple[list[Path], dict[str, Any]]:
     """The configurations of a run, and what goes on top of them."""
-    chosen, rows = settings[options.device], {"init_args": {"path": str(out / "train.jsonl")}}
+    chosen = settings[options.device]
     layer = merged(chosen["rl"], settings["methods"][options.method])
-    start = {"model": {"policy": str(out / "warm" / "policy")}, "data": {"train": rows, "validation": rows}}
+    start: dict[str, Any] = {"model": {"policy": model_of(options, settings)}}
+    if "warm" in chosen:
+        rows = {"init_args": {"path": str(out / "train.jsonl")}}
+        start = {"model": {"policy": str(out / "warm" / "policy")}, "data": {"train": rows, "validation": rows}}
     return [config(name) for name in ("prime.yaml", *chosen["configs"])], merged(layer, start)
 
 
@@ -158,7 +161,8 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
         words = ["--model", model, "--benchmark", asked["benchmark"], "--template", "chat", "--out", str(folder)]
         words += ["--limit", str(asked["limit"]), "--max_tokens", str(asked["max_tokens"])]
         words += ["--data", options.test] if options.test else []
-        words += [f"--engine.{option}={value}" for option, value in asked["engine"].items()]
+        given = dict(asked["engine"])
+        words += ["--engine", given.pop("class_path"), *(f"--engine.{name}={value}" for name, value in given.items())]
 
         def run(folder: Path = folder, words: Sequence[str] = tuple(words)) -> dict[str, Any]:
             evaluate(words)

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "gpu"))
 
+import models
 import word_problems
 import word_problems_credit as blame
 import word_problems_lessons as teach
 import word_problems_summary
 
+from prime_lightning.__main__ import main
 from prime_lightning.cli import lightning
 from prime_lightning.report.runs import read_metrics
 
@@ -106,6 +109,24 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(small, tmp_path):
     assert curves[0] == curves[1]
     assert list(read_metrics(folder / "csv" / "version_1" / "metrics.csv")) == [1]  # the second iteration alone
     assert not (folder / "checkpoints").exists()
+
+
+QWEN_1_5B = models.QWEN | {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["rloo", "prime"])
+@pytest.mark.parametrize(("device", "gib", "fits"), [("cuda24", 24, 0), ("cuda80", 80, 0), ("cuda80", 24, 1)])
+def test_the_settings_for_a_card_fit_it(device, gib, fits, method, tmp_path):
+    options = word_problems.parser().parse_args(["rl", "--device", device, "--method", method])
+    configs, layer = word_problems.rl_layers(options, SETTINGS, tmp_path)
+    layer = word_problems.merged(layer, word_problems.placed("fit", tmp_path, 20))
+    (tmp_path / "layer.yaml").write_text(yaml.safe_dump(layer))
+    shape = {"model_type": "qwen2", "tie_word_embeddings": True, **QWEN_1_5B}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    words = [word for path in (*configs, tmp_path / "layer.yaml") for word in ("--config", str(path))]
+    assert main(["plan", *words, "--gpu-memory", str(gib), "--model-config", str(tmp_path / "config.json")]) == fits
 
 
 def test_a_lesson_says_each_operation_in_its_order():
