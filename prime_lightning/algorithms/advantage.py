@@ -183,7 +183,7 @@ def dr_grpo(
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(4, 1).bool(), torch.zeros(4).long(), torch.ones(4).bool()
-        >>> dr_grpo(torch.tensor([1.0, 0.0, 0.0, 0.0]), None, mask_BT, group_B, valid_B)[0][:, 0]
+        >>> dr_grpo(torch.tensor([1.0, 0.0, 0.0, 0.0]), None, mask_BT, group_B, valid_B)[0].flatten()
         tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     return _credit(_centred, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
