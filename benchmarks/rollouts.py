@@ -2,6 +2,7 @@
 
     python benchmarks/rollouts.py --out rollouts.json
     python benchmarks/rollouts.py --engines hf          needs no vLLM
+    python benchmarks/rollouts.py --engines hf --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts 8
     python benchmarks/rollouts.py --sync 1 50 500       weight syncs of models with so many million parameters too
     python benchmarks/rollouts.py --engines --iterations 1 50   whole iterations, in turns with sampling and ahead of it
 
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from bare import bare_trainer
 from lightning.pytorch.callbacks import Callback
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from prime_lightning.acceptance import AccuracyFilter
@@ -57,9 +59,9 @@ def main(args: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "device": options.device}
     with tempfile.TemporaryDirectory() as folder:
         hidden, layers = SHAPES[1]
-        model = write_model(Path(folder) / "model", hidden_size=hidden, layers=layers)
+        model = options.model or str(write_model(Path(folder) / "model", hidden_size=hidden, layers=layers))
         for kind in options.engines:
-            found[kind] = throughput(kind, str(model), options)
+            found[kind] = throughput(kind, model, options)
         for what, measure in (("sync", sync), ("iterations", iterations)):
             found[what] = [measure(size, Path(folder) / f"{what}{size}", options) for size in getattr(options, what)]
     found["load"] = os.getloadavg()
@@ -71,6 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--engines", nargs="*", default=["hf", "vllm"], choices=["hf", "vllm"])
+    made.add_argument("--model", help="a folder or a Hugging Face id; without it a random model of 1 M parameters")
     made.add_argument("--sync", nargs="*", type=int, default=[], choices=[*SHAPES], help="million parameters")
     made.add_argument("--iterations", nargs="*", type=int, default=[], choices=[*SHAPES], help="million parameters")
     made.add_argument("--iterate_with", default="vllm", choices=["hf", "vllm"])
@@ -144,23 +147,32 @@ class Generate:
     """`generate` of transformers with the same batch, log-probs of the sampled tokens included."""
 
     def __init__(self, model: str, sampling: Sampling, engine: Any) -> None:
-        self.model, self.sampling, self.pad = engine.model, sampling, engine.end_ids[0]
+        self.model, self.sampling, self.end_ids = engine.model, sampling, engine.end_ids
 
     @torch.inference_mode()
     def draw(self, prompts: list[Prompt]) -> int:
-        tokens = torch.tensor([prompt.token_ids for prompt in prompts for _ in range(self.sampling.samples)])
+        rows = [torch.tensor(prompt.token_ids) for prompt in prompts for _ in range(self.sampling.samples)]
+        tokens, mask = (
+            pad_sequence(what, batch_first=True, padding_value=value, padding_side="left").to(self.model.device)
+            for what, value in ((rows, self.end_ids[0]), ([torch.ones_like(row) for row in rows], 0))
+        )
         out = self.model.generate(
-            input_ids=tokens.to(self.model.device),
-            attention_mask=torch.ones_like(tokens).to(self.model.device),
+            input_ids=tokens,
+            attention_mask=mask,
             do_sample=True,
+            temperature=1.0,
             top_k=0,
+            top_p=1.0,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.end_ids[0],
             max_new_tokens=self.sampling.max_tokens,
             return_dict_in_generate=True,
             output_logits=True,
         )
         new = out.sequences[:, tokens.shape[1] :]
         logprobs = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])
-        ended = (new == self.pad).cumsum(1) - (new == self.pad).long() > 0
+        ends = torch.isin(new, torch.tensor(self.end_ids, device=new.device)).long()
+        ended = ends.cumsum(1) - ends > 0
         assert logprobs.shape[:2] == new.shape
         return int((~ended).sum())
 

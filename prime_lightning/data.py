@@ -103,8 +103,9 @@ class RolloutDataModule(pl.LightningDataModule):
                 "which has none, set `data.accuracy_filter.min_valid` to 1."
             )
         self.model, self.train, self.engine, self.validation = model, train, engine, validation
-        for part in [*train.parts(), *(validation.parts() if validation else ())]:
-            part.template = part.template.with_variables(chat_template_kwargs or {})
+        if chat_template_kwargs:  # prompts of the user's own may have no template
+            for part in [*train.parts(), *(validation.parts() if validation else ())]:
+                part.template = part.template.with_variables(chat_template_kwargs)
         self.sampling, self.validation_sampling = sampling, validation_sampling
         self.validation_prompts = validation_prompts
         self.prompts_per_batch, self.max_prompt_tokens = prompts_per_batch, max_prompt_tokens

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toys import write_jsonl
 
 from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Template
+from prime_lightning.prompts import DatasetPrompts, MixedPrompts, Prompts, Template
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.tally import Tally
 from prime_lightning.validation import EvaluationLoader
@@ -315,3 +315,20 @@ def test_validation_asks_each_row_equally_often(warm_model, tmp_path, rows, aske
         tiny.trainer(tmp_path, 1).validate(tiny.module(warm_model), data, verbose=False)
     assert set(drawn.values()) == {each}
     assert len(drawn) == min(rows, asked)
+
+
+class OwnPrompts(Prompts):
+    """Of ids, without a template."""
+
+    source, kind = "own", "exact"
+
+    def row(self, draw):
+        return {}
+
+    def prompt(self, draw, tokenizer):
+        return Prompt(draw=draw, token_ids=(1,), text="", kind=self.kind)
+
+
+def test_prompts_of_ones_own_need_no_template():
+    own = OwnPrompts()
+    assert tiny.data("none", train=own, validation=own).train is own
