@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,31 @@ def load_rows(
     return _with_digits(_as_rows(table, files), files, exact)
 
 
+def stream_rows(path: str | Sequence[str], *, split: str, name: str | None, revision: str | None) -> Any:
+    """The same files or hub data set, read row by row as they are asked for: a `datasets.IterableDataset`.
+
+    Args:
+        path: A file, several (URLs too), or a hub id.
+        split: Split of a hub data set.
+        name: Configuration of a hub data set.
+        revision: Commit of a hub data set.
+
+    Raises:
+        ValueError: if a file is missing, or neither a file nor a data set that can be opened.
+    """
+    import datasets
+
+    files = [path] if isinstance(path, str) else list(path)
+    loader = LOADERS.get(Path(files[0].removesuffix(".gz")).suffix)
+    missing = [file for file in files if loader and "://" not in file and not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"Expected a data file, got {missing[0]!r}, which does not exist.")
+    if loader is None:
+        with _hub_errors(files[0]):
+            return datasets.load_dataset(files[0], name, split=split, revision=revision, streaming=True)
+    return datasets.load_dataset(loader, data_files=files, split="train", streaming=True)
+
+
 def _unless_null(text: str) -> str | None:
     return None if text.strip() in _NULLS else text
 
@@ -147,8 +173,17 @@ def _unless_null(text: str) -> str | None:
 def _from_hub(name: str, split: str, configuration: str | None, revision: str | None) -> datasets.Dataset:
     import datasets
 
-    try:
+    with _hub_errors(name):
         return datasets.load_dataset(name, configuration, split=split, revision=revision)
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """What the hub says, as what to do."""
+    import datasets
+
+    try:
+        yield
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"Expected a {'/'.join(LOADERS)} file or a data set of the hub, got {name!r}: {error}. Where "

@@ -64,6 +64,7 @@ FLOORS = [
         "report.panels",
     },
     {"together", "arithmetic", "eurus", "replay", "loader", "balance", "engines.*", "plan.memory", "plan.timing"}
+    | {"streaming"}
     | {"prm.facts", "prm.responses", "difficulty", "evaluation.rows", "evaluation.folder"}
     | {"evaluation.table", "report.page"},
     {"stepping", "ahead", "validation", "lora", "plan.shape"}
