@@ -238,6 +238,22 @@ def save(
     """Write a model, with these weights or its own, and its tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+    if rows := embedding_rows(str(folder)):
+        _leave_out_beyond(Path(folder), rows)
+
+
+def _leave_out_beyond(folder: Path, rows: int) -> None:
+    """Take tokens without a row out of a tokenizer's files: its class brings them along, and will again."""
+    file, said = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    added = written.get("added_tokens") or []
+    beyond = [token["content"] for token in added if token["id"] >= rows]
+    if not beyond:
+        return
+    written["added_tokens"] = [token for token in added if token["id"] < rows]
+    named = {key: value for key, value in json.loads(said.read_text(encoding="utf-8")).items() if value not in beyond}
+    for path, content in ((file, written), (said, named)):
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _not_installed(attention: str, error: ImportError) -> str:

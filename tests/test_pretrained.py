@@ -23,6 +23,19 @@ from prime_lightning.pretrained import (
 from prime_lightning.prm.folder import write_model
 
 
+def test_a_token_that_a_tokenizers_class_brings_along_is_not_written_as_the_models_own(chat_model, tmp_path):
+    tokenizer, text = load_tokenizer(str(chat_model)), "<|user|>How many hens?<|end|>"
+    rows = load_causal_lm(str(chat_model)).get_input_embeddings().num_embeddings
+    assert max(tokenizer.get_vocab().values()) >= rows  # Qwen2's <|endoftext|>
+    for generation in ("one", "two"):
+        save(load_causal_lm(str(chat_model)), tokenizer, tmp_path / generation)
+        again = load_tokenizer(str(tmp_path / generation))
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert again.chat_template == tokenizer.chat_template
+        assert again.eos_token == tokenizer.eos_token
+        tokenizer = again
+
+
 @pytest.fixture
 def folder(tmp_path, model_folder):
     """A copy that a test may break."""
