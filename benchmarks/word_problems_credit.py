@@ -1,13 +1,18 @@
 """Does the process reward fall at the first wrong number of an answer? The truth comes from the problem's equation.
 
-A line of an answer is right if its last number is a result of the equation, or its answer. In an answer with a wrong
-end, the lines up to the first wrong one are judged, that one among them, and none behind it; in one with a right end
-all lines are right. So an answer that gets there another way is right, and a detour to a wrong end wrong at its start.
+By lines: one is right if its last number is a result of the equation, or its answer. In an answer with a wrong end, the
+lines up to the first wrong one are judged, that one among them, and none behind it; in one with a right end all lines
+are right. So an answer that gets there another way is right, and a detour to a wrong end wrong at its start.
+
+By words, in answers with a wrong end alone: the first number that is neither the problem's nor one of those results is
+wrong, all words before it are right, and none behind it is judged.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,8 +24,8 @@ from word_problems_lessons import checked, numbers
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.options import Loading
 from prime_lightning.prm.credit import step_auc
-from prime_lightning.prm.implicit import ImplicitPRM
-from prime_lightning.prm.steps import StepRule
+from prime_lightning.prm.implicit import ImplicitPRM, Scored
+from prime_lightning.prm.steps import StepRule, steps_of_tokens
 from prime_lightning.prompts import DatasetPrompts, Template
 from prime_lightning.rollout import Sampling
 
@@ -29,29 +34,38 @@ NEAR = Fraction(1, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """An answer, its lines as far as they can be judged, and their rewards."""
+class Parts:
+    """Parts of an answer, as far as they can be judged: which are right, and their rewards."""
 
-    right: bool
     truths: list[bool]
     rewards: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An answer."""
+
+    right: bool
+    lines: Parts
+    words: Parts
+
+
 def credit(folder: Path, held_out: Path, template: Mapping[str, Any], wrong: int = 100) -> dict[str, Any]:
-    """Step AUC of a run's PRM on fresh answers of its policy, until so many have a known wrong step."""
+    """Step AUC of a run's PRM on fresh answers of its policy, until so many have a known wrong line."""
     prm = ImplicitPRM.from_pretrained(
         folder / "prm", reference=str(folder / "policy"), loading=Loading(dtype="bfloat16"), device="cpu"
     )
     judged = list(until(answers(str(folder / "policy"), held_out, Template(**template), prm), wrong))
     of_wrong = [one for one in judged if not one.right]
-    multi = [one for one in of_wrong if len(one.truths) > 1]
-    falls = [one.rewards[len(one.truths) - 1] < mean(one.rewards[: len(one.truths) - 1]) for one in multi]
+    words = [one.words for one in of_wrong if len(one.words.truths) > 1 and not all(one.words.truths)]
+    falls = [float(one.rewards[len(one.truths) - 1] < mean(one.rewards[: len(one.truths) - 1])) for one in words]
     return {
         "answers": len(judged),
         "wrong_answers": len(of_wrong),
-        "all": measured(judged),
-        "wrong_alone": measured(of_wrong),
-        "falls": {"of": len(multi), "share": mean([float(fell) for fell in falls]) if falls else None},
+        "lines": measured([one.lines for one in judged]),
+        "lines_of_wrong": measured([one.lines for one in of_wrong]),
+        "words_of_wrong": measured(words),
+        "falls": {"of": len(falls), "share": mean(falls) if falls else None},
     }
 
 
@@ -59,7 +73,7 @@ def until(judged: Iterator[Judged], wrong: int) -> Iterator[Judged]:
     """All answers up to the last of so many with a wrong step."""
     for one in judged:
         yield one
-        wrong -= not all(one.truths)
+        wrong -= not all(one.lines.truths)
         if wrong == 0:
             return
 
@@ -75,10 +89,38 @@ def answers(policy: str, held_out: Path, template: Template, prm: ImplicitPRM, a
         sampled = [(p, done[0]) for p, done in engine.stream(asked, Sampling(samples=1, max_tokens=96))]
         sampled = [(p, done) for p, done in sampled if done.text.strip() and not done.truncated]
         scored = prm.score([p.text for p, _ in sampled], [done.text for _, done in sampled], steps=LINES)
-        for (prompt, _), one in zip(sampled, scored, strict=True):
+        for (prompt, done), one in zip(sampled, scored, strict=True):
             right, truths = line_truths(one.steps, prompt.row)
             if right or not all(truths):
-                yield Judged(right=right, truths=truths, rewards=one.step_rewards)
+                lines = Parts(truths=truths, rewards=one.step_rewards)
+                yield Judged(right=right, lines=lines, words=judged_words(done.text, one, prompt.row))
+
+
+def judged_words(text: str, one: Scored, row: Mapping[str, Any]) -> Parts:
+    """The words up to the first wrong number, and the sums of their tokens' rewards."""
+    spans = [found.span() for found in re.finditer(r"\s*\S+", text)]  # tokens begin with the space before a word
+    starts = itertools.accumulate((len(token) for token in one.tokens[:-1]), initial=0)
+    rewards = [0.0] * len(spans)
+    for word, reward in zip(steps_of_tokens(list(starts), spans), one.token_rewards, strict=True):
+        rewards[word] += reward
+    return Parts(truths=word_truths([text[a:b] for a, b in spans], row), rewards=rewards)
+
+
+def word_truths(words: Sequence[str], row: Mapping[str, Any]) -> list[bool]:
+    """Whether each word is right, up to the first wrong number.
+
+    Example:
+        >>> row = {"problem": "Of 9 sell 2, buy 4.", "answer": "11", "equation": "+ - number0 number1 number2"}
+        >>> word_truths("9 - 2 = 8. Then 8 + 4".split(), row)
+        [True, True, True, True, False]
+    """
+    known = [*numbers(row["problem"]), Fraction(row["answer"]), *(step.result for step in checked(row) or ())]
+    truths = []
+    for word in words:
+        truths.append(all(near(value, known) for value in numbers(word)))
+        if not truths[-1]:
+            break
+    return truths
 
 
 def line_truths(lines: Sequence[str], row: Mapping[str, Any]) -> tuple[bool, list[bool]]:
@@ -107,13 +149,13 @@ def near(value: Fraction, known: Sequence[Fraction]) -> bool:
     return any(abs(value - one) < NEAR for one in known)
 
 
-def measured(judged: Sequence[Judged]) -> dict[str, Any]:
-    """AUC of the lines' rewards, with a 95 % interval by drawing answers anew."""
+def measured(parts: Sequence[Parts]) -> dict[str, Any]:
+    """AUC of the parts' rewards, with a 95 % interval by drawing answers anew."""
 
-    def auc(some: Sequence[Judged]) -> Any:
+    def auc(some: Sequence[Parts]) -> dict[str, Any]:
         return step_auc([one.rewards for one in some], [one.truths for one in some])
 
-    return auc(judged) | {"interval": bootstrap(judged, lambda some: auc(some)["auc"])}
+    return auc(parts) | {"interval": bootstrap(parts, lambda some: auc(some)["auc"])}
 
 
 def bootstrap(

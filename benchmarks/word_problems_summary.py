@@ -61,15 +61,15 @@ def fifths(values: Sequence[float]) -> list[float]:
 
 
 def credits_of(stages: Sequence[Stage]) -> Iterator[str]:
-    """Step AUC of each PRM."""
+    """Step AUC of each PRM, and how often the first wrong number has less than the mean of the words before it."""
     if not stages:
         return
-    yield "| PRM of | wrong answers | step AUC, all answers | wrong answers alone | reward falls at the wrong step |"
-    yield "|---|---|---|---|---|"
+    yield "| PRM of | wrong answers | AUC of lines | of lines, wrong answers | of words, wrong answers | falls |"
+    yield "|---|---|---|---|---|---|"
     for one in stages:
         falls = one["falls"]
         share = "" if falls["share"] is None else f"{falls['share']:.0%} of {falls['of']}"
-        aucs = f"{said(one['all'])} | {said(one['wrong_alone'])}"
+        aucs = " | ".join(said(one[name]) for name in ("lines", "lines_of_wrong", "words_of_wrong"))
         yield f"| {one['method']}, seed {one['seed']} | {one['wrong_answers']} | {aucs} | {share} |"
 
 

@@ -23,6 +23,7 @@ import word_problems_summary
 
 from prime_lightning.__main__ import main
 from prime_lightning.cli import lightning
+from prime_lightning.prm.implicit import Scored
 from prime_lightning.report.runs import read_metrics
 
 SETTINGS = yaml.safe_load(word_problems.SETTINGS.read_text())
@@ -199,6 +200,17 @@ def test_the_first_wrong_number_is_blamed_and_what_follows_is_left_out(which, pl
     wrong = next(str(n) for n in range(1000 + off, 2000) if str(n) not in known)
     broken = [*lines[:place], f"so = {wrong}.", *lines[place + 1 : 2], rf"The answer is \boxed{{{wrong}}}."][:3]
     assert blame.line_truths(broken, row) == (False, [True] * place + [False])
+    words = " ".join(broken).split()
+    assert blame.word_truths(words, row) == [True] * next(i for i, word in enumerate(words) if wrong in word) + [False]
+
+
+def test_rewards_of_words_are_the_sums_of_their_tokens():
+    tokens, rewards = ["It", " is", " 1", "2", ".", " So", "<end>"], [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    one = Scored(tokens=tokens, token_rewards=rewards, steps=[], step_rewards=[], step_tokens=[], reward=127.0)
+    row = {"problem": "2 and 3", "answer": "5", "equation": "+ number0 number1"}
+    parts = blame.judged_words("It is 12. So", one, row)
+    assert parts.truths == [True, True, False]
+    assert parts.rewards == [1, 2, 4 + 8 + 16, 32 + 64]
 
 
 def test_the_interval_of_a_mean_holds_it_and_narrows():
