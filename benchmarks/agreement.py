@@ -24,8 +24,8 @@ from rich.table import Table
 
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import MathOptions, Verifiers
-from prime_lightning.verifiers.math_final import stated
-from prime_lightning.verifiers.math_text import boxes
+from prime_lightning.verifiers.maths.final import stated
+from prime_lightning.verifiers.maths.text import boxes
 
 PLACES = ("boxed", "final", "anywhere")
 

@@ -32,13 +32,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from prime_lightning.arithmetic import write_model
-from prime_lightning.batch import Batch
-from prime_lightning.head import OpenHead
-from prime_lightning.logprobs import ScoringLM
-from prime_lightning.module import PrimeModule
-from prime_lightning.options import Loading, ProcessReward, Update
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.models.batch import Batch
+from prime_lightning.models.head import OpenHead
+from prime_lightning.models.logprobs import ScoringLM
+from prime_lightning.models.options import Loading
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.prompts.arithmetic import write_model
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.options import ProcessReward, Update
 
 SHAPES = {1: (96, 2, 4_000), 50: (512, 5, 32_000)}  # million parameters: hidden size, layers, vocabulary
 STRATEGIES = ("ddp", "zero3")
@@ -134,10 +135,10 @@ def fit(folder: Path, name: str, watch: Watch, options: argparse.Namespace) -> N
 
 def strategy(name: str) -> Any:
     if name == "ddp":
-        from prime_lightning.parallel import PrimeDDPStrategy
+        from prime_lightning.training.strategies.ddp_fsdp import PrimeDDPStrategy
 
         return PrimeDDPStrategy()
-    from prime_lightning.strategy import PrimeDeepSpeedStrategy
+    from prime_lightning.training.strategies.deepspeed import PrimeDeepSpeedStrategy
 
     return PrimeDeepSpeedStrategy(stage=3, logging_level=40)
 

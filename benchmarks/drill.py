@@ -28,11 +28,11 @@ import torch
 from strikes import KINDS, Drill, Event
 from torch import Tensor
 
-from prime_lightning.arithmetic import ArithmeticPrompts, write_model
-from prime_lightning.cli import lightning
+from prime_lightning.cli.commands.quickstart import config, quiet
+from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.engines import Kept
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.quickstart import config, quiet
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 # ---- what the run is made of

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from prime_lightning.arithmetic import write_model
-from prime_lightning.cli import lightning
-from prime_lightning.quickstart import config, quiet
+from prime_lightning.cli.commands.quickstart import config, quiet
+from prime_lightning.cli.lightning_cli import lightning
+from prime_lightning.prompts.arithmetic import write_model
 
 MODES = {
     "default": [],

@@ -28,11 +28,11 @@ import yaml
 from pays_summary import read, rollouts_to, summary
 from pays_tasks import OraclePrime, Watch
 
-from prime_lightning.arithmetic import write_model
-from prime_lightning.cli import PrimeCLI, lightning
-from prime_lightning.data import RolloutDataModule
-from prime_lightning.module import PrimeModule
-from prime_lightning.quickstart import config, quiet
+from prime_lightning.cli.commands.quickstart import config, quiet
+from prime_lightning.cli.lightning_cli import PrimeCLI, lightning
+from prime_lightning.prompts.arithmetic import write_model
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.training.module import PrimeModule
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 HELD_OUT = 777_777

@@ -1,8 +1,8 @@
 """The tasks of benchmarks/pays.py, and their oracle: step truths that are known because the tasks are made up.
 
-Chains of arithmetic are the package's own (`prime_lightning.arithmetic`), with another teacher. Look-ups are another
-kind of problem: each answer is a list of values of a secret table, right only if all of them are, and no value depends
-on the one before.
+Chains of arithmetic are the package's own (`prime_lightning.prompts.arithmetic`), with another teacher. Look-ups are
+another kind of problem: each answer is a list of values of a secret table, right only if all of them are, and no value
+depends on the one before.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from prime_lightning import algorithms as alg
-from prime_lightning.arithmetic import DIGITS, OPERATIONS, ArithmeticPrompts, Chains, step_truth
-from prime_lightning.batch import Batch
-from prime_lightning.module import PrimeModule
-from prime_lightning.prompts import Prompts
+from prime_lightning.models.batch import Batch
+from prime_lightning.prompts.arithmetic import DIGITS, OPERATIONS, ArithmeticPrompts, Chains, step_truth
+from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Rollout
+from prime_lightning.training.module import PrimeModule
 
 VALUES = 12
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from prime_lightning.evaluation.benchmark import load_benchmark
 from prime_lightning.evaluation.runner import graded, question
-from prime_lightning.prompts import Prompts
+from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.verifiers import Verifiers
 
 FILES = {

@@ -31,22 +31,22 @@ from lightning.pytorch.callbacks import Callback
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.arithmetic import ArithmeticPrompts, write_model
-from prime_lightning.batch import Batch
-from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.engines.samples import sample_seeds
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_arguments import arguments_of, environment_of
-from prime_lightning.engines.vllm_process import clean_environment
+from prime_lightning.engines.vllm.arguments import arguments_of, environment_of
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.process import clean_environment
 from prime_lightning.engines.work import sampling_arguments
-from prime_lightning.loader import TrainingLoader
-from prime_lightning.module import PrimeModule
-from prime_lightning.options import Update
+from prime_lightning.models.batch import Batch
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.rollout import Prompt, Sampling
-from prime_lightning.sync import PolicyWeights
+from prime_lightning.sampling.acceptance import AccuracyFilter
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.sampling.loader import TrainingLoader
+from prime_lightning.sampling.sync import PolicyWeights
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.options import Update
 
 SHAPES = {1: (128, 5), 50: (768, 7), 500: (2048, 9)}  # million parameters: hidden size, layers
 Draw = Callable[[list[Prompt]], int]

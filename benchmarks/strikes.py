@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_lightning.quickstart import config
+from prime_lightning.cli.commands.quickstart import config
 
 KINDS = ("rank", "launcher", "engine", "verifier", "disk", "nan")
 BOUND = 120.0  # seconds until all processes must have ended
@@ -25,7 +25,7 @@ LAYER = """
 trainer:
   default_root_dir: {folder}
   devices: 2
-  strategy: {{class_path: prime_lightning.parallel.PrimeDDPStrategy}}
+  strategy: {{class_path: prime_lightning.training.strategies.PrimeDDPStrategy}}
   max_steps: {iterations}
   logger: false
   callbacks:

@@ -43,15 +43,16 @@ from torch import Tensor
 from training_tables import machine, medians, page, ratios, table, versions
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.arithmetic import write_model
-from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.logprobs import ScoringLM
-from prime_lightning.module import PrimeModule
-from prime_lightning.options import Loading, ProcessReward, Update
-from prime_lightning.prompts import Prompts
+from prime_lightning.models.logprobs import ScoringLM
+from prime_lightning.models.options import Loading
+from prime_lightning.prompts.arithmetic import write_model
+from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Prompt, Sampling, Verdict
+from prime_lightning.sampling.acceptance import AccuracyFilter
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.options import ProcessReward, Update
 from prime_lightning.verifiers import Verifiers
 
 MODELS = {"toy": (128, 5), "50m": (768, 7)}  # hidden size, layers

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import CodeOptions, MathOptions, Verifiers
-from prime_lightning.verifiers.code_run import Runner
-from prime_lightning.verifiers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.code.run import Runner
+from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
 
 Pair = tuple[Prompt, str]
 HOSTILE = {

@@ -33,9 +33,9 @@ from word_problems_credit import credit
 from word_problems_lessons import lessons, rows_of, write
 from word_problems_summary import summary
 
-from prime_lightning.cli import lightning
-from prime_lightning.evaluation.command import main as evaluate
-from prime_lightning.quickstart import config, quiet
+from prime_lightning.cli.commands.evaluate import main as evaluate
+from prime_lightning.cli.commands.quickstart import config, quiet
+from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.report.runs import read_run
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -137,11 +137,11 @@ def placed(what: str, folder: Path, every: int) -> dict[str, Any]:
     roles = ["policy"] if what == "sft" else ["policy", "prm"]
     saved = {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": every, "save_last": True, "save_top_k": 0}
     callbacks = [
-        made("prime_lightning.callbacks.HuggingFaceExport", folder=str(folder), roles=roles),
+        made("prime_lightning.training.callbacks.HuggingFaceExport", folder=str(folder), roles=roles),
         made("lightning.pytorch.callbacks.ModelCheckpoint", **saved),
     ]
     if what == "fit":
-        callbacks.append(made("prime_lightning.callbacks.RolloutLog", folder=str(folder)))
+        callbacks.append(made("prime_lightning.training.callbacks.RolloutLog", folder=str(folder)))
     logger = made("lightning.pytorch.loggers.CSVLogger", save_dir=str(folder), name="csv")
     return {"trainer": {"default_root_dir": str(folder), "callbacks": callbacks, "logger": [logger]}}
 

@@ -22,11 +22,11 @@ from typing import Any
 from word_problems_lessons import checked, numbers
 
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.options import Loading
+from prime_lightning.models.options import Loading
+from prime_lightning.models.steps import StepRule, steps_of_tokens
 from prime_lightning.prm.credit import step_auc
 from prime_lightning.prm.implicit import ImplicitPRM, Scored
-from prime_lightning.prm.steps import StepRule, steps_of_tokens
-from prime_lightning.prompts import DatasetPrompts, Template
+from prime_lightning.prompts.dataset import DatasetPrompts, Template
 from prime_lightning.rollout import Sampling
 
 LINES = StepRule(rule="newline")

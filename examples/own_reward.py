@@ -1,7 +1,7 @@
 """A reward of one's own in one call: a tiny random model learns to write even digits. A minute on a laptop."""
 
 import prime_lightning
-from prime_lightning.arithmetic import write_model
+from prime_lightning.prompts.arithmetic import write_model
 
 EVEN = set("02468")
 

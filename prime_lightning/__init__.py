@@ -12,11 +12,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Run", "evaluate", "rerank", "score", "train"]
+__all__ = ["ImplicitPRM", "PrimeModule", "RolloutDataModule", "Run", "evaluate", "rerank", "score", "train"]
+HOMES = {"ImplicitPRM": "prm.implicit", "PrimeModule": "training.module", "RolloutDataModule": "sampling.datamodule"}
+"""Files of the classes; the functions are in `cli.api`."""
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `prime_lightning.api`, imported when they are first asked for."""
+    """What users import, imported when it is first asked for."""
     if name in __all__:
-        return getattr(import_module("prime_lightning.api"), name)
+        return getattr(import_module(f"prime_lightning.{HOMES.get(name, 'cli.api')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
+from prime_lightning.prompts.arithmetic import write_model
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)  # matrices this small gain nothing from more

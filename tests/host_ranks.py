@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 from toys import rollout
 
-from prime_lightning.balance import balanced
-from prime_lightning.batch import Batch
+from prime_lightning.engines.host_group import host_group, of_all_ranks, reduced
 from prime_lightning.engines.ranks import together
-from prime_lightning.host_group import host_group, of_all_ranks, reduced
+from prime_lightning.models.batch import Batch
+from prime_lightning.sampling.balance import balanced
 
 
 def silent(common: Any, _: Any) -> Any:

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import tiny
 import torch
 
-from prime_lightning.options import ProcessReward, Replaying, Update
+from prime_lightning.training.options import ProcessReward, Replaying, Update
 
 
 def torchrun(folder: Path, model: Path | str, scene: str, **environment: str) -> list[subprocess.Popen[str]]:
@@ -76,9 +76,9 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 def balance(folder: Path, model: str) -> None:
     """Three iterations with and three without balancing, from the same batches, of which the PRM learns all."""
-    from prime_lightning import data as data_module
-    from prime_lightning.balance import balanced
-    from prime_lightning.parallel import PrimeDDPStrategy
+    from prime_lightning.sampling import datamodule as data_module
+    from prime_lightning.sampling.balance import balanced
+    from prime_lightning.training.strategies.ddp_fsdp import PrimeDDPStrategy
 
     kept: dict[str, Any] = {"moved": 0, "rejected": []}
     every = ProcessReward(learn_from="all", replay=Replaying(iterations=2, draw="groups"))

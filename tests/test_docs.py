@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from prime_lightning.__main__ import COMMANDS, main
-from prime_lightning.cli import TRAINED
+from prime_lightning.cli.lightning_cli import TRAINED
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

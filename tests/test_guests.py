@@ -15,8 +15,8 @@ import lightning.pytorch as pl
 import pytest
 import transformers
 
-from prime_lightning.guests import GuestBar, calm
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.models.third_party_bars import GuestBar, calm
 
 
 class Terminal(io.StringIO):
@@ -105,9 +105,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 LOAD = """
-from prime_lightning.guests import calm
+from prime_lightning.models.third_party_bars import calm
 calm()
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.models.pretrained import load_causal_lm
 print(sum(p.numel() for p in load_causal_lm("some/model").parameters()), "weights")
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prime_lightning.host_group import of_all_ranks
+from prime_lightning.engines.host_group import of_all_ranks
 
 
 def ran(folder, backend):

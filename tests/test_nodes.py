@@ -12,7 +12,7 @@ from pathlib import Path
 import nodes_ranks
 import pytest
 
-from prime_lightning.watch import RankWatch
+from prime_lightning.training.strategies.watch import RankWatch
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -20,7 +20,7 @@ OVERLAY = """
 trainer:
   default_root_dir: {folder}
   accelerator: cpu
-  strategy: {{class_path: prime_lightning.parallel.PrimeDDPStrategy}}
+  strategy: {{class_path: prime_lightning.training.strategies.PrimeDDPStrategy}}
   max_steps: 3
   logger: false
   callbacks:
@@ -40,7 +40,7 @@ data:
 """
 
 
-def overlay(folder, model, trouble="", prompts="prime_lightning.arithmetic.ArithmeticPrompts"):
+def overlay(folder, model, trouble="", prompts="prime_lightning.prompts.ArithmeticPrompts"):
     """The quickstart, small, on two processes; returns the options of `fit`."""
     made = f"- class_path: nodes_ranks.Trouble\n      init_args: {{kind: {trouble}}}" if trouble else ""
     path = folder / "overlay.yaml"

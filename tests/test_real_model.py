@@ -12,7 +12,7 @@ from toys import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prime_lightning.__main__ import main
-from prime_lightning.shipped import shipped
+from prime_lightning.evaluation.shipped import shipped
 
 LAYERS = ["prime.yaml", "model/smollm2-135m.yaml", "data/word_problems.yaml", "strategy/cpu.yaml"]
 STEPS = "First, add 34 and 49: 34 + 49 = 83.\nThe answer is \\boxed{83}."
@@ -31,9 +31,9 @@ def layer(folder, rows):
     }
     saved = {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
     callbacks = [
-        {"class_path": "prime_lightning.callbacks.RolloutLog", "init_args": {"folder": str(folder)}},
+        {"class_path": "prime_lightning.training.callbacks.RolloutLog", "init_args": {"folder": str(folder)}},
         {
-            "class_path": "prime_lightning.callbacks.HuggingFaceExport",
+            "class_path": "prime_lightning.training.callbacks.HuggingFaceExport",
             "init_args": {"folder": str(folder), "roles": ["policy", "prm"]},
         },
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saved},

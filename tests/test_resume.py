@@ -13,8 +13,8 @@ import tiny
 import torch
 
 from prime_lightning import algorithms as alg
-from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.options import ProcessReward, Replaying
+from prime_lightning.sampling.acceptance import AccuracyFilter
+from prime_lightning.training.options import ProcessReward, Replaying
 
 STEPS = 6
 
@@ -133,7 +133,7 @@ OVERLAY = """
 trainer:
   max_steps: 12
   callbacks:
-    - class_path: prime_lightning.callbacks.RolloutLog
+    - class_path: prime_lightning.training.callbacks.RolloutLog
       init_args: {folder: "${trainer.default_root_dir}"}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args:
@@ -144,7 +144,7 @@ trainer:
     - class_path: test_resume.Breath
 model: {policy_update: {minibatches: 2}, process_reward: {replay: {iterations: 1}}}
 data:
-  train: {class_path: prime_lightning.arithmetic.ArithmeticPrompts, init_args: {seed: 1, operations: 2}}
+  train: {class_path: prime_lightning.prompts.ArithmeticPrompts, init_args: {seed: 1, operations: 2}}
   sampling: {samples: 4, max_tokens: 8}
   prompts_per_batch: 4
   accuracy_filter: {low: 0.0, high: 1.0}

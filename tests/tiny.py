@@ -12,16 +12,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from prime_lightning.acceptance import AccuracyFilter
-from prime_lightning.arithmetic import ArithmeticLessons, ArithmeticPrompts, write_model
-from prime_lightning.callbacks import HuggingFaceExport
-from prime_lightning.checkpoint import AtomicCheckpointIO
-from prime_lightning.data import RolloutDataModule
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.module import PrimeModule
-from prime_lightning.options import Update
+from prime_lightning.prompts.arithmetic import ArithmeticLessons, ArithmeticPrompts, write_model
 from prime_lightning.rollout import Prompt, Sampling, Verdict
-from prime_lightning.sft import LessonDataModule, SFTModule
+from prime_lightning.sampling.acceptance import AccuracyFilter
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.training.callbacks.files import HuggingFaceExport
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.options import Update
+from prime_lightning.training.sft import LessonDataModule, SFTModule
+from prime_lightning.training.strategies.checkpoint import AtomicCheckpointIO
 
 EVERYTHING = AccuracyFilter(low=0.0, high=1.0)
 

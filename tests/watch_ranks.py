@@ -6,7 +6,7 @@ import time
 
 from torch.distributed import TCPStore
 
-from prime_lightning.watch import Watch
+from prime_lightning.training.strategies.watch import Watch
 
 
 def watch(run):

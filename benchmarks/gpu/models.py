@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen2Tokenizer
 
-from prime_lightning.arithmetic import build_tokenizer
+from prime_lightning.prompts.arithmetic import build_tokenizer
 
 QWEN = {  # Qwen2.5-0.5B
     "vocab_size": 151_936,

@@ -14,15 +14,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from prime_lightning.cli import PrimeCLI
-from prime_lightning.data import RolloutDataModule
-from prime_lightning.module import PrimeModule
-from prime_lightning.options import Probe
-from prime_lightning.plan.report import memory_of
-from prime_lightning.plan.setup import setup_of
-from prime_lightning.plan.timing import forward_flops, matrix_parameters
-from prime_lightning.probe import check_greedy
+from prime_lightning.cli.lightning_cli import PrimeCLI
 from prime_lightning.rollout import Prompt, Verdict
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.options import Probe
+from prime_lightning.training.plan.report import memory_of
+from prime_lightning.training.plan.setup import setup_of
+from prime_lightning.training.plan.timing import forward_flops, matrix_parameters
+from prime_lightning.training.probe import check_greedy
 
 CONF = Path(__file__).parents[2] / "conf"
 PROBES, PROBE_TOKENS = 4, 32
@@ -56,7 +56,7 @@ def settings(model: Path, *, prompts: int, tokens: int, iterations: int) -> dict
             "prm_optimizer": adamw,
         },
         "data": {
-            "train": {"class_path": "prime_lightning.arithmetic.ArithmeticPrompts", "init_args": {"seed": 1}},
+            "train": {"class_path": "prime_lightning.prompts.ArithmeticPrompts", "init_args": {"seed": 1}},
             "validation": None,
             "sampling": {"samples": 4, "max_tokens": tokens},
             "prompts_per_batch": prompts,

@@ -23,7 +23,7 @@ from prime_lightning.engines import Kept
 from prime_lightning.engines.hf_cache import grown_cache
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
-from prime_lightning.pretrained import ids_without_token, load_causal_lm, load_tokenizer
+from prime_lightning.models.pretrained import ids_without_token, load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 BLOCK = 256  # tokens whose probabilities are summed at once

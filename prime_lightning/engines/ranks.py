@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import distributed
 
-from prime_lightning.host_group import of_all_ranks
+from prime_lightning.engines.host_group import of_all_ranks
 
 
 def rank() -> int:

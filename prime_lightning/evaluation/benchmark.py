@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prime_lightning.evaluation.rows import BenchmarkRows
-from prime_lightning.prompts import Prompts, Template
+from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.prompts.benchmark_rows import BenchmarkRows
+from prime_lightning.prompts.dataset import Prompts, Template
 from prime_lightning.rollout import Sampling
-from prime_lightning.shipped import shipped
 
 FOLDER = ("evals", "benchmarks")
 

@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from prime_lightning.data import RolloutDataModule
+from prime_lightning.engines.host_group import of_all_ranks
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
 from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, sampled
-from prime_lightning.host_group import of_all_ranks
-from prime_lightning.prompts import Prompts
+from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Sampling
-from prime_lightning.tally import Tally
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.sampling.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
 

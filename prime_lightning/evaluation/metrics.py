@@ -13,9 +13,9 @@ from pathlib import Path
 import datasets
 import evaluate
 
+from prime_lightning.evaluation.shipped import shipped
 from prime_lightning.evaluation.statistics import mean_and_error
 from prime_lightning.rollout import Prompt
-from prime_lightning.shipped import shipped
 from prime_lightning.verifiers import Verifiers
 
 

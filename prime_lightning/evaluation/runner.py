@@ -13,10 +13,10 @@ import torch
 from prime_lightning.evaluation import records
 from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.table import ProblemTable, problem_values
-from prime_lightning.loader import RolloutSource, Round
-from prime_lightning.prompts import Prompts
+from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Prompt, Sampling
-from prime_lightning.tally import Tally
+from prime_lightning.sampling.loader import RolloutSource, Round
+from prime_lightning.sampling.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
 NOTHING: Record = {"completion": "", "score": None, "tokens": None, "finish": None}

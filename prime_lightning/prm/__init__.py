@@ -1,6 +1,6 @@
 """The implicit PRM as a product: train it offline, save it, score with it, re-rank with it, evaluate it."""
 
+from prime_lightning.models.steps import StepRule
 from prime_lightning.prm.implicit import ImplicitPRM, Scored
-from prime_lightning.prm.steps import StepRule
 
 __all__ = ["ImplicitPRM", "Scored", "StepRule"]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from prime_lightning.algorithms import auc
-from prime_lightning.arithmetic import ArithmeticPrompts, Chains, step_truth
 from prime_lightning.engines.hf import HFEngine
+from prime_lightning.models.steps import StepRule, steps_of_tokens
 from prime_lightning.prm.implicit import ImplicitPRM
-from prime_lightning.prm.steps import StepRule, steps_of_tokens
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, Chains, step_truth
 from prime_lightning.rollout import Sampling
 
 STEPS = StepRule(rule="text", separator=";")

@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.algorithms import process_reward
-from prime_lightning.batch import Batch
-from prime_lightning.logprobs import ScoringLM
-from prime_lightning.options import Loading
-from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
-from prime_lightning.prm.facts import PRMFacts
+from prime_lightning.models.batch import Batch
+from prime_lightning.models.logprobs import ScoringLM
+from prime_lightning.models.options import Loading
+from prime_lightning.models.pretrained import check_same_vocabulary, load_tokenizer
+from prime_lightning.models.prm_folder import PRMFacts
+from prime_lightning.models.steps import Span, StepRule, steps_of_tokens
 from prime_lightning.prm.responses import Prompt, Response, batch_of, prompt_ids
-from prime_lightning.prm.steps import Span, StepRule, steps_of_tokens
-from prime_lightning.scoring import load_scoring
-from prime_lightning.stepping import RoleStrategy
+from prime_lightning.training.scoring import load_scoring
+from prime_lightning.training.stepping import RoleStrategy
 
 RECORDED = "recorded"
 """Take the reference that the PRM's JSON file names."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.batch import Batch, pad
-from prime_lightning.rows import load_rows
-from prime_lightning.template import rendered
+from prime_lightning.models.batch import Batch, pad
+from prime_lightning.prompts.rows import load_rows
+from prime_lightning.prompts.template import rendered
 
 Prompt = str | Sequence[Mapping[str, str]]
 """The text that the model sees, or chat messages."""

@@ -21,10 +21,9 @@ from torchmetrics import CatMetric, MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning import algorithms as alg
-from prime_lightning.batch import Batch
-from prime_lightning.facts import import_path
-from prime_lightning.options import Loading, Update
-from prime_lightning.pretrained import check_same_vocabulary, load_tokenizer
+from prime_lightning.models.batch import Batch
+from prime_lightning.models.options import Loading
+from prime_lightning.models.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.prm.responses import (
     Response,
     batch_of,
@@ -34,10 +33,12 @@ from prime_lightning.prm.responses import (
     response_ids,
     without_empty,
 )
-from prime_lightning.prompts import permutation
-from prime_lightning.scoring import load_scoring
-from prime_lightning.sft import LessonLoader, cosine
-from prime_lightning.stepping import SteppingModule
+from prime_lightning.prompts.dataset import permutation
+from prime_lightning.training.options import Update
+from prime_lightning.training.run_metadata import import_path
+from prime_lightning.training.scoring import load_scoring
+from prime_lightning.training.sft import LessonLoader, cosine
+from prime_lightning.training.stepping import SteppingModule
 
 VALIDATION_LAP = 2**31  # a pass of the seeded order that training never comes to
 

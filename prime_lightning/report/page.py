@@ -229,7 +229,8 @@ def _credit(i: int, run: Run, title: str, budget: int, notes: list[str]) -> dict
     """The rollouts of a run that fit, with a note on those that do not."""
     if not run.rollouts.is_file():
         notes.append(
-            f"{title}: no rollouts.jsonl, so no credit view: add prime_lightning.callbacks.RolloutLog to the callbacks."
+            f"{title}: no rollouts.jsonl, so no credit view: "
+            "add prime_lightning.training.callbacks.RolloutLog to the callbacks."
         )
         return None
     sampled = sample_rollouts(run.rollouts, budget)

@@ -2,7 +2,7 @@
 
 `Verifiers` is the front. Behind it: `exact` in the caller's thread, `math` and `code` in sandboxed workers, a user's
 function in a worker of its own, a remote grader over HTTP. What is protected and what is not stands at the top of
-`sandbox.py` and in docs/verifiers.md.
+`workers/sandbox.py` and in docs/verifiers.md.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import replace
 from typing import Any
 
 from prime_lightning.rollout import Prompt, Verdict
-from prime_lightning.verifiers.code_answer import CodeGrader, SandboxLeaks
+from prime_lightning.verifiers.code.answer import CodeGrader, SandboxLeaks
 from prime_lightning.verifiers.counts import VerdictCounts
-from prime_lightning.verifiers.golds import BadGold, GoldReport, of_maths
-from prime_lightning.verifiers.math_answer import MathGrader, answer_of
-from prime_lightning.verifiers.math_text import normalise
+from prime_lightning.verifiers.maths.answer import MathGrader, answer_of
+from prime_lightning.verifiers.maths.text import normalise
 from prime_lightning.verifiers.options import CodeOptions, MathOptions, UserOptions
-from prime_lightning.verifiers.pool import WorkerDied
+from prime_lightning.verifiers.reference_check import BadGold, GoldReport, of_maths
 from prime_lightning.verifiers.remote import HttpVerifier, RemoteGrader
 from prime_lightning.verifiers.user_answer import UserGrader
+from prime_lightning.verifiers.workers.pool import WorkerDied
 
 __all__ = [
     "VOTING",

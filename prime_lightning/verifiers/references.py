@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from prime_lightning.verifiers.math_text import boxes
+from prime_lightning.verifiers.maths.text import boxes
 
 GSM8K = r"'####\s*(.+)'"
 """The `answer_pattern` of GSM8K."""

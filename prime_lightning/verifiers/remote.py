@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prime_lightning.rollout import Prompt, Verdict
-from prime_lightning.verifiers.pool import Pool
+from prime_lightning.verifiers.workers.pool import Pool
 
 _MOST_BYTES = 1 << 16
 

@@ -14,10 +14,10 @@ import time
 from concurrent.futures import Future
 
 from prime_lightning.rollout import Prompt, Verdict
-from prime_lightning.verifiers.lasting import Brood, LastingWorker, TimedOut
-from prime_lightning.verifiers.launch import Guest
 from prime_lightning.verifiers.options import UserOptions
-from prime_lightning.verifiers.pool import Pool
+from prime_lightning.verifiers.workers.launch import Guest
+from prime_lightning.verifiers.workers.persistent import Brood, LastingWorker, TimedOut
+from prime_lightning.verifiers.workers.pool import Pool
 
 
 class UserGrader:

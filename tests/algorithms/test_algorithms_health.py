@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from toys import rollout
 
 from prime_lightning import algorithms as alg
-from prime_lightning.batch import Batch
-from prime_lightning.panel import judge_responses, judge_rewards
+from prime_lightning.models.batch import Batch
+from prime_lightning.training.panel import judge_responses, judge_rewards
 
 numbers = st.floats(-100, 100, width=32)
 triples = st.lists(st.tuples(numbers, numbers, st.booleans()), min_size=0, max_size=9)

@@ -24,15 +24,16 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from prime_lightning import algorithms as alg
-from prime_lightning.arithmetic import ArithmeticPrompts
-from prime_lightning.callbacks import HuggingFaceExport
-from prime_lightning.options import Credit, Loading, Lora, PolicyLoss, ProcessReward, Replaying, Update
-from prime_lightning.parallel import Sharded
-from prime_lightning.pretrained import load_tokenizer
+from prime_lightning.models.options import Loading, Lora
+from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
-from prime_lightning.scoring import load_scoring
-from prime_lightning.stepping import RoleStrategy, devices
-from prime_lightning.sync import PolicyWeights
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts
+from prime_lightning.sampling.sync import PolicyWeights
+from prime_lightning.training.callbacks.files import HuggingFaceExport
+from prime_lightning.training.options import Credit, PolicyLoss, ProcessReward, Replaying, Update
+from prime_lightning.training.scoring import load_scoring
+from prime_lightning.training.stepping import RoleStrategy, devices
+from prime_lightning.training.strategies.ddp_fsdp import Sharded
 
 STEPS = 20
 SAVED = 14
@@ -73,10 +74,10 @@ def pieces(folder: Path, **options: Any) -> tuple[tiny.PrimeModule, tiny.Rollout
 
 def strategy(name: str, **options: Any) -> Any:
     """A strategy by its name."""
-    from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
+    from prime_lightning.training.strategies.ddp_fsdp import PrimeDDPStrategy, PrimeFSDPStrategy
 
     if name.startswith("zero"):
-        from prime_lightning.strategy import PrimeDeepSpeedStrategy
+        from prime_lightning.training.strategies.deepspeed import PrimeDeepSpeedStrategy
 
         deepspeed = PrimeDeepSpeedStrategy(stage=int(name[4]), logging_level=40, **options)
         deepspeed.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is sharded
@@ -134,7 +135,7 @@ def endless(folder: Path, scene: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from prime_lightning.parallel import PrimeFSDPStrategy
+    from prime_lightning.training.strategies.ddp_fsdp import PrimeFSDPStrategy
 
     class Bare(PrimeFSDPStrategy):
         """The strategy's writing without a trainer."""

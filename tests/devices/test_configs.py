@@ -9,13 +9,13 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from prime_lightning.cli import PrimeCLI
-from prime_lightning.data import RolloutDataModule
-from prime_lightning.module import PrimeModule
-from prime_lightning.parallel import PrimeDDPStrategy, PrimeFSDPStrategy
-from prime_lightning.placement import owners_of, settle
-from prime_lightning.pretrained import load_tokenizer
-from prime_lightning.strategy import PrimeDeepSpeedStrategy, merged
+from prime_lightning.cli.lightning_cli import PrimeCLI
+from prime_lightning.models.pretrained import load_tokenizer
+from prime_lightning.sampling.datamodule import RolloutDataModule
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.strategies.ddp_fsdp import PrimeDDPStrategy, PrimeFSDPStrategy
+from prime_lightning.training.strategies.deepspeed import PrimeDeepSpeedStrategy, merged
+from prime_lightning.training.strategies.placement import owners_of, settle
 
 CONF = Path(__file__).parents[2] / "conf"
 KINDS = {
@@ -31,7 +31,7 @@ KINDS = {
 
 def cli_of(*args):
     """The papers's config with more layers, on eight imagined devices."""
-    arithmetic = '{"class_path": "prime_lightning.arithmetic.ArithmeticPrompts"}'
+    arithmetic = '{"class_path": "prime_lightning.prompts.ArithmeticPrompts"}'
     local = ["--data.train", arithmetic, "--data.validation", arithmetic, "--trainer.default_root_dir", "/dev/null"]
     layers = ["--config", CONF / "prime.yaml", *args, *local, "--trainer.accelerator", "cpu", "--trainer.devices", "8"]
     return PrimeCLI(PrimeModule, RolloutDataModule, [str(arg) for arg in layers], run=False)
@@ -85,7 +85,7 @@ def test_the_papers_run_is_built_on_a_meta_device(warm_model, tmp_path, monkeypa
             config, kind = AutoConfig.from_pretrained(name), getattr(torch, dtype)
             return AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention).train()
 
-    monkeypatch.setattr("prime_lightning.scoring.load_causal_lm", without_weights)
+    monkeypatch.setattr("prime_lightning.training.scoring.load_causal_lm", without_weights)
     cli = cli_of("--model.policy", tmp_path / "7b")
     module, strategy = cli.model, cli.trainer.strategy
     module.configure_model()

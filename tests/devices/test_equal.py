@@ -7,8 +7,8 @@ import ranks
 import torch
 
 from prime_lightning.__main__ import main
-from prime_lightning.checkpoint import role_weights
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
+from prime_lightning.models.pretrained import load_causal_lm, load_tokenizer, save
+from prime_lightning.training.strategies.checkpoint import role_weights
 
 pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
 STRATEGIES = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]

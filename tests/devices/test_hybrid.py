@@ -8,8 +8,8 @@ import ranks
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from prime_lightning.checkpoint import role_weights
-from prime_lightning.placement import copies_of
+from prime_lightning.training.strategies.checkpoint import role_weights
+from prime_lightning.training.strategies.placement import copies_of
 
 pytestmark = pytest.mark.timeout(700)
 SCENES = ["variant:four:fsdp2", "variant:four:hsdp2", "refused:hsdp3"]

@@ -9,7 +9,14 @@ import pytest
 import ranks
 import torch
 
-from prime_lightning.checkpoint import INDEX, AtomicCheckpointIO, Folder, exchange, read, role_weights
+from prime_lightning.training.strategies.checkpoint import (
+    INDEX,
+    AtomicCheckpointIO,
+    Folder,
+    exchange,
+    read,
+    role_weights,
+)
 
 WEIGHTS = {f"policy.model.w{i}": torch.full((4,), float(i)) for i in range(6)}
 TIED = WEIGHTS | {"policy.model.head": WEIGHTS["policy.model.w0"]}
@@ -97,7 +104,7 @@ def test_a_file_and_a_folder_swap_their_names(tmp_path, in_one_step, monkeypatch
 
 SWAPS = """
     import sys, torch
-    from prime_lightning.checkpoint import AtomicCheckpointIO, Folder
+    from prime_lightning.training.strategies.checkpoint import AtomicCheckpointIO, Folder
     for step in range(10**6):
         if step % 2:
             AtomicCheckpointIO().save_checkpoint({"step": step}, sys.argv[1])

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning import positions, replay
+from prime_lightning.sampling import positions
+from prime_lightning.training import replay
 
 counted = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 

@@ -6,7 +6,7 @@ import tiny
 import torch
 import uneven
 
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer, save
+from prime_lightning.models.pretrained import load_causal_lm, load_tokenizer, save
 
 pytestmark = pytest.mark.timeout(700)  # a rank that waits for a collective that never comes would wait half an hour
 STRATEGIES = ["ddp", "zero2", "zero3", "fsdp2"]

@@ -7,7 +7,7 @@ import pytest
 import ranks
 import torch
 
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.models.pretrained import load_causal_lm
 
 pytestmark = pytest.mark.timeout(1200)  # one launch for all of it
 OPTIONS = ["lora", "offload", "bf16", "still", "roles", "nan", "packed", "shared"]

@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader
 from toys import rollout
 
 from prime_lightning import algorithms as alg
-from prime_lightning.batch import Batch
-from prime_lightning.head import OpenHead
-from prime_lightning.logprobs import ScoringLM
-from prime_lightning.options import Loading, Lora, PolicyLoss, ProcessReward, Replaying, Update
+from prime_lightning.models.batch import Batch
+from prime_lightning.models.head import OpenHead
+from prime_lightning.models.logprobs import ScoringLM
+from prime_lightning.models.options import Loading, Lora
 from prime_lightning.prm.train import PRMModule
 from prime_lightning.rollout import Verdict
+from prime_lightning.training.options import PolicyLoss, ProcessReward, Replaying, Update
 
 LENGTHS = ((30, 24), (1, 2), (29, 30), (2, 1))  # of the two responses to each of four prompts
 STEPS = 2

@@ -15,7 +15,7 @@ from shared_ranks import GREEDY, SAMPLING, error_of, prompts_of, samples, weight
 from torch import distributed
 
 from prime_lightning.engines.ranks import of_all_ranks, rank
-from prime_lightning.engines.server import ServerEngine
+from prime_lightning.engines.server.engine import ServerEngine
 
 
 def wait_for(there, seconds: float = 200.0) -> None:

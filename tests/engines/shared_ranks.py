@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from prime_lightning.arithmetic import ArithmeticPrompts
 from prime_lightning.engines.ranks import of_all_ranks, rank
-from prime_lightning.engines.vllm_shared import SharedVLLMEngine
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.engines.vllm.shared import SharedVLLMEngine
+from prime_lightning.models.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts
 from prime_lightning.rollout import Prompt, Sampling
 
 GREEDY = Sampling(samples=1, max_tokens=24, temperature=0.0)

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.engines.server import ServerEngine
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.engines.server.engine import ServerEngine
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.rollout import Sampling
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")

@@ -26,12 +26,13 @@ if find_spec("vllm"):  # which brings it
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
     from cryptography.x509.oid import NameOID
 
-from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.engines import Engine, vllm_group
+from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine, truncate
-from prime_lightning.engines.server import ServerEngine
-from prime_lightning.engines.server_client import ServerClient
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.engines.server.client import ServerClient
+from prime_lightning.engines.server.engine import ServerEngine
+from prime_lightning.engines.vllm import group as vllm_group
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
@@ -62,7 +63,7 @@ class Serving:
             "dtype": "float32",
             "logprobs-mode": "processed_logprobs",
             "weight-transfer-config": '{"backend":"prime_host"}',
-            "worker-extension-cls": "prime_lightning.engines.vllm_worker.VLLMWorker",
+            "worker-extension-cls": "prime_lightning.engines.vllm.worker.VLLMWorker",
             "max-num-seqs": 16,
             "kv-cache-memory-bytes": 2**27,
             "block-size": 32,

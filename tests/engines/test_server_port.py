@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from prime_lightning.arithmetic import write_model
-from prime_lightning.engines.server import ServerEngine
+from prime_lightning.engines.server.engine import ServerEngine
+from prime_lightning.prompts.arithmetic import write_model
 
 
 @pytest.mark.parametrize("status", [200, 404])

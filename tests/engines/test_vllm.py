@@ -9,14 +9,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from prime_lightning.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.engines import Engine, check_truncated_logprobs
 from prime_lightning.engines.hf import HFEngine, truncate
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_arguments import CPU_ARGUMENTS
-from prime_lightning.lora import merged_parameters, with_adapters
-from prime_lightning.options import Lora
-from prime_lightning.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.engines.vllm.arguments import CPU_ARGUMENTS
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.models.lora import merged_parameters, with_adapters
+from prime_lightning.models.options import Lora
+from prime_lightning.models.pretrained import load_causal_lm, load_tokenizer
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")

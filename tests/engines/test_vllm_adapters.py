@@ -10,15 +10,15 @@ import tiny
 import torch
 from torch import nn
 
-from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.engines import AdapterEngine
 from prime_lightning.engines.hf import truncate
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.lora import adapter_config, adapter_parameters, with_adapters
-from prime_lightning.options import Lora
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.models.lora import adapter_config, adapter_parameters, with_adapters
+from prime_lightning.models.options import Lora
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.rollout import Prompt, Sampling
-from prime_lightning.sync import PolicyWeights
+from prime_lightning.sampling.sync import PolicyWeights
 
 real = pytest.mark.skipif(
     find_spec("vllm") is None or find_spec("peft") is None, reason="vLLM or peft is not installed (docs/vllm.md)"

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prime_lightning.arithmetic import write_model
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_arguments import arguments_of
-from prime_lightning.engines.weight_transfer import WeightCopy, column_of
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.engines.vllm.arguments import arguments_of
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.weights.transfer import WeightCopy, column_of
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.prompts.arithmetic import write_model
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
 
@@ -50,7 +50,7 @@ class Receiver:
 @pytest.fixture
 def cuda(monkeypatch):
     """The sending side, with a CPU in place of the GPU."""
-    from prime_lightning.engines import weight_transfer_cuda as cuda
+    from prime_lightning.engines.weights import cuda
 
     stream, empty = SimpleNamespace(synchronize=lambda: None), torch.empty
     monkeypatch.setattr(cuda, "PIECE", PIECE)
@@ -214,8 +214,8 @@ def test_vllm_has_the_methods_that_are_called_on_gpus():
 def test_our_clients_are_vllms(copy):
     from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
 
-    from prime_lightning.engines.server_fleet import Fleet
-    from prime_lightning.engines.vllm_process import ProcessClient
+    from prime_lightning.engines.server.fleet import Fleet
+    from prime_lightning.engines.vllm.process import ProcessClient
 
     assert isinstance(ProcessClient(None, 1.0), VLLMWeightSyncClient)
     assert isinstance(Fleet([]), VLLMWeightSyncClient)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_process import EngineDiedError
-from prime_lightning.pretrained import load_causal_lm
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.process import EngineDiedError
+from prime_lightning.models.pretrained import load_causal_lm
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.rollout import Prompt, Sampling
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 GREEDY = Sampling(samples=1, max_tokens=24, temperature=0.0)
 TRAINER = """
 import sys, time
-from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.engines.vllm.engine import VLLMEngine
 
 if __name__ == "__main__":
     engine = VLLMEngine(device="cpu", tensor_parallel=2)

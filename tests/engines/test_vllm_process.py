@@ -14,20 +14,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
-from prime_lightning.engines import Engine, vllm_group
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_devices import check_devices
-from prime_lightning.engines.vllm_errors import explain
-from prime_lightning.engines.vllm_process import clean_environment
+from prime_lightning.engines import Engine
+from prime_lightning.engines.vllm import group as vllm_group
+from prime_lightning.engines.vllm.devices import check_devices
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.errors import explain
+from prime_lightning.engines.vllm.process import clean_environment
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.rollout import Sampling
 
 real = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
 
 TRAINER = """
 import signal, sys
-from prime_lightning.arithmetic import ArithmeticPrompts, build_tokenizer
-from prime_lightning.engines.vllm import VLLMEngine
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer
+from prime_lightning.engines.vllm.engine import VLLMEngine
 from prime_lightning.rollout import Sampling
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
@@ -178,7 +179,7 @@ def test_what_only_gpus_say_is_explained_in_two_lines(said, advice):
 
 def test_engines_of_two_ranks_on_one_gpu_are_refused(monkeypatch):
     """Also with `devices` that each rank's config names alike."""
-    from prime_lightning.engines import vllm_devices
+    from prime_lightning.engines.vllm import devices as vllm_devices
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}"))
     check_devices([0])  # one process: nobody to share with

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from prime_lightning.arithmetic import write_model
+from prime_lightning.prompts.arithmetic import write_model
 
 if find_spec("vllm") is None or find_spec("deepspeed") is None:
     pytest.skip("vLLM or DeepSpeed is not installed", allow_module_level=True)

@@ -10,11 +10,11 @@ from real_model import PROBLEMS, smollm2
 
 from prime_lightning.__main__ import main
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.pretrained import load_tokenizer
-from prime_lightning.prompts import DatasetPrompts
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.models.pretrained import load_tokenizer
+from prime_lightning.prompts.dataset import DatasetPrompts
 from prime_lightning.rollout import Sampling
-from prime_lightning.shipped import shipped
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
 

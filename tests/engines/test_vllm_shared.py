@@ -10,11 +10,11 @@ import pytest
 import shared_ranks
 import torch
 
-from prime_lightning.arithmetic import write_model
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_arguments import environment_of
-from prime_lightning.engines.vllm_shared import SharedVLLMEngine
+from prime_lightning.engines.vllm.arguments import environment_of
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.shared import SharedVLLMEngine
+from prime_lightning.prompts.arithmetic import write_model
 from prime_lightning.rollout import Prompt
 
 with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (docs/vllm.md)")
@@ -159,7 +159,7 @@ def test_options_that_do_not_fit(options, message):
     ],
 )
 def test_ranks_that_cannot_share(places, message, monkeypatch):
-    from prime_lightning.engines import vllm_shared
+    from prime_lightning.engines.vllm import shared as vllm_shared
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(vllm_shared, "of_all_ranks", lambda thing=None: places)
@@ -178,7 +178,7 @@ def test_engines_for_gpus_without_a_gpu():
 
 @pytest.mark.parametrize(("rank", "owner", "devices"), [(0, 0, [0, 1]), (1, 0, [0, 1]), (2, 2, [2, 3]), (3, 2, [2, 3])])
 def test_an_engine_lies_on_the_gpus_of_its_ranks(rank, owner, devices, monkeypatch):
-    from prime_lightning.engines import vllm_shared
+    from prime_lightning.engines.vllm import shared as vllm_shared
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: rank)
     monkeypatch.setattr(vllm_shared, "of_all_ranks", lambda thing=None: [("a", number) for number in range(4)])

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from prime_lightning.engines.number_format import warn_of_float32
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_arguments import arguments_of
-from prime_lightning.engines.vllm_devices import transfer_of
-from prime_lightning.engines.vllm_process import EngineDiedError
-from prime_lightning.engines.vllm_shared import SharedVLLMEngine
+from prime_lightning.engines.vllm.arguments import arguments_of
+from prime_lightning.engines.vllm.devices import transfer_of
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.process import EngineDiedError
+from prime_lightning.engines.vllm.shared import SharedVLLMEngine
 
 
 def asked(engine):

@@ -14,11 +14,11 @@ import launching
 import lightning.pytorch as pl
 import tiny
 
-from prime_lightning.arithmetic import ArithmeticPrompts
-from prime_lightning.engines.server import ServerEngine
-from prime_lightning.engines.vllm import VLLMEngine
-from prime_lightning.engines.vllm_shared import SharedVLLMEngine
-from prime_lightning.strategy import PrimeDeepSpeedStrategy
+from prime_lightning.engines.server.engine import ServerEngine
+from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.shared import SharedVLLMEngine
+from prime_lightning.prompts.arithmetic import ArithmeticPrompts
+from prime_lightning.training.strategies.deepspeed import PrimeDeepSpeedStrategy
 
 
 class Blow(pl.Callback):

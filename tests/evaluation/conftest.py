@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from prime_lightning.arithmetic import build_tokenizer, write_model
+from prime_lightning.prompts.arithmetic import build_tokenizer, write_model
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prime_lightning.evaluation.callback import Benchmarks
-from prime_lightning.sft import LessonDataModule, SFTModule
+from prime_lightning.training.sft import LessonDataModule, SFTModule
 
 SPEC = {
     "title": "Two-step chains",
     "licence": "ours",
     "rows": 12,
     "prompts": {
-        "class_path": "prime_lightning.arithmetic.ArithmeticPrompts",
+        "class_path": "prime_lightning.prompts.ArithmeticPrompts",
         "init_args": {"seed": 99, "operations": 2},
     },
     "templates": "text",

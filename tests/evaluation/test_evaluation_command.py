@@ -10,9 +10,9 @@ from real_files import FILES, real, script, write
 from test_evaluation_benchmark import own
 from transformers import AutoModelForCausalLM
 
-from prime_lightning import heartbeat
 from prime_lightning.__main__ import main
 from prime_lightning.evaluation.folder import ResultsFolder, fingerprint
+from prime_lightning.training.callbacks import heartbeat
 
 MATHS = [{"id": f"q{i}", "problem": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]
 

@@ -8,9 +8,10 @@ import yaml
 from real_files import REPOSITORY, write
 
 from prime_lightning.__main__ import main
-from prime_lightning.difficulty import ByDifficulty
-from prime_lightning.evaluation import command, contamination
+from prime_lightning.cli.commands import contamination
+from prime_lightning.cli.commands import evaluate as command
 from prime_lightning.evaluation.benchmark import benchmark_names
+from prime_lightning.prompts.difficulty import ByDifficulty
 
 TEXT = (REPOSITORY / "docs" / "evaluation.md").read_text()
 COMMANDS = [
@@ -49,9 +50,9 @@ def test_every_benchmark_is_listed():
 
 
 def test_the_yaml_builds(tmp_path):
-    from prime_lightning.cli import PrimeCLI
-    from prime_lightning.data import RolloutDataModule
-    from prime_lightning.module import PrimeModule
+    from prime_lightning.cli.lightning_cli import PrimeCLI
+    from prime_lightning.sampling.datamodule import RolloutDataModule
+    from prime_lightning.training.module import PrimeModule
 
     layer = yaml.safe_load(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL).group(1))
     rows = write(tmp_path / "rows.jsonl", [{"problem": "1+1?", "answer": "2"}])

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
 from prime_lightning.evaluation.callback import Benchmarks
-from prime_lightning.parallel import PrimeDDPStrategy
+from prime_lightning.training.strategies.ddp_fsdp import PrimeDDPStrategy
 
 
 def main(folder, model, benchmark):

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from prime_lightning.alarms import MEANINGS
+from prime_lightning.training.callbacks.alarms import MEANINGS
 
 
 def main(run: Path) -> None:

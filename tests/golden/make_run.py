@@ -13,9 +13,9 @@ from pathlib import Path
 import tiny
 
 from prime_lightning import algorithms as alg
-from prime_lightning.arithmetic import write_model
-from prime_lightning.options import Credit, PolicyLoss, ProcessReward, Replaying
+from prime_lightning.prompts.arithmetic import write_model
 from prime_lightning.rollout import Prompt, Verdict
+from prime_lightning.training.options import Credit, PolicyLoss, ProcessReward, Replaying
 from prime_lightning.verifiers import Verifiers
 
 FILE = Path(__file__).parent / "run.json"

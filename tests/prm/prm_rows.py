@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from prime_lightning.__main__ import main
-from prime_lightning.arithmetic import DIGITS, Chains, Teacher
+from prime_lightning.prompts.arithmetic import DIGITS, Chains, Teacher
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 CHAINS = Chains(operations=2)

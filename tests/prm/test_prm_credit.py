@@ -5,9 +5,9 @@ import json
 import pytest
 from prm_rows import CHAINS, labelled_rows
 
-from prime_lightning.arithmetic import DIGITS, step_truth
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.prm.credit import STEPS, held_out, of_run, online, step_auc, told
+from prime_lightning.prompts.arithmetic import DIGITS, step_truth
 
 
 def slow_auc(rewards, truths):

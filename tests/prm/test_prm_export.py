@@ -16,12 +16,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from prime_lightning.__main__ import main
-from prime_lightning.checkpoint import AtomicCheckpointIO, Folder, read_facts, role_weights
-from prime_lightning.options import Lora
-from prime_lightning.pretrained import load_tokenizer, save
+from prime_lightning.models.options import Lora
+from prime_lightning.models.pretrained import load_tokenizer, save
+from prime_lightning.models.prm_folder import PRMFacts, write_model
 from prime_lightning.prm import ImplicitPRM
-from prime_lightning.prm.facts import PRMFacts
-from prime_lightning.prm.folder import write_model
+from prime_lightning.training.strategies.checkpoint import AtomicCheckpointIO, Folder, read_facts, role_weights
 
 
 def export(ckpt, role, out, *more):
@@ -84,7 +83,7 @@ def test_the_reference_is_the_frozen_model(prm_run, warm_model, tmp_path):
 
 
 def test_tied_weights_and_adapters(chat_model, warm_model, tmp_path):
-    from prime_lightning.pretrained import load_causal_lm
+    from prime_lightning.models.pretrained import load_causal_lm
 
     tied = load_causal_lm(str(chat_model))
     write_model(tmp_path / "tied", str(chat_model), tied.state_dict().items())
@@ -96,7 +95,7 @@ def test_tied_weights_and_adapters(chat_model, warm_model, tmp_path):
     trainer.save_checkpoint(checkpoint)
     assert export(checkpoint, "policy", tmp_path / "merged") == 0
     merged = weights_of(tmp_path / "merged")
-    from prime_lightning.lora import merged_parameters
+    from prime_lightning.models.lora import merged_parameters
 
     for name, tensor in merged_parameters(adapted.policy.model):
         assert_close(merged[name], tensor)
@@ -114,7 +113,7 @@ MEASURED = """
         while not over.wait(0.002):
             peak = max(peak, held())
 
-    import prime_lightning.prm.export, transformers.models.qwen2.modeling_qwen2
+    import prime_lightning.cli.commands.export, transformers.models.qwen2.modeling_qwen2
     over, peak, before = threading.Event(), 0, held()
     threading.Thread(target=watch, daemon=True).start()
     for ckpt in sys.argv[1:]:
@@ -194,7 +193,7 @@ def test_weights_of_another_model_leave_nothing_behind(prime_run, chat_model, tm
 
 
 def test_a_second_run_says_that_it_will_replace_models(prime_run, warm_model, tmp_path):
-    from prime_lightning.callbacks import HuggingFaceExport
+    from prime_lightning.training.callbacks.files import HuggingFaceExport
 
     (tmp_path / "policy").mkdir()
     with pytest.warns(UserWarning, match="When training ends, new models will replace those in .*policy"):

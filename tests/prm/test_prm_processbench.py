@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from toys import write_jsonl
 
 from prime_lightning.__main__ import main
-from prime_lightning.arithmetic import Chains, step_truth
+from prime_lightning.cli.commands.processbench import arithmetic_rows, split, step_scores
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.prm.first_error import best_threshold, f1, predict
-from prime_lightning.prm.processbench import arithmetic_rows, split, step_scores
-from prime_lightning.prompts import load_rows
+from prime_lightning.prompts.arithmetic import Chains, step_truth
+from prime_lightning.prompts.dataset import load_rows
 
 SAMPLE = Path(__file__).parent.parent.parent / "evals" / "processbench" / "arithmetic.jsonl"
 SCORES = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0])

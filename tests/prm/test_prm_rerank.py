@@ -10,9 +10,9 @@ from prm_rows import labelled_rows
 from toys import write_jsonl
 
 from prime_lightning.__main__ import main
-from prime_lightning.arithmetic import DIGITS
-from prime_lightning.prm.rerank import compare, group, sizes, table
+from prime_lightning.cli.commands.rerank import compare, group, sizes, table
 from prime_lightning.prm.responses import Response
+from prime_lightning.prompts.arithmetic import DIGITS
 from prime_lightning.verifiers import final_answer
 
 
@@ -104,7 +104,7 @@ def test_fresh_completions(prm_run, warm_model, tmp_path):
     sampled = (
         f"--sample.model={warm_model}",
         "--sample.engine=prime_lightning.engines.hf.HFEngine",
-        "--sample.prompts=prime_lightning.arithmetic.ArithmeticPrompts",
+        "--sample.prompts=prime_lightning.prompts.ArithmeticPrompts",
         "--sample.prompts.operations=2",
         "--sample.problems=12",
         "--sample.sampling={samples: 4, max_tokens: 8}",

@@ -13,14 +13,15 @@ from toys import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prime_lightning.__main__ import main
-from prime_lightning.batch import Batch
-from prime_lightning.module import PrimeModule
-from prime_lightning.options import Loading, ProcessReward
+from prime_lightning.models.batch import Batch
+from prime_lightning.models.options import Loading
+from prime_lightning.models.prm_folder import PRMFacts
 from prime_lightning.prm import ImplicitPRM, StepRule
-from prime_lightning.prm.facts import PRMFacts
 from prime_lightning.prm.responses import prompt_ids
-from prime_lightning.prompts import Template
+from prime_lightning.prompts.dataset import Template
 from prime_lightning.rollout import Sampling
+from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.options import ProcessReward
 
 ROWS = list(labelled_rows(9, 1, seed=5))
 PROMPTS, RESPONSES = [row["prompt"] for row in ROWS], [row["response"] for row in ROWS]
@@ -79,7 +80,7 @@ def test_what_else_is_in_the_batch_does_not_matter(prm_run):
 
 
 def test_they_are_the_rewards_of_the_online_prm(prm_run, warm_model, engine):
-    from prime_lightning.arithmetic import ArithmeticPrompts
+    from prime_lightning.prompts.arithmetic import ArithmeticPrompts
     from prime_lightning.rollout import Rollout, Verdict
 
     prompts = [ArithmeticPrompts(operations=2).prompt(i, engine.tokenizer) for i in range(4)]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.arithmetic import build_tokenizer
-from prime_lightning.prm.steps import StepRule, steps_of_tokens
+from prime_lightning.models.steps import StepRule, steps_of_tokens
+from prime_lightning.prompts.arithmetic import build_tokenizer
 
 RULES = [
     StepRule(rule="newline"),
@@ -67,9 +67,9 @@ def test_steps_of_a_text_are_those_of_the_online_prm(warm_model):
     """`PrimeModule.step_ids`, from tokens: any token that contains the separator ends a step."""
     from toys import rollout
 
-    from prime_lightning.batch import Batch
-    from prime_lightning.module import PrimeModule
-    from prime_lightning.options import ProcessReward
+    from prime_lightning.models.batch import Batch
+    from prime_lightning.training.module import PrimeModule
+    from prime_lightning.training.options import ProcessReward
 
     texts, tokenizer = ["7;4;#4", ";7", "7;", "#4;;4"], build_tokenizer()
     module = PrimeModule(str(warm_model), process_reward=ProcessReward(granularity="step", step_separator=";"))

@@ -13,10 +13,10 @@ from test_prm_scoring import slow_logprobs
 from toys import write_jsonl
 
 from prime_lightning import algorithms as alg
-from prime_lightning.options import Update
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.prm.responses import read_responses
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
+from prime_lightning.training.options import Update
 
 LOSSES = [alg.ce, alg.dpo, alg.kto, alg.nca]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
@@ -62,7 +62,7 @@ def test_the_first_loss_is_that_of_the_untrained_rewards(loss, sharp_folder, war
 
 
 def first_order(rows):
-    from prime_lightning.prompts import permutation
+    from prime_lightning.prompts.dataset import permutation
 
     yield permutation(len(rows.lessons), rows.seed, 0)[: rows.batch_size]
 

@@ -4,8 +4,8 @@ import pytest
 import tiny
 from lightning.pytorch.loggers import CSVLogger
 
-from prime_lightning.arithmetic import written_steps
-from prime_lightning.callbacks import RolloutLog
+from prime_lightning.prompts.arithmetic import written_steps
+from prime_lightning.training.callbacks.files import RolloutLog
 from report.lines import HOSTILE, row, write_rollouts
 
 

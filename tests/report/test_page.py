@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prime_lightning.__main__ import main
+from prime_lightning.cli.commands.report import watch
 from prime_lightning.report import credit_view, page, write_report
-from prime_lightning.report.command import watch
 from prime_lightning.report.runs import read_run
 from report.lines import HOSTILE, row, write_rollouts
 

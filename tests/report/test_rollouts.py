@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.arithmetic import step_truth, written_steps
+from prime_lightning.prompts.arithmetic import step_truth, written_steps
 from prime_lightning.report.rollouts import LONGEST, choose, sample_rollouts, spread
 from report.lines import HOSTILE, row, write_rollouts
 
@@ -87,4 +87,4 @@ def test_a_real_log_has_its_steps_marked(run_folder):
         for start, stop, _ in line["steps"]:
             assert line["tokens"][stop - 1] == ";"
             assert ";" not in line["tokens"][start : stop - 1]
-    assert written_steps.__module__ == "prime_lightning.arithmetic"
+    assert written_steps.__module__ == "prime_lightning.prompts.arithmetic"

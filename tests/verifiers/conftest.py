@@ -15,8 +15,9 @@ import pytest
 from hypothesis import settings
 
 from prime_lightning.rollout import Prompt
-from prime_lightning.verifiers import code_answer, lasting
-from prime_lightning.verifiers.launch import machine_tiers
+from prime_lightning.verifiers.code import answer as code_answer
+from prime_lightning.verifiers.workers import persistent as lasting
+from prime_lightning.verifiers.workers.launch import machine_tiers
 
 TIERS = machine_tiers()
 settings.register_profile("verifiers", deadline=None, max_examples=150)

@@ -12,13 +12,13 @@ import sys
 import atheris
 
 with atheris.instrument_imports():
-    from prime_lightning.verifiers.code_run import same_output
-    from prime_lightning.verifiers.code_text import program
+    from prime_lightning.verifiers.code.matcher import Matching, matches
+    from prime_lightning.verifiers.code.run import same_output
+    from prime_lightning.verifiers.code.text import program
     from prime_lightning.verifiers.jail import codec, wire
-    from prime_lightning.verifiers.matcher import Matching, matches
-    from prime_lightning.verifiers.math_answer import answer_of
-    from prime_lightning.verifiers.math_compare import Question, compare, self_question
-    from prime_lightning.verifiers.math_text import boxes, normalise
+    from prime_lightning.verifiers.maths.answer import answer_of
+    from prime_lightning.verifiers.maths.compare import Question, compare, self_question
+    from prime_lightning.verifiers.maths.text import boxes, normalise
     from prime_lightning.verifiers.options import MathOptions
 
 EXPECTED = [

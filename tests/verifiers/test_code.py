@@ -15,8 +15,8 @@ import pytest
 
 from prime_lightning.rollout import Label
 from prime_lightning.verifiers import CodeOptions, Verifiers
-from prime_lightning.verifiers.code_run import same_output
-from prime_lightning.verifiers.code_tests import task_of
+from prime_lightning.verifiers.code.run import same_output
+from prime_lightning.verifiers.code.tests import task_of
 
 from .conftest import TIERS, prompt
 

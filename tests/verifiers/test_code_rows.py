@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from prime_lightning.eurus import EurusPrompts
-from prime_lightning.prompts import DatasetPrompts
+from prime_lightning.prompts.dataset import DatasetPrompts
+from prime_lightning.prompts.eurus import EurusPrompts
+from prime_lightning.prompts.template import Template
 from prime_lightning.rollout import Label
-from prime_lightning.template import Template
 from prime_lightning.verifiers import CodeOptions, Verifiers
-from prime_lightning.verifiers.code_rows import read
-from prime_lightning.verifiers.code_tests import task_of
+from prime_lightning.verifiers.code.rows import read
+from prime_lightning.verifiers.code.tests import task_of
 
 from .conftest import TIERS, prompt
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prime_lightning.verifiers.code.matcher import Matching, matches
 from prime_lightning.verifiers.jail import codec, wire
-from prime_lightning.verifiers.matcher import Matching, matches
 
 numbers = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.complex_numbers(allow_nan=False))
 keys = st.recursive(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prime_lightning.verifiers.command import main
+from prime_lightning.cli.commands.verify import main
 
 from .conftest import TIERS
 

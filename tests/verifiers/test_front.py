@@ -293,7 +293,9 @@ def test_a_forked_process_starts_its_own_workers(tier: str) -> None:
 PROGRAM = r"""
 import os, signal, sys, time
 from prime_lightning.rollout import Prompt
-from prime_lightning.verifiers import Verifiers, code_answer, lasting
+from prime_lightning.verifiers import Verifiers
+from prime_lightning.verifiers.code import answer as code_answer
+from prime_lightning.verifiers.workers import persistent as lasting
 code_answer.machine_tiers = lasting.machine_tiers = lambda: tuple(sys.argv[4:])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 verifiers = Verifiers(workers=2)

@@ -29,6 +29,8 @@ def test_a_short_fuzz_finds_nothing(tmp_path: Path) -> None:
         "-max_total_time=10",
         "-timeout=10",
         "-max_len=2000",
+        "-malloc_limit_mb=1024",
+        "-rss_limit_mb=0",  # a process begins with the peak of the one that started it
         str(corpus),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)

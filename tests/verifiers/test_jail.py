@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import prime_lightning.verifiers
-from prime_lightning.verifiers import launch
 from prime_lightning.verifiers.jail import syscalls
+from prime_lightning.verifiers.workers import launch
 
 FOLDER = Path(prime_lightning.verifiers.__file__).parent
 FLOORS = [
@@ -22,23 +22,31 @@ FLOORS = [
         "jail.codec",
         "jail.library",
         "jail.units",
-        "code_rows",
+        "code.rows",
         "options",
         "counts",
-        "pool",
-        "math_text",
-        "math_units",
-        "code_text",
+        "workers.pool",
+        "maths.text",
+        "maths.units",
+        "code.text",
     },
-    {"jail.kernel", "matcher", "jail.judge", "jail.candidate", "math_scalar", "math_final", "remote", "references"},
-    {"jail.cage", "launch", "code_asserts", "math_shape"},
-    {"jail.zygote", "sandbox", "code_units", "math_compare", "jail.equality"},
-    {"code_tests"},
-    {"jail.maths", "jail.user", "jail.programs", "lasting", "code_run"},
-    {"jail.boot", "math_answer", "user_answer", "selftest", "calibration"},
-    {"code_answer", "golds"},
-    {"__init__", "jail.__init__"},
-    {"command"},
+    {
+        "jail.kernel",
+        "code.matcher",
+        "jail.judge",
+        "jail.candidate",
+        "maths.scalar",
+        "maths.final",
+        "remote",
+        "references",
+    },
+    {"jail.cage", "workers.launch", "code.asserts", "maths.shape"},
+    {"jail.zygote", "workers.sandbox", "code.units", "maths.compare", "jail.graders.equality"},
+    {"code.tests"},
+    {"jail.graders.maths", "jail.graders.user", "jail.graders.programs", "workers.persistent", "code.run"},
+    {"jail.boot", "maths.answer", "user_answer", "code.selftest", "code.calibration"},
+    {"code.answer", "reference_check"},
+    {"__init__", *(f"{room}.__init__" for room in ("code", "jail", "jail.graders", "maths", "workers"))},
 ]
 LIBRARY = {"math_verify", "latex2sympy2_extended", "sympy"}
 
@@ -70,13 +78,7 @@ def test_inside_the_jail_there_is_only_the_standard_library() -> None:
         foreign = (
             {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - {"prime_lightning"}
         )
-        allowed = (
-            LIBRARY
-            if name in ("jail.maths", "jail.equality")
-            else {"jsonargparse", "rich"}
-            if name == "command"
-            else set()
-        )
+        allowed = LIBRARY if name in ("jail.graders.maths", "jail.graders.equality") else set()
         assert foreign <= allowed, name
         if name.startswith("jail."):
             ours = {module for module in imports(path) if module.startswith("prime_lightning")}

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prime_lightning.verifiers import MathOptions, Verifiers, final_answer
-from prime_lightning.verifiers.jail.maths import find
-from prime_lightning.verifiers.math_answer import answer_of
-from prime_lightning.verifiers.math_final import after_reasoning, stated
+from prime_lightning.verifiers.jail.graders.maths import find
+from prime_lightning.verifiers.maths.answer import answer_of
+from prime_lightning.verifiers.maths.final import after_reasoning, stated
 
 from .conftest import prompt
 from .math_cases import CASES

@@ -13,12 +13,12 @@ import pytest
 
 from prime_lightning.rollout import Label
 from prime_lightning.verifiers import MathOptions, Verifiers
-from prime_lightning.verifiers.code_text import program
-from prime_lightning.verifiers.lasting import Brood, LastingWorker, TimedOut, WorkerCrashed
-from prime_lightning.verifiers.launch import Guest, libraries
-from prime_lightning.verifiers.math_compare import compare
-from prime_lightning.verifiers.math_final import after_reasoning, last_lines, stated
-from prime_lightning.verifiers.math_text import boxes
+from prime_lightning.verifiers.code.text import program
+from prime_lightning.verifiers.maths.compare import compare
+from prime_lightning.verifiers.maths.final import after_reasoning, last_lines, stated
+from prime_lightning.verifiers.maths.text import boxes
+from prime_lightning.verifiers.workers.launch import Guest, libraries
+from prime_lightning.verifiers.workers.persistent import Brood, LastingWorker, TimedOut, WorkerCrashed
 
 from .conftest import prompt
 

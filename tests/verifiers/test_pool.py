@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from prime_lightning.verifiers.pool import Pool, WorkerDied
+from prime_lightning.verifiers.workers.pool import Pool, WorkerDied
 
 
 class Fake:

@@ -17,12 +17,14 @@ import pytest
 
 import prime_lightning
 from prime_lightning.rollout import Label, Verdict
-from prime_lightning.verifiers import CodeOptions, SandboxLeaks, Verifiers, code_answer, selftest
-from prime_lightning.verifiers.code_run import Runner
+from prime_lightning.verifiers import CodeOptions, SandboxLeaks, Verifiers
+from prime_lightning.verifiers.code import answer as code_answer
+from prime_lightning.verifiers.code import selftest
+from prime_lightning.verifiers.code.run import Runner
 from prime_lightning.verifiers.jail import library
-from prime_lightning.verifiers.launch import Guest, machine_tiers
-from prime_lightning.verifiers.pool import WorkerDied
-from prime_lightning.verifiers.sandbox import Zygote, memory_file
+from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.workers.pool import WorkerDied
+from prime_lightning.verifiers.workers.sandbox import Zygote, memory_file
 
 from .attacks import ESCAPES, HACKS, HOGS, HONEST, Attack
 from .conftest import TIERS, prompt
@@ -133,10 +135,11 @@ def test_shuffled_stress(tier: str, tmp_path: Path, rows, canary: None, leaves_n
 
 PLAIN_USER = """
 import sys
-from prime_lightning.verifiers import CodeOptions, selftest
-from prime_lightning.verifiers.code_run import Runner
-from prime_lightning.verifiers.pool import WorkerDied
-from prime_lightning.verifiers.launch import Guest, machine_tiers
+from prime_lightning.verifiers import CodeOptions
+from prime_lightning.verifiers.code import selftest
+from prime_lightning.verifiers.code.run import Runner
+from prime_lightning.verifiers.workers.pool import WorkerDied
+from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
 for tier in machine_tiers():
     try:
         runner = Runner(tier, CodeOptions(), Guest(module="programs"))
@@ -182,9 +185,10 @@ def test_a_plain_user_has_the_same_walls(leaves_nothing: None) -> None:
 
 EVERY_TIER = """
 import os
-from prime_lightning.verifiers import CodeOptions, selftest
-from prime_lightning.verifiers.code_run import Runner
-from prime_lightning.verifiers.launch import Guest, machine_tiers
+from prime_lightning.verifiers import CodeOptions
+from prime_lightning.verifiers.code import selftest
+from prime_lightning.verifiers.code.run import Runner
+from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
 for tier in machine_tiers():
     runner = Runner(tier, CodeOptions(), Guest(module="programs"))
     print(os.__file__, tier, selftest.leaks(runner), selftest.faults(runner))

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prime_lightning.verifiers import MathOptions
-from prime_lightning.verifiers.code_text import program
-from prime_lightning.verifiers.math_compare import Question, compare, self_question
-from prime_lightning.verifiers.math_text import boxes, normalise
+from prime_lightning.verifiers.code.text import program
+from prime_lightning.verifiers.maths.compare import Question, compare, self_question
+from prime_lightning.verifiers.maths.text import boxes, normalise
 
 F = "```"
 snippets = st.lists(

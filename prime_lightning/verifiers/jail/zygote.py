@@ -124,7 +124,7 @@ def main(config: dict[str, Any]) -> None:
     library.open_up(config["tier"], other_user=config["uid"] is not None)
     for name in config["modules"]:
         importlib.import_module(name)
-    guest = importlib.import_module(f"prime_lightning.verifiers.jail.{config['guest']}")
+    guest = importlib.import_module(f"prime_lightning.verifiers.jail.graders.{config['guest']}")
     guest.prepare(config)
     control = socket.socket(fileno=config["control"])
     cage = Cage(config)

@@ -1,0 +1,181 @@
+"""`prime-lightning processbench`: how well step rewards find the first wrong step (ProcessBench, arXiv 2412.06559).
+
+Rows have `problem`, `steps` (texts), and `label`: the number of the first wrong step from 0, or -1 where all are right.
+The threshold is chosen on other responses than those that are scored: on `--tune`, or on a share of the problems.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jsonargparse import ArgumentParser
+
+from prime_lightning.cli.commands.score import add_prm, load_prm, new_file
+from prime_lightning.cli.usage import TypedParser
+from prime_lightning.prm.first_error import best_threshold, f1, predict
+from prime_lightning.prm.implicit import ImplicitPRM
+from prime_lightning.prompts.arithmetic import DIGITS, ArithmeticLessons, step_truth
+from prime_lightning.prompts.rows import load_rows
+
+COLUMNS = ("problem", "steps", "label")
+RESAMPLES = 1000
+
+
+def parser() -> ArgumentParser:
+    """Options of the command."""
+    made = TypedParser(prog="prime-lightning processbench", description=__doc__)
+    made.add_argument("--data", type=str, required=True, help="A jsonl or parquet file, or a hub id.")
+    made.add_argument("--split", default="train", help="Split of a hub data set: gsm8k, math, olympiadbench, omnimath.")
+    made.add_argument("--tune", type=str | None, help="File or hub id to choose the threshold on.")
+    made.add_argument("--tune_share", type=float, default=0.5, help="Without --tune, share of the problems for it.")
+    made.add_argument("--joiner", default="\n\n", help="Text between two steps.")
+    made.add_argument("--chat", type=bool, default=True, help="Give the problem as a chat message, or as plain text.")
+    made.add_argument(
+        "--score",
+        type=Literal["sum", "mean", "prefix"],
+        default="sum",
+        help="A step's score: its reward, the mean over its tokens, or the sum of all rewards up to its end.",
+    )
+    made.add_argument("--seed", type=int, default=0, help="Of the split and of the bootstrap.")
+    made.add_argument("--output", type=Path, required=True, help="New JSON file.")
+    add_prm(made)
+    return made
+
+
+def main(args: list[str]) -> int:
+    """Run the command."""
+    command = parser()
+    options = command.instantiate(command.parse_args(args))
+    new_file(options.output)
+    rows = read_rows(options.data, options.split)
+    if options.tune is None:
+        tune, scored = split(rows, options.tune_share, options.seed)
+    else:
+        tune, scored = read_rows(options.tune, options.split), rows
+        seen = {row["problem"] for row in tune} & {row["problem"] for row in scored}
+        if seen:
+            raise ValueError(f"Expected other problems in --tune than in --data, got {len(seen)} in both.")
+    prm = load_prm(options)
+    tune_scores, scores = (
+        step_scores(prm, part, joiner=options.joiner, chat=options.chat, how=options.score) for part in (tune, scored)
+    )
+    threshold = best_threshold(tune_scores, [row["label"] for row in tune])
+    labels = [row["label"] for row in scored]
+    result = {
+        **f1(scores, labels, threshold),
+        "interval": list(f1_interval(scores, labels, threshold, options.seed)),
+        "threshold": threshold,
+        "scored": len(scored),
+        "with_error": sum(label >= 0 for label in labels),
+        "tuned_on": len(tune),
+        "score": options.score,
+        "reference": prm.reference is not None,
+        "predictions": [predict(s, threshold) for s in scores],
+        "labels": labels,
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    low, high = result["interval"]
+    print(
+        f"First-error F1 {result['f1']:.3f} (95 % interval {low:.3f} to {high:.3f}): {result['error']:.1%} of "
+        f"{result['with_error']} responses with an error, {result['correct']:.1%} of "
+        f"{len(scored) - result['with_error']} without.\nThreshold {threshold:.4g}, chosen on {len(tune)} other "
+        f"responses. Everything: {options.output}"
+    )
+    return 0
+
+
+def read_rows(path: str, split: str) -> list[dict[str, Any]]:
+    """Rows in ProcessBench's format.
+
+    Raises:
+        ValueError: for a missing column, a row without steps, an empty step, or a label that is no step's number.
+    """
+    table = load_rows(path, split=split, name=None, revision=None)
+    missing = sorted(set(COLUMNS) - set(table.column_names))
+    if missing:
+        raise ValueError(f"Expected the columns {', '.join(COLUMNS)} in {path!r}, got none named {', '.join(missing)}.")
+    rows = [dict(row) for row in table]
+    for i, row in enumerate(rows):
+        steps, label = row["steps"], row["label"]
+        where = f"row {i} of {path!r}, counted from 0"
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
+            raise ValueError(f"Expected a list of step texts, none of them empty, in {where}, got {steps!r}.")
+        if not isinstance(label, int) or not -1 <= label < len(steps):
+            raise ValueError(f"Expected a label from -1 to {len(steps) - 1} in {where}, got {label!r}.")
+    return rows
+
+
+def split(rows: Sequence[dict[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to choose the threshold on, and rows to score; the rows of one problem stay together.
+
+    Raises:
+        ValueError: if the share is not inside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"Expected --tune_share between 0 and 1, got {share}.")
+    problems = sorted({row["problem"] for row in rows})
+    order = np.random.default_rng(seed).permutation(len(problems))
+    chosen = {problems[i] for i in order[: round(share * len(problems))]}
+    return [row for row in rows if row["problem"] in chosen], [row for row in rows if row["problem"] not in chosen]
+
+
+def step_scores(
+    prm: ImplicitPRM, rows: Sequence[Mapping[str, Any]], *, joiner: str, chat: bool, how: str
+) -> list[list[float]]:
+    """The scores of the given steps of each row."""
+    spans, texts = [], []
+    for row in rows:
+        ends = np.cumsum([len(step) + len(joiner) for step in row["steps"]]).tolist()
+        texts.append(joiner.join(row["steps"]))
+        ends[-1] = len(texts[-1])
+        spans.append(list(zip([0, *ends[:-1]], ends, strict=True)))
+    prompts = [[{"role": "user", "content": row["problem"]}] if chat else row["problem"] for row in rows]
+    scored = prm.score_spans(prompts, texts, spans)
+    if how == "mean":
+        return [[r / max(n, 1) for r, n in zip(s.step_rewards, s.step_tokens, strict=True)] for s in scored]
+    return [np.cumsum(s.step_rewards).tolist() if how == "prefix" else s.step_rewards for s in scored]
+
+
+def f1_interval(
+    scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: float, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap of F1, responses with and without an error drawn apart; the threshold stays."""
+    hits = np.array([predict(s, threshold) == label for s, label in zip(scores, labels, strict=True)], float)
+    kinds = [hits[np.array(labels) >= 0], hits[np.array(labels) < 0]]
+    rng = np.random.default_rng(seed)
+    drawn = np.array([[rng.choice(k, len(k)).mean() for k in kinds] for _ in range(RESAMPLES)])
+    product, total = drawn.prod(1), drawn.sum(1)
+    values = np.where(total > 0, 2 * product / np.maximum(total, 1e-12), 0.0)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def arithmetic_rows(size: int, seed: int = 0, operations: int = 10) -> list[dict[str, Any]]:
+    """Rows in ProcessBench's format from the embedded arithmetic's teacher, whose every step can be checked.
+
+    Example:
+        >>> row = arithmetic_rows(2, seed=3, operations=2)[1]
+        >>> row["problem"], row["steps"], row["label"]
+        ('^7-9-3=', ['8;', '5;', '#5'], -1)
+    """
+    lessons = ArithmeticLessons(size=size, seed=seed, operations=operations)
+    chains, rows = lessons.teacher.chains, []
+    for i in range(size):
+        lesson = lessons[i]
+        truth = step_truth(lesson["problem"], lesson["response"], chains)
+        written, final = lesson["response"].split("#")
+        rows.append(
+            {
+                "id": f"arithmetic-{i}",
+                "generator": "prime_lightning.prompts.arithmetic.Teacher",
+                "problem": lesson["problem"],
+                "steps": [f"{step};" for step in written.split(";")[:-1]] + [f"#{final}"],
+                "final_answer_correct": final == DIGITS[chains.results(lesson["problem"])[-1]],
+                "label": truth.index(False) if False in truth else -1,
+            }
+        )
+    return rows

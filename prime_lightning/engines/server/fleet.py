@@ -1,0 +1,190 @@
+"""Several servers: which of them are well, and the control calls of a weight transfer to all of them at once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prime_lightning.engines.server.client import ServerClient, ServerDownError
+
+
+class Server:
+    """One server and what the trainer knows of it."""
+
+    def __init__(self, client: ServerClient) -> None:
+        self.client = client
+        self.well = False
+        self.why = "it was not asked yet"
+        self.model = self.dtype = ""
+        self.context: int | None = None
+        self.samples = 0
+
+    def introduce(
+        self, wanted: str | None, tokenizer: PreTrainedTokenizerBase, dtype: str, transfer: str, timeout: float
+    ) -> None:
+        """Wait for the server and check that it serves what training needs; take note of its context.
+
+        Raises:
+            ValueError: if it does not come, or serves something else; the message says what to change.
+        """
+        self._wait(timeout)
+        served = {card["id"]: card for card in self.client.get("/v1/models")["data"]}
+        if wanted is None and len(served) > 1:
+            raise ValueError(f"Expected `served_model` to be one of {[*served]} at {self.client.url}, got none.")
+        if wanted is not None and wanted not in served:
+            raise ValueError(f"Expected {self.client.url} to serve {wanted!r} (`served_model`), got {[*served]}.")
+        self.model = wanted or next(iter(served))
+        self._check_tokenizer(tokenizer)
+        self._check_config(dtype, "nccl" if transfer == "nccl" else "prime_host")
+        self.well, self.context = True, served[self.model].get("max_model_len")
+
+    def _wait(self, timeout: float) -> None:
+        """Wait until the server is well."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self.client.check()
+                return
+            except ServerDownError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"Expected a vLLM server at {self.client.url}, got no healthy answer in {timeout:g} s "
+                        f"({error}).\nStart it as docs/vllm.md says, or correct `urls`."
+                    ) from None
+            time.sleep(1.0)
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Both must read the same text as the same tokens."""
+        text = "".join(tokenizer.convert_ids_to_tokens([*range(min(200, len(tokenizer)))])) + "2+3*(4-1)=11;\n#7"
+        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        theirs = self.client.post("/tokenize", body)["tokens"]
+        if list(ours) != list(theirs):
+            raise ValueError(
+                f"Expected {self.client.url} to have the trainer's tokenizer, got {theirs[:8]} ... for a text of "
+                f"tokens {list(ours)[:8]} .... Serve the folder or id that is `model.policy`."
+            )
+
+    def _check_config(self, dtype: str, backend: str) -> None:
+        """The server must be started for training."""
+        try:
+            config = self.client.get("/server_info?config_format=json")["vllm_config"]
+        except ValueError:
+            raise ValueError(
+                f"Expected {self.client.url} with vLLM's development routes, got none. Start it with "
+                "VLLM_SERVER_DEV_MODE=1 and the options in docs/vllm.md."
+            ) from None
+        found = {
+            "--logprobs-mode": config["model_config"]["logprobs_mode"],
+            "--dtype": str(config["model_config"]["dtype"]).removeprefix("torch."),
+            "--weight-transfer-config": (config.get("weight_transfer_config") or {}).get("backend"),
+        }
+        self.dtype = found["--dtype"] if dtype == "auto" else dtype
+        expected = {"--logprobs-mode": "processed_logprobs", "--dtype": self.dtype, "--weight-transfer-config": backend}
+        wrong = {name: value for name, value in found.items() if value != expected[name]}
+        if wrong:
+            raise ValueError(
+                f"Expected {self.client.url} to run with { {name: expected[name] for name in wrong} }, got {wrong}. "
+                "Start it with the options in docs/vllm.md."
+            )
+
+    def fail(self, error: Exception) -> None:
+        """Leave it out from now on."""
+        if self.well:
+            warnings.warn(f"A server is left out, and its samples are drawn elsewhere: {error}", stacklevel=2)
+        self.well, self.why = False, str(error)
+
+
+class Fleet:
+    """The control calls of a weight transfer, each made to all servers at the same time.
+
+    A server that fails is left out; if all fail, so does the call.
+
+    Args:
+        servers: All of them; calls are made to those that are well.
+        patient: Call also those that are not.
+    """
+
+    def __init__(self, servers: Sequence[Server], patient: bool = False) -> None:
+        self.servers, self.patient = list(servers), patient
+
+    def same(self, other: Fleet) -> bool:
+        """Whether these are the same servers, all of them still well."""
+        return self.servers == other.servers and all(server.well for server in self.servers)
+
+    def workers(self) -> int:
+        """Processes that hold the servers' models."""
+        return sum(size for size in self._sizes())
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Shake hands; by NCCL, each server's workers have ranks behind those of the server before."""
+        if "rank_offset" not in init_info:
+            self._each(lambda server: server.client.post("/init_weight_transfer_engine", {"init_info": init_info}))
+            return
+        offsets, offset = {}, int(init_info["rank_offset"])
+        for server, size in zip(self.servers, self._sizes(), strict=True):
+            offsets[server.client.url] = offset
+            offset += size
+        self._each(
+            lambda server: server.client.post(
+                "/init_weight_transfer_engine", {"init_info": init_info | {"rank_offset": offsets[server.client.url]}}
+            )
+        )
+
+    def start_weight_update(self) -> None:
+        """Make the models ready to take weights."""
+        self._each(lambda server: server.client.post("/start_weight_update"))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Take one piece."""
+        self._each(lambda server: server.client.post("/update_weights", {"update_info": update_info}))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Take the weights into use, and drop what was cached with the old ones."""
+
+        def finish(server: Server) -> None:
+            server.client.post("/finish_weight_update", {"weight_version": weight_version})
+            if not server.client.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
+                raise ServerDownError(f"{server.client.url} did not reset its prefix cache")
+
+        self._each(finish)
+
+    def read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
+        """Values of the servers' own weights, which must be the same on all of them."""
+        read = self._each(lambda server: server.client.read_back(columns))
+        if any(values != read[0] for values in read):
+            raise RuntimeError(f"Expected the same weights on {[s.client.url for s in self.servers]}, got others.")
+        return read[0]  # type: ignore[no-any-return]
+
+    def pause(self) -> None:
+        """Abort what is computed, and begin nothing new."""
+        self._each(lambda server: server.client.post("/pause?mode=abort"), needed=False)
+
+    def resume(self) -> None:
+        """Go on."""
+        self._each(lambda server: server.client.post("/resume"), needed=False)
+
+    def _sizes(self) -> list[int]:
+        return [int(server.client.get("/get_world_size")["world_size"]) for server in self.servers]
+
+    def _each(self, call: Callable[[Server], Any], needed: bool = True) -> list[Any]:
+        """Answers of the servers that are well; those that fail are left out from now on."""
+        alive = [server for server in self.servers if server.well or self.patient]
+
+        def attempt(server: Server) -> tuple[bool, Any]:
+            try:
+                return True, call(server)
+            except (ServerDownError, ValueError) as error:
+                server.fail(error)
+                return False, error
+
+        with ThreadPoolExecutor(max(1, len(alive))) as pool:
+            answers = list(pool.map(attempt, alive))
+        if needed and not any(ok for ok, _ in answers):
+            raise ServerDownError(f"All servers failed: {[str(why) for _, why in answers] or self.servers[0].why}")
+        return [answer for ok, answer in answers if ok]

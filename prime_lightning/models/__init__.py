@@ -1,0 +1,1 @@
+"""Language models: loading, adapters, attention over packed rows, hidden states to log-probs."""

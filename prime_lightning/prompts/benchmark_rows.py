@@ -1,0 +1,81 @@
+"""The rows of a benchmark, from the hub or from a file of one's own, by the same names."""
+
+from __future__ import annotations
+
+from prime_lightning.prompts.dataset import DatasetPrompts, Template
+
+NEEDED = {"math": ("problem", "answer"), "code": ("prompt",)}
+TESTS = ("tests", "test")
+
+
+class BenchmarkRows(DatasetPrompts):
+    """Rows in the order of the file, their columns by the package's names.
+
+    Maths needs `problem` and `answer`; code needs `prompt`, and `tests` (asserts) or `test` (HumanEval's `check`). An
+    `id` names a row in records. Other columns are left as they are, and ignored by templates that do not name them.
+
+    Args:
+        path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
+        kind: `math` or `code`.
+        template: How a row becomes text; a benchmark fills it in.
+        split: Split of a hub data set.
+        name: Configuration of a hub data set.
+        revision: Commit of a hub data set.
+        answer_pattern: Regular expression whose first group is the answer inside the column; None takes all of it.
+        source: Name in records and counts.
+        fields: Where a column of the left name is missing, it is read from the column of the right name.
+        where: Only rows with these values, in files that have such columns.
+
+    Raises:
+        ValueError: if a needed column is missing, or an answer is empty.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        kind: str = "math",
+        template: Template | None = None,
+        split: str = "test",
+        name: str | None = None,
+        revision: str | None = None,
+        answer_pattern: str | None = None,
+        source: str | None = None,
+        fields: dict[str, str] | None = None,
+        where: dict[str, str] | None = None,
+    ) -> None:
+        self.fields, self.where = fields or {}, where or {}
+        super().__init__(
+            path,
+            kind=kind,
+            template=template,
+            split=split,
+            name=name,
+            revision=revision,
+            answer_pattern=answer_pattern,
+            source=source,
+            shuffle=False,
+        )
+
+    def _check(self, path: str, *, drop: bool = False) -> None:
+        for column, wanted in self.where.items():
+            if column in self.rows.column_names:
+                chosen = [i for i, value in enumerate(self.rows[column]) if value == wanted]
+                self.rows = self.rows.select(chosen)
+        for field, column in self.fields.items():
+            if field not in self.rows.column_names and column in self.rows.column_names:
+                self.rows = self.rows.add_column(field, self.rows[column])
+        columns = self.rows.column_names
+        missing = [field for field in NEEDED.get(self.kind, ()) if field not in columns]
+        if self.kind == "code" and not any(field in columns for field in TESTS):
+            missing.append(" or ".join(TESTS))
+        if missing:
+            other = {field: self.fields[field] for field in missing if field in self.fields}
+            raise ValueError(
+                f"Expected the columns {missing} in {path!r}"
+                f"{f' (or, on the hub, {other})' if other else ''}, got {sorted(columns)}."
+            )
+        super()._check(path, drop=drop)
+
+    def hidden(self) -> tuple[str, ...]:
+        """The answer, by its name on the hub too."""
+        return (*super().hidden(), *([self.fields["answer"]] if "answer" in self.fields else []))

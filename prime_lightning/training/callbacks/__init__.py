@@ -1,0 +1,28 @@
+"""What happens between iterations: alarms, progress, exports, tables of samples."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prime_lightning.training.callbacks.alarms import Alarms
+    from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutLog
+    from prime_lightning.training.callbacks.progress import PrimeProgress
+    from prime_lightning.training.callbacks.sample_table import SampleTable
+
+__all__ = ["Alarms", "HuggingFaceExport", "PrimeProgress", "RolloutLog", "SampleTable"]
+HOMES = {
+    "Alarms": "alarms",
+    "HuggingFaceExport": "files",
+    "RolloutLog": "files",
+    "PrimeProgress": "progress",
+    "SampleTable": "sample_table",
+}
+"""Files of the names that users write; each is imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOMES:
+        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

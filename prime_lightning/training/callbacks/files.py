@@ -1,0 +1,159 @@
+"""What happens between iterations: rollouts to disk, models to folders."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from prime_lightning.evaluation import records
+from prime_lightning.models.batch import Batch
+from prime_lightning.models.logprobs import causal_lm
+from prime_lightning.models.lora import merged_parameters
+from prime_lightning.models.pretrained import save
+from prime_lightning.models.prm_folder import describe
+from prime_lightning.rollout import Rollout
+from prime_lightning.training.run_metadata import run_facts
+from prime_lightning.training.stepping import devices
+
+
+class WeightSync(Callback):
+    """Does nothing: `PrimeModule` sends its weights itself. For configurations that still name it."""
+
+    def __init__(self) -> None:
+        warnings.warn("Take WeightSync out of `trainer.callbacks`: PrimeModule sends its weights itself.", stacklevel=2)
+
+
+Steps = Callable[[Rollout, list[str]], list[tuple[int, int, bool]]]
+"""`(rollout, its tokens as text) -> (first token, token after the last, whether it is right)` of each step."""
+
+
+class RolloutLog(Callback):
+    """Writes trained-on rollouts with their token rewards as jsonl, one line a response; docs/report.md lists the keys.
+
+    Args:
+        folder: Where `rollouts.jsonl` goes.
+        groups: Prompts of an iteration that are kept, of the first rank's.
+        every: Iterations between two writes.
+        steps: Says which steps are truly right, on tasks where that is known, such as
+            `prime_lightning.prompts.arithmetic.written_steps`. Only the report reads it.
+    """
+
+    def __init__(self, folder: str, groups: int = 4, every: int = 1, steps: Steps | None = None) -> None:
+        self.path, self.groups, self.every, self.steps = Path(folder) / "rollouts.jsonl", groups, every, steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget lines of iterations that a resumed run will do again, and a line that a crash cut off."""
+        if not trainer.is_global_zero or not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _iteration(line) < trainer.global_step]
+        records.replace(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write this iteration."""
+        iteration = trainer.global_step - 1
+        if not trainer.is_global_zero or iteration % self.every:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scale = trainer.callback_metrics.get("process/scale")
+        unit = {} if scale is None else {"beta": pl_module.reward.beta, "scale": _short(float(scale))}  # type: ignore[union-attr]
+        with self.path.open("a") as file:
+            for row in rollout_rows(outputs, iteration, self.groups, pl_module.tokenizer, self.steps):  # type: ignore[arg-type]
+                file.write(json.dumps(row | unit) + "\n")
+
+
+def rollout_rows(
+    outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any, steps: Steps | None = None
+) -> Iterator[dict[str, Any]]:
+    """The responses of the first groups of an iteration, with rewards and advantages token by token."""
+    batch: Batch = outputs["batch"]
+    first = batch.group_B.unique()[:groups]  # numbered among those of all ranks
+    for i, rollout in enumerate(batch.rollouts):
+        if batch.group_B[i] not in first:
+            return
+        ids = rollout.completion.token_ids
+        tokens = [tokenizer.decode([token]) for token in ids]
+        per_token = {
+            name: [_short(x) for x in outputs[key][i, : len(ids)].tolist()]
+            for name, key in (("process_reward", "process_BT"), ("advantage", "advantage_BT"))
+            if outputs.get(key) is not None
+        }
+        yield {
+            "iteration": iteration,
+            "draw": rollout.prompt.draw,
+            "source": rollout.prompt.source,
+            "prompt": rollout.prompt.text,
+            "answer": rollout.prompt.answer,
+            "completion": rollout.completion.text,
+            "tokens": tokens,
+            "finish": str(rollout.completion.finish),
+            "verdict": str(rollout.verdict.label),
+            "score": rollout.verdict.score if rollout.verdict.known else None,
+            **({"steps": steps(rollout, tokens)} if steps else {}),
+            **per_token,
+        }
+
+
+def _short(x: float) -> float:
+    """Five digits: half the file."""
+    return float(f"{x:.5g}")
+
+
+def _iteration(line: str) -> float:
+    """Iteration of a line; infinite for a line that was cut off."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+class HuggingFaceExport(Callback):
+    """Writes trained models as Hugging Face folders when training ends, with model cards, and the PRM's JSON file.
+
+    Args:
+        folder: Each role becomes a folder in it.
+        roles: Which models: `policy`, `prm`.
+        adapters: Write the adapters of a LoRA model alone; false merges them into a model that needs no `peft`.
+    """
+
+    def __init__(self, folder: str, roles: list[str] | None = None, adapters: bool = False) -> None:
+        self.folder, self.roles = Path(folder), roles or ["policy"]
+        self.adapters = adapters
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if there are models already, which will be replaced."""
+        there = [str(self.folder / role) for role in self.roles if (self.folder / role).exists()]
+        if there and trainer.is_global_zero:
+            warnings.warn(f"When training ends, new models will replace those in {', '.join(there)}.", stacklevel=2)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write them; weights are those of the last iteration."""
+        facts = run_facts(pl_module)
+        latest = self.folder / "policy" if "policy" in self.roles else None  # what the PRM was last compared with
+        for role in self.roles:
+            model = getattr(pl_module, role)
+            if model is None:
+                continue
+            weights = {}
+            for name, weight in self._weights(model.model, devices(trainer).whole):
+                if trainer.is_global_zero:
+                    weights[name] = weight.cpu()
+            if trainer.is_global_zero:
+                kept = model.model if self.adapters else causal_lm(model.model)
+                save(kept, pl_module.tokenizer, self.folder / role, weights)  # type: ignore[arg-type]
+                reference = facts["names"].get("reference") or latest
+                describe(self.folder / role, role, facts, None if reference is None else str(reference))
+
+    def _weights(self, model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What is written, one after another; all ranks take part."""
+        if not self.adapters:
+            return merged_parameters(model, whole)
+        return ((name, whole(weight)) for name, weight in model.state_dict(keep_vars=True).items())

@@ -1,0 +1,1 @@
+"""What runs in a jail: one file for each kind of answer."""

@@ -1,0 +1,1 @@
+"""Processes that grade: pools, persistent ones, sandboxes."""
