@@ -77,7 +77,7 @@ def head_logprobs(
     *,
     kind: Kind = "plain",
     dtype: torch.dtype | None = None,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int = 1024,
     soft_cap: float | None = None,
     masked_V: Tensor | None = None,
 ) -> Scores:

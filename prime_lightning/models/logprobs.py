@@ -97,7 +97,7 @@ class ScoringLM(ResponseModule):
         self,
         model: PreTrainedModel,
         *,
-        chunk_tokens: int = 4096,
+        chunk_tokens: int = 1024,
         packed: bool = False,
         shared_prompts: bool = False,
         head: Kind = "auto",

@@ -71,7 +71,7 @@ class Loading:
     with `attention: varlen`, the only kind that can."""
     kernels: Literal["none", "liger", "compile"] = "none"
     """Faster layers: `liger` (package liger-kernel, CUDA), or `compile` (torch.compile of each, not under ZeRO-3)."""
-    chunk_tokens: int = 4096
+    chunk_tokens: int = 1024
     """Response tokens projected onto the vocabulary at a time."""
     head: Kind = "auto"
     """How logits become log-probs: `plain`, `compile` (the same by torch.compile), `auto` (`compile` on CUDA, `plain`

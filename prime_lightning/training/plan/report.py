@@ -133,8 +133,8 @@ def switches(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
             f"model.*_update.micro_tokens: {less}",
             lambda s: replace(s, micro_tokens={r: min(less, n) for r, n in s.micro_tokens.items()}),
         )
-    if setup.chunk_tokens > 1024:
-        yield "model.loading.chunk_tokens: 1024", lambda s: replace(s, chunk_tokens=1024)
+    if setup.chunk_tokens > 512:
+        yield "model.loading.chunk_tokens: 512", lambda s: replace(s, chunk_tokens=512)
     if setup.head_dtype is not None:
         yield "model.loading.head_dtype: null", lambda s: replace(s, head_dtype=None)
     if setup.sampler.beside and fraction is None and setup.sampler.sequences > 64:
