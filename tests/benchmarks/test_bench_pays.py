@@ -36,7 +36,9 @@ TINY = {
 def small(tmp_path_factory):
     """The shipped settings with one task that is over in a moment."""
     settings = json.loads(json.dumps(SETTINGS)) | {"problems": 16, "window": 8, "thresholds": [0.01]}
-    settings["tasks"], settings["tuned"] = {"tiny": TINY}, {"tiny": SETTINGS["tuned"]["A"]}
+    settings["tasks"], settings["tuned"] = {"tiny": TINY}, {"tiny": json.loads(json.dumps(SETTINGS["tuned"]["A"]))}
+    for tuned in settings["tuned"]["tiny"].values():
+        tuned["data.prompts_per_batch"] = 2
     for method in settings["methods"].values():
         method["data"] = {"prompts_per_batch": 2, "accuracy_filter": {"low": 0.0, "high": 1.0}}
     file = tmp_path_factory.mktemp("settings") / "small.yaml"
@@ -79,7 +81,7 @@ def test_tuning_runs_every_candidate_and_ranks_them(small, tmp_path, capsys):
     words = ["--settings", str(few), "--out", str(tmp_path), "--task", "tiny", "--seeds", "0", "--method", "rloo"]
     pays.main(["tune", *words])
     cells = pays_summary.read(tmp_path / "tuning.jsonl")
-    assert [list(cell["chosen"].values()) for cell in cells] == [[1e-3], [2e-3]]
+    assert [cell["chosen"]["model.policy_optimizer.init_args.lr"] for cell in cells] == [1e-3, 2e-3]
     assert capsys.readouterr().out.count("| tiny | rloo |") == 2
     pays.main(["summary", "--out", str(tmp_path)])  # of tuning nothing is reported
     assert "tiny" not in capsys.readouterr().out
@@ -110,7 +112,7 @@ def test_all_settings_are_those_of_a_run(task, method, tmp_path):
     made = parsed(["--config", str(config("quickstart.yaml")), "--config", str(tmp_path / "layer.yaml")])
     assert made.data.train.init_args.seed == 3
     assert made.model.policy_update.epochs == 4
-    assert made.data.prompts_per_batch == 32
+    assert made.data.prompts_per_batch == 16
     assert (made.model.prm is None) == (method in ("rloo", "grpo", "oracle"))
 
 
