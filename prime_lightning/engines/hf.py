@@ -2,7 +2,7 @@
 
 The engine to start with, to debug with and to compare others with. One batch at a time: rows that finish leave the
 batch, and new prompts wait for the next one. It leaves out continuous batching and paged attention; for those, and for
-speed on a GPU, take `engines/vllm.py`.
+speed on a GPU, take `engines/vllm/`.
 
 Shapes: R rows (samples) alive, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """`PrimeModule`: policy, implicit PRM and reference, and one PRIME iteration as one Lightning training step.
 
 PRIME is arXiv 2502.01456. Read `training_step` beside its Algorithm 1; the maths stands in `algorithms`, sampling and
-grading in `data.py`, how its weights come back to the engine in `sync.py`.
+grading, and how weights come back to the engine, in `sampling`.
 
 Shapes: B responses, T response tokens, b and t those of a micro-batch.
 """

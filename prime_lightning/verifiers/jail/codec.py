@@ -1,4 +1,4 @@
-"""Values as strict tagged JSON: `encode` runs beside hostile code, `decode` in the judge, `matcher.py` outside.
+"""Values as strict tagged JSON: `encode` runs beside hostile code, `decode` in the judge, `code/matcher.py` outside.
 
 None, booleans, strings and integers below 2**53 are themselves; everything else is a list that begins with its tag:
 `i` integer, `f` float, `c` complex (hexadecimal), `l` list, `t` tuple, `s` set, `z` frozenset, `d` dict, `b` bytes,
