@@ -1,4 +1,4 @@
-"""What the processes of `sampling/test_balance.py` and `test_nodes.py` run: `python nodes_ranks.py FOLDER MODEL SCENE`."""
+"""What processes of `sampling/test_balance.py` and `test_nodes.py` run: `python nodes_ranks.py FOLDER MODEL SCENE`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -70,6 +73,25 @@ def test_wandb_offline_keeps_a_table(run):
     table = json.loads(tables[0].read_text())
     assert table["columns"] == COLUMNS
     assert [row[2] for row in table["data"]] == [visible(HOSTILE)] * 3
+
+
+def test_a_run_that_is_started_again_is_one_run_of_wandb(tmp_path):
+    """As docs/index.md says: the environment names it, for each process anew."""
+    named = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_RUN_ID": "toy-1", "WANDB_RESUME": "allow"}
+    around = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of this process's runs
+    program = """
+import sys
+from lightning.pytorch.loggers import WandbLogger
+logger = WandbLogger(save_dir=sys.argv[1], project="tests", log_model=False)
+logger.log_metrics({"x": 1.0}, step=0)
+print(logger.experiment.id)
+"""
+    for start in ("first", "second"):
+        (tmp_path / start).mkdir()
+        command = [sys.executable, "-c", program, str(tmp_path / start)]
+        done = subprocess.run(command, env=around | named, capture_output=True, text=True, timeout=200, check=True)
+        assert done.stdout.split()[-1] == "toy-1"
+    assert len(list(tmp_path.glob("*/wandb/offline-run-*-toy-1"))) == 2
 
 
 def test_hostile_text_becomes_one_block():
