@@ -7,6 +7,7 @@ run = prime_lightning.train("Qwen/Qwen2.5-0.5B-Instruct", rows, max_steps=20)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -14,11 +15,31 @@ __version__ = "0.1.0"
 
 __all__ = ["ImplicitPRM", "PrimeModule", "RolloutDataModule", "Run", "evaluate", "rerank", "score", "train"]
 HOMES = {"ImplicitPRM": "prm.implicit", "PrimeModule": "training.module", "RolloutDataModule": "sampling.datamodule"}
-"""Files of the classes; the functions are in `cli.api`."""
+HOMES |= dict.fromkeys(("Run", "evaluate", "rerank", "score", "train"), "cli.api")
+"""Files of what users import."""
 
 
-def __getattr__(name: str) -> Any:
-    """What users import, imported when it is first asked for."""
-    if name in __all__:
-        return getattr(import_module(f"prime_lightning.{HOMES.get(name, 'cli.api')}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__` (PEP 562): each name is imported from its file when it is first asked for.
+
+    Args:
+        package: Name of the package.
+        homes: Names, and the modules below the package that they stand in.
+
+    Returns:
+        A function that raises AttributeError for any other name.
+
+    Example:
+        >>> lazily("prime_lightning", {"Prompt": "rollout"})("Prompt").__name__
+        'Prompt'
+    """
+
+    def found(name: str) -> Any:
+        if name in homes:
+            return getattr(import_module(f"{package}.{homes[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return found
+
+
+__getattr__ = lazily(__name__, HOMES)

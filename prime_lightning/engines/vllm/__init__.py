@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prime_lightning import lazily
 
 if TYPE_CHECKING:
     from prime_lightning.engines.vllm.engine import VLLMEngine
@@ -16,8 +17,4 @@ HOMES = {
 }
 """Files of the names that users write; each is imported when it is first asked for."""
 
-
-def __getattr__(name: str) -> Any:
-    if name in HOMES:
-        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, HOMES)
