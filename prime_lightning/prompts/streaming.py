@@ -162,7 +162,7 @@ class StreamedPrompts(DatasetPrompts):
         reason = "" if self.kind_of(row) == "code" else self._unread(row) or (not self.answer_of(row) and "no answer")
         if reason and not self.drop:
             raise ValueError(
-                f"Expected an answer in `{self.answer_field}`, got none in row {self.index(draw)} of {self.source!r}: "
+                f"Expected an answer in `{self.answer_field}`, got none in row {self.place(draw)} of {self.source!r}: "
                 f"{reason}. Set `answer_field` or `answer_pattern`, or `drop_unanswered: true`, which passes over them."
             )
         return not reason

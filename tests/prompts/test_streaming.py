@@ -103,3 +103,10 @@ def test_a_run_resumes_bit_equal(warm_model, path, tmp_path):
     assert again == rows[2:]
     assert drawn == draws[2:]
     assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_row_without_an_answer_is_named_by_its_place_in_the_file(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"problem": "1 + 1"}\n')
+    with pytest.raises(ValueError, match="got none in row 0 of 'bad': no answer"):
+        StreamedPrompts(str(file)).wanted(0)  # row 0 of the file, whatever pass over it this is
