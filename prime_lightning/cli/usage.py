@@ -120,12 +120,15 @@ def nearest(name: str, names: Iterable[str]) -> Iterator[str]:
 
 
 def elsewhere(message: str) -> Iterator[str]:
-    """Where the class or function of an import path is that this package does not have; a line for each such path."""
+    """For each import path that this package does not have: where what it names is, or what is near in its module."""
     for path in dict.fromkeys(PATHS.findall(message)):
-        name = path.rpartition(".")[2]
+        module, _, name = path.rpartition(".")
         found = homes(name)
         if found and path not in found:
             yield f"`{name}` is {' or '.join(found)}."
+        elif not found and module in sys.modules:
+            near = difflib.get_close_matches(name, getattr(sys.modules[module], "__all__", ()), n=3, cutoff=0.6)
+            yield from [f"Did you mean {' or '.join(f'`{module}.{n}`' for n in near)}?"] if near else []
 
 
 def homes(name: str) -> list[str]:

@@ -45,6 +45,11 @@ MISTAKES = [
         r"prime_lightning\.vllm\.VLLMEngine",
         "`VLLMEngine` is prime_lightning.engines.vllm.VLLMEngine.",
     ),
+    (
+        ["--model.policy_loss.surrogate=prime_lightning.algorithms.gsp"],
+        "surrogate",
+        "`prime_lightning.algorithms.gspo`",
+    ),
     (["--model.advantage=prime_lightning.rloo"], "`model.advantage`", "`rloo` is prime_lightning.algorithms.rloo."),
 ]
 OTHERS = [
