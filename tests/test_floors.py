@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "prime_lightning"
 FLOORS = [
-    {"rollout", "algorithms", "report"},
-    {"verifiers", "models"},
+    {"rollout", "algorithms"},
+    {"verifiers", "models", "report"},
     {"prompts", "engines"},
     {"sampling"},
     {"evaluation"},

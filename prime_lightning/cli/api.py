@@ -34,6 +34,7 @@ from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.models.prm_folder import claim
 from prime_lightning.models.third_party_bars import calm
 from prime_lightning.report.page import write_report
+from prime_lightning.rollout.files import read_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -202,7 +203,7 @@ def score(prm: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[d
         write_rows(Path(place) / "rows.jsonl", rows)
         files = ["--input", f"{place}/rows.jsonl", "--output", f"{place}/scored.jsonl"]
         _run("score", ["--prm.folder", prm, *files, *_words(options)], lambda args: scoring.main(args[1:]))
-        return [json.loads(line) for line in (Path(place) / "scored.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [row for _, row in read_rows(Path(place) / "scored.jsonl")]
 
 
 def rerank(prm: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:

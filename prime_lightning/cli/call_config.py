@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from prime_lightning.evaluation.shipped import shipped
 from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prompts.dataset import CODE_USER, MATHS_USER, DatasetPrompts
 from prime_lightning.prompts.rows import load_rows
+from prime_lightning.rollout.files import replace_rows, replace_text
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.run_metadata import import_path
@@ -153,7 +153,7 @@ def _rows(out: Path, dataset: Any, overrides: Mapping[str, Any]) -> tuple[str | 
 
 def take_back(out: Path) -> None:
     """Leave a folder as it was found, empty, if nothing but a call's own files is in it."""
-    own = re.compile(r"call\.(yaml|part)|config\d+\.(yaml|part)|dataset\.jsonl|reward_\w+\.(py|pkl)")
+    own = re.compile(r"call\.yaml|config\d+\.yaml|dataset\.jsonl|reward_\w+\.(py|pkl)")
     there = list(out.iterdir()) if out.is_dir() else []
     if all(path.is_file() and own.fullmatch(path.name) for path in there):
         for path in there:
@@ -167,12 +167,15 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> set[str]:
         ValueError: if a row is no mapping.
     """
     columns: set[str] = set()
-    with path.open("w", encoding="utf-8") as file:
+
+    def checked() -> Iterator[Mapping[str, Any]]:
         for row in rows:
             if not isinstance(row, Mapping):
                 raise ValueError(f"Expected rows that are mappings of columns to values, got a {type(row).__name__}.")
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-            columns |= row.keys()
+            columns.update(row)
+            yield row
+
+    replace_rows(path, checked(), default=str)
     return columns
 
 
@@ -202,9 +205,7 @@ def lower_layers(config: Any, out: Path) -> list[str]:
 
 def write(path: Path, layer: Mapping[str, Any]) -> None:
     """Write a layer; it appears whole."""
-    whole = path.with_suffix(".part")
-    whole.write_text(yaml.safe_dump(dict(layer), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    whole.rename(path)
+    replace_text(path, yaml.safe_dump(dict(layer), sort_keys=False, allow_unicode=True))
 
 
 def first_rank() -> bool:

@@ -29,7 +29,7 @@ class Benchmark:
     """
 
     name: str
-    """Of the file, without its ending; names metrics and records."""
+    """Of the file, without its ending; names metrics and files of samples."""
     title: str
     licence: str
     rows: int | list[int]

@@ -14,12 +14,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prime_lightning.engines.host_group import of_all_ranks
-from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import Benchmark, load_benchmark
-from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, sampled
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Sampling
+from prime_lightning.rollout.files import Row, append_rows, replace_rows, whole_rows
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.sampling.tally import Tally
 from prime_lightning.verifiers import Verifiers
@@ -123,10 +122,10 @@ class Benchmarks(Callback):
     def _resume(self, trainer: pl.Trainer) -> int:
         """Iteration of the last result that holds; a run from the start begins a new file."""
         step = trainer.global_step
-        kept = [row for row in records.rows_of(self.path) if step and row.get("iteration", step + 1) <= step]
+        kept = [row for row in whole_rows(self.path) if step and row.get("iteration", step + 1) <= step]
         trainer.strategy.barrier("benchmarks")
         if trainer.is_global_zero and self.path.is_file():
-            records.replace(self.path, "".join(records.dumps(row) + "\n" for row in kept))
+            replace_rows(self.path, kept)
         for row in kept:
             self._publish(trainer, row)
         return max((row["iteration"] for row in kept), default=-1)
@@ -175,12 +174,12 @@ class Benchmarks(Callback):
         if trainer.is_global_zero:
             self._write(trainer, row, everyone)
 
-    def _publish(self, trainer: pl.Trainer, row: Record) -> None:
+    def _publish(self, trainer: pl.Trainer, row: Row) -> None:
         """Where `ModelCheckpoint` and `EarlyStopping` look."""
         named = {f"{row['benchmark']}/{name}": value for name, value in row["metrics"].items() if value is not None}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
 
-    def _write(self, trainer: pl.Trainer, row: Record, groups: list[list[Record]]) -> None:
+    def _write(self, trainer: pl.Trainer, row: Row, groups: list[list[Row]]) -> None:
         name, iteration = row["benchmark"], row["iteration"]
         if all_empty(groups):
             warnings.warn(f"All completions of {name} are empty after {iteration} iterations.", stacklevel=2)
@@ -188,14 +187,14 @@ class Benchmarks(Callback):
         numbers |= {f"{name}/{metric}_stderr": value for metric, value in row["stderr"].items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=iteration)
-        lines = [records.dumps(sample) + "\n" for group in groups for sample in group]
-        records.replace(self.folder / "benchmarks" / name / f"{iteration}.jsonl", "".join(lines))
-        records.append(self.path, [row])
+        samples = (sample for group in groups for sample in group)
+        replace_rows(self.folder / "benchmarks" / name / f"{iteration}.jsonl", samples)
+        append_rows(self.path, [row])
 
 
-def _gather(trainer: pl.Trainer, mine: list[list[Record]]) -> list[list[Record]]:
-    """The records of all ranks, in the order of the problems."""
+def _gather(trainer: pl.Trainer, mine: list[list[Row]]) -> list[list[Row]]:
+    """The samples of all ranks, in the order of the problems."""
     if trainer.world_size == 1:
         return mine
-    parts: list[list[list[Record]]] = of_all_ranks(mine)
-    return sorted((group for part in parts for group in part), key=lambda group: group[0]["problem"])
+    parts: list[list[list[Row]]] = of_all_ranks(mine)
+    return sorted((group for part in parts for group in part), key=lambda group: group[0]["draw"])

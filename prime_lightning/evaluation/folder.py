@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prime_lightning.evaluation import records
+from prime_lightning.evaluation.samples import whole_problems
+from prime_lightning.rollout.files import Row, append_rows, dumps, replace_rows, replace_text
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja")
 PIECES, PIECE = 1024, 4096
@@ -40,7 +41,7 @@ class ResultsFolder:
     def __init__(self, path: str, model: str, fingerprint: str) -> None:
         self.path = Path(path)
         self.settings: dict[str, Any] = {"model": model, "fingerprint": fingerprint, "benchmarks": {}}
-        self._begun: dict[str, dict[int, list[records.Record]]] = {}
+        self._begun: dict[str, dict[int, list[Row]]] = {}
         self._held: int | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Expected a folder for the results, got the file {path!r}. Choose another --out.")
@@ -59,7 +60,7 @@ class ResultsFolder:
         self._hold()
         self.settings = self._read("settings.json") or known  # as they are when nobody else writes
 
-    def begin(self, benchmark: str, settings: dict[str, Any], samples: int) -> dict[int, list[records.Record]]:
+    def begin(self, benchmark: str, settings: dict[str, Any], samples: int) -> dict[int, list[Row]]:
         """Take up a benchmark: returns the problems that are done already.
 
         Raises:
@@ -79,10 +80,10 @@ class ResultsFolder:
                 f"{'; '.join(differing)}. Choose another --out."
             )
         self.settings["benchmarks"][benchmark] = settings
-        self._begun[benchmark] = records.whole_problems(self.samples(benchmark), samples)
+        self._begun[benchmark] = whole_problems(self.samples(benchmark), samples)
         return dict(self._begun[benchmark])
 
-    def add(self, benchmark: str, group: Sequence[records.Record]) -> None:
+    def add(self, benchmark: str, group: Sequence[Row]) -> None:
         """Write the samples of a problem; before the first one, the settings."""
         if self._held is None:
             self._hold()
@@ -90,10 +91,10 @@ class ResultsFolder:
                 raise ValueError(f"Expected {str(self.path)!r} to stay as it was, got results meanwhile. Start again.")
         done = self._begun.pop(benchmark, None)
         if done is not None:
-            records.replace(self.path / "settings.json", json.dumps(self.settings, indent=2) + "\n")
-            lines = [records.dumps(row) + "\n" for rows in done.values() for row in rows]
-            records.replace(self.samples(benchmark), "".join(lines))  # without a problem that was cut off
-        records.append(self.samples(benchmark), group)
+            replace_text(self.path / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+            whole = (row for rows in done.values() for row in rows)  # without a problem that was cut off
+            replace_rows(self.samples(benchmark), whole)
+        append_rows(self.samples(benchmark), group)
 
     def _hold(self) -> None:
         """Keep other processes out, where the file system has locks."""
@@ -117,7 +118,7 @@ class ResultsFolder:
         self._held = None
 
     def samples(self, benchmark: str) -> Path:
-        """The records of a benchmark."""
+        """The file with the samples of a benchmark."""
         return self.path / f"{benchmark}.jsonl"
 
     def finish(self, benchmark: str, result: dict[str, Any]) -> None:
@@ -126,8 +127,8 @@ class ResultsFolder:
         packages = ("torch", "transformers", "math-verify", "prime-lightning")
         results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
         results["benchmarks"][benchmark] = result
-        records.replace(self.path / "results.json", records.dumps(results, indent=2) + "\n")
-        records.replace(self.path / "results.md", table(results))
+        replace_text(self.path / "results.json", dumps(results, indent=2) + "\n")
+        replace_text(self.path / "results.md", table(results))
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

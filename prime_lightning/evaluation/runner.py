@@ -1,25 +1,26 @@
-"""Runs a benchmark: problems -> engine -> verifiers -> records -> numbers; or grades completions made elsewhere."""
+"""Runs a benchmark: problems -> engine -> verifiers -> samples -> numbers; or grades completions made elsewhere."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from prime_lightning.evaluation import records
-from prime_lightning.evaluation.records import Record
+from prime_lightning.evaluation.samples import is_asked, sample_rows, too_long
 from prime_lightning.evaluation.table import ProblemTable, problem_values
 from prime_lightning.prompts.dataset import Prompts
-from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.rollout import Prompt, Rollout, Sampling
+from prime_lightning.rollout.files import Row, read_rows
 from prime_lightning.sampling.loader import RolloutSource, Round
 from prime_lightning.sampling.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
-NOTHING: Record = {"completion": "", "score": None, "tokens": None, "finish": None}
+NOTHING: Row = {"completion": "", "score": None, "length": None, "finish": None}
+READ = ("completion", "response", "length", "tokens", "finish")
+"""What is read of completions made elsewhere, beside the problem."""
 
 
 class Scores:
@@ -42,7 +43,7 @@ class Scores:
         self.names = list(problem_values(self.metrics, [NOTHING] * samples))
         self.table = ProblemTable(self.names, samples).to(device)
 
-    def add(self, group: Sequence[Record]) -> None:
+    def add(self, group: Sequence[Row]) -> None:
         """Add the samples of one problem."""
         self.table.update(problem_values(self.metrics, group))
 
@@ -52,10 +53,8 @@ class Scores:
         return found
 
 
-def sampled(
-    prompts: Prompts, source: RolloutSource, sampling: Sampling, draws: Iterable[int]
-) -> Iterator[list[Record]]:
-    """Sample and grade these problems; yields the records of each as soon as those before it are done.
+def sampled(prompts: Prompts, source: RolloutSource, sampling: Sampling, draws: Iterable[int]) -> Iterator[list[Row]]:
+    """Sample and grade these problems; yields the samples of each as soon as those before it are done.
 
     A problem that does not fit the engine's context beside `max_tokens` is wrong.
 
@@ -72,14 +71,14 @@ def sampled(
         try:
             for problem in problems:
                 fits = len(problem.token_ids) <= room
-                yield records.of_group(next(graded)) if fits else records.not_asked(problem, sampling.samples, room)
+                yield sample_rows(next(graded)) if fits else too_long(problem, sampling.samples, room)
         finally:
             groups.close()
 
 
-def not_asked(title: str, groups: Iterable[Sequence[Record]]) -> dict[str, str]:
+def not_asked(title: str, groups: Iterable[Sequence[Row]]) -> dict[str, str]:
     """Numbers of the problems that could not be asked, with the reason; a warning says that they count as wrong."""
-    found = {str(group[0]["problem"]): group[0]["reason"] for group in groups if not records.is_asked(group[0])}
+    found = {str(group[0]["draw"]): group[0]["reason"] for group in groups if not is_asked(group[0])}
     if found:
         listed = "; ".join(f"problem {number} {reason}" for number, reason in [*found.items()][:3])
         warnings.warn(f"{len(found)} problems of {title} count as wrong: {listed}.", stacklevel=2)
@@ -88,27 +87,16 @@ def not_asked(title: str, groups: Iterable[Sequence[Record]]) -> dict[str, str]:
 
 def graded(
     prompts: Prompts, verifiers: Verifiers, completions: Mapping[int, Sequence[Mapping[str, Any]]]
-) -> Iterator[list[Record]]:
-    """Grade completions that are there already: rows with `completion`, and `tokens` and `finish` where known."""
+) -> Iterator[list[Row]]:
+    """Grade completions that are there already: rows of rollouts, whose verdicts are not looked at."""
     asked = {draw: question(prompts, draw) for draw in completions}
     pairs = ((asked[draw], row["completion"]) for draw, rows in completions.items() for row in rows)
     verdicts = verifiers.map(pairs)
     for draw, rows in completions.items():
-        prompt = asked[draw]
-        yield [
-            records.record(
-                draw,
-                sample,
-                prompt.row,
-                prompt="",
-                answer=prompt.answer,
-                completion=row["completion"],
-                verdict=verdict,
-                tokens=row.get("tokens"),
-                finish=row.get("finish"),
-            )
-            for sample, (row, verdict) in enumerate(zip(rows, verdicts, strict=False))
-        ]
+        given = [Rollout.from_row(row, f"a completion of problem {draw}") for row in rows]
+        yield sample_rows(
+            [replace(one, prompt=asked[draw], verdict=said) for one, said in zip(given, verdicts, strict=False)]
+        )
 
 
 def question(prompts: Prompts, draw: int) -> Prompt:
@@ -125,33 +113,26 @@ def question(prompts: Prompts, draw: int) -> Prompt:
     )
 
 
-def read_completions(path: str, prompts: Prompts, problems: int, rows: int) -> dict[int, list[dict[str, Any]]]:
+def read_completions(path: str, prompts: Prompts, problems: int, rows: int) -> dict[int, list[Row]]:
     """Completions made elsewhere, by problem, in the order of the problems.
 
-    A line has `completion`, and `id` (of the row) or `problem` (its position, from 0). Several lines of one problem
-    are its samples. Other fields are ignored, and lines of later problems than the first `problems` of all `rows`.
+    A row has `completion`, and `id` (of the problem's row) or `draw` (its position, from 0). Several rows of one
+    problem are its samples. Other keys are ignored, and rows of later problems than the first `problems` of all `rows`.
 
     Raises:
-        ValueError: if a line is no JSON object or none of this benchmark, or problems have none or unequal numbers of
+        ValueError: if a line is no row or none of this benchmark, or problems have none or unequal numbers of
             completions.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"Expected a jsonl file of completions, got {path!r}, which does not exist.")
     positions = {str(prompts.row(i).get("id", i)): i for i in range(rows)}
-    found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(rows)}
-    for where, row in _lines(path):
-        if not isinstance(row.get("completion"), str):
-            raise ValueError(f"Expected a string `completion` in {where}, got the fields {sorted(row)}.")
-        if not isinstance(row.get("tokens"), int | None) or row.get("finish") not in (None, "stop", "length"):
-            given = {name: row.get(name) for name in ("tokens", "finish")}
-            raise ValueError(f"Expected a number of `tokens` and `finish` stop or length in {where}, got {given}.")
-        place = positions.get(str(row["id"])) if "id" in row else row.get("problem")
+    found: dict[int, list[Row]] = {i: [] for i in range(rows)}
+    for where, row in read_rows(path):
+        known = {key: row[key] for key in READ if key in row}
+        Rollout.from_row(known, where)
+        place = positions.get(str(row["id"])) if "id" in row else row.get("draw", row.get("problem"))
         if type(place) is not int or place not in found:
-            name = {key: row[key] for key in ("id", "problem") if key in row} or f"the fields {sorted(row)}"
-            raise ValueError(
-                f"Expected `id` or `problem` (0 to {rows - 1}) of {prompts.source} in {where}, got {name}."
-            )
-        found[place].append(row)
+            named = {key: row[key] for key in ("id", "draw", "problem") if key in row} or f"the keys {sorted(row)}"
+            raise ValueError(f"Expected `id` or `draw` (0 to {rows - 1}) of {prompts.source} in {where}, got {named}.")
+        found[place].append(known)
     asked = {place: found[place] for place in range(problems)}
     counts = {len(samples) for samples in asked.values()}
     if len(counts) != 1 or counts == {0}:
@@ -165,23 +146,7 @@ def read_completions(path: str, prompts: Prompts, problems: int, rows: int) -> d
     return asked
 
 
-def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a jsonl file, and where it stands."""
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {path!r}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"Expected a JSON object in {where}: {error}.") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"Expected a JSON object in {where}, got a {type(row).__name__}.")
-            yield where, row
-
-
-def all_empty(groups: Iterable[Sequence[Record]]) -> bool:
+def all_empty(groups: Iterable[Sequence[Row]]) -> bool:
     """Whether completions were drawn and none has any text: the model produced nothing but its end token."""
-    drawn = [row["completion"] for group in groups for row in group if records.is_asked(row)]
+    drawn = [row["completion"] for group in groups for row in group if is_asked(row)]
     return bool(drawn) and not any(text.strip() for text in drawn)

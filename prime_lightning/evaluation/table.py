@@ -19,16 +19,16 @@ UNBOUNDED = ("length",)
 """Values that are no share, and so have a standard error and no interval."""
 
 
-def problem_values(metrics: Sequence[ProblemMetric], records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def problem_values(metrics: Sequence[ProblemMetric], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """All values of one problem: those of the metrics, and truncation, length and unknown verdicts of its samples."""
-    texts, scores = [r["completion"] for r in records], [r["score"] for r in records]
+    texts, scores = [r["completion"] for r in rows], [r["score"] for r in rows]
     values: dict[str, float] = {}
     for metric in metrics:
         values |= metric.problem(texts, scores)
     if "accuracy" in values:  # of one sample, which it is
         values = {name: value for name, value in values.items() if name not in ("pass1", "maj1")}
-    lengths = [r["tokens"] for r in records if r["tokens"] is not None]
-    cut = [r["finish"] == "length" for r in records if r["finish"] is not None]
+    lengths = [r["length"] for r in rows if r["length"] is not None]
+    cut = [r["finish"] == "length" for r in rows if r["finish"] is not None]
     return values | {
         "truncated": sum(cut) / len(cut) if cut else math.nan,
         "length": sum(lengths) / len(lengths) if lengths else math.nan,

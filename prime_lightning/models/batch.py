@@ -113,13 +113,12 @@ class Batch:
         valid = [r.verdict.known and (keep_truncated or not r.completion.truncated) for r in rollouts]
         response_length_B = torch.tensor([len(r.completion.token_ids) for r in rollouts])
         valid_B = torch.tensor(valid)
-        T = int(response_length_B.max())
         return cls(
             tokens_BL=pad([[*r.prompt.token_ids, *r.completion.token_ids] for r in rollouts], torch.long),
             prompt_length_B=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
             response_length_B=response_length_B,
-            mask_BT=(torch.arange(T)[None] < response_length_B[:, None]) & valid_B[:, None],
-            outcome_B=torch.tensor([r.verdict.score if r.verdict.known else 0.0 for r in rollouts]),
+            mask_BT=inside(response_length_B) & valid_B[:, None],
+            outcome_B=torch.tensor([r.verdict.known_score or 0.0 for r in rollouts]),
             valid_B=valid_B,
             group_B=torch.tensor([i * world + rank for i, group in enumerate(groups) for _ in group]),
             behaviour_logprobs_BT=pad([r.completion.logprobs for r in rollouts], torch.float32),
@@ -253,6 +252,17 @@ def padded_cat(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def inside(length_B: Tensor) -> Tensor:
+    """`[B, T]` True on the tokens of each row, False in its padding.
+
+    Example:
+        >>> inside(torch.tensor([2, 1]))
+        tensor([[ True,  True],
+                [ True, False]])
+    """
+    return torch.arange(int(length_B.max())) < length_B[:, None]
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

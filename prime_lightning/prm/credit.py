@@ -7,7 +7,6 @@ with. Against the model that the run started from, any policy that has improved 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from prime_lightning.models.steps import StepRule, steps_of_tokens
 from prime_lightning.prm.implicit import ImplicitPRM
 from prime_lightning.prompts.arithmetic import ArithmeticPrompts, Chains, step_truth
 from prime_lightning.rollout import Sampling
+from prime_lightning.rollout.files import read_rows
 
 STEPS = StepRule(rule="text", separator=";")
 
@@ -52,8 +52,7 @@ def online(rollouts: Path, chains: Chains) -> dict[str, Any]:
     label. They were normalised an iteration at a time; all are pooled here.
     """
     rewards, truths = [], []
-    for line in rollouts.read_text().splitlines():
-        row = json.loads(line)
+    for _, row in read_rows(rollouts):
         starts, place = [], 0
         for token in row["tokens"]:
             starts.append(place)

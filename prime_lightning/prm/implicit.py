@@ -12,7 +12,7 @@ Shapes: B responses, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.algorithms import process_reward
-from prime_lightning.models.batch import Batch
+from prime_lightning.models.batch import Batch, inside
 from prime_lightning.models.logprobs import ScoringLM
 from prime_lightning.models.options import Loading
 from prime_lightning.models.pretrained import check_same_vocabulary, load_tokenizer
 from prime_lightning.models.prm_folder import PRMFacts
 from prime_lightning.models.steps import Span, StepRule, steps_of_tokens
-from prime_lightning.prm.responses import Prompt, Response, batch_of, prompt_ids
+from prime_lightning.prm.responses import Given, is_empty, numbers, prompt_ids, with_tokens
+from prime_lightning.rollout import Finish, Rollout
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.stepping import RoleStrategy
 
@@ -136,7 +137,7 @@ class ImplicitPRM:
 
     def score(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Given],
         responses: Sequence[str],
         *,
         steps: StepRule | None = None,
@@ -161,7 +162,7 @@ class ImplicitPRM:
 
     def score_spans(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Given],
         responses: Sequence[str],
         spans: Sequence[Sequence[Span]],
         *,
@@ -169,28 +170,32 @@ class ImplicitPRM:
     ) -> list[Scored]:
         """As `score`, with the first and last character of each step given."""
         ended = [finished] * len(responses) if isinstance(finished, bool) else list(finished)
-        given = [
-            Response(row=i, prompt=prompt, text=text, finished=end)
-            for i, (prompt, text, end) in enumerate(zip(prompts, responses, ended, strict=True))
+        rows = [
+            {"prompt": prompt, "completion": text, "finish": Finish.STOP if end else Finish.LENGTH, "draw": draw}
+            for prompt, text, end, draw in zip(prompts, responses, ended, numbers(prompts), strict=True)
         ]
-        for one in given:
-            if not one.text.strip():
-                raise ValueError(f"Expected no empty responses, got one at place {one.row}, counted from 0.")
+        given = [Rollout.from_row(row, f"response {place}, counted from 0") for place, row in enumerate(rows)]
+        for place, one in enumerate(given):
+            if is_empty(one):
+                raise ValueError(f"Expected no empty responses, got one at place {place}, counted from 0.")
         scored: list[Scored] = []
         for start in range(0, len(given), AT_A_TIME):
             scored += self._score(given[start : start + AT_A_TIME], spans[start : start + AT_A_TIME])
         return scored
 
-    def _score(self, responses: Sequence[Response], spans: Sequence[Sequence[Span]]) -> list[Scored]:
+    def _score(self, given: Sequence[Rollout], spans: Sequence[Sequence[Span]]) -> list[Scored]:
+        responses = [one.completion for one in given]
         encoded = self.tokenizer([r.text for r in responses], add_special_tokens=False, return_offsets_mapping=True)
         end = int(self.tokenizer.eos_token_id)
-        ids = [[*row, end] if r.finished else row for r, row in zip(responses, encoded["input_ids"], strict=True)]
-        batch = batch_of(responses, [prompt_ids(r.prompt, self.tokenizer) for r in responses], ids)
+        ids = [row if r.truncated else [*row, end] for r, row in zip(responses, encoded["input_ids"], strict=True)]
+        prompts = [prompt_ids(one.prompt, self.tokenizer) for one in given]
+        batch = Batch.of_groups([[with_tokens(*one) for one in zip(given, prompts, ids, strict=True)]])
+        batch = replace(batch, group_B=torch.tensor([one.prompt.draw for one in given]))
         self._check_fits(batch)
         reward_BT = self.token_rewards(batch)
         out = []
         for i, response in enumerate(responses):
-            starts = [a for a, _ in encoded["offset_mapping"][i]] + [len(response.text)] * response.finished
+            starts = [a for a, _ in encoded["offset_mapping"][i]] + [len(response.text)] * (not response.truncated)
             rewards = reward_BT[i, : len(ids[i])]
             step_N = torch.tensor(steps_of_tokens(starts, spans[i]), dtype=torch.long)
             step_rewards = torch.zeros(len(spans[i])).index_add(0, step_N, rewards)
@@ -210,7 +215,7 @@ class ImplicitPRM:
         """`[B, T]` rewards of all response tokens, 0 behind each response, on the CPU."""
         prm_BT = self._logprobs(self.prm, batch)
         reference_BT = self._logprobs(self.reference, batch) if self.reference else torch.zeros_like(prm_BT)
-        return process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.facts.beta)
+        return process_reward(prm_BT, reference_BT, inside(batch.response_length_B), beta=self.facts.beta)
 
     @torch.no_grad()
     def _logprobs(self, model: ScoringLM, batch: Batch) -> Tensor:

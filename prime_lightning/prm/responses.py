@@ -1,78 +1,80 @@
-"""Files of prompts with responses, labelled or not -> `Response`s -> the tensors of a `Batch`.
+"""Files of prompts with responses, labelled or not -> rollouts -> their tokens.
 
-A row has a `prompt` (the text that the model saw, or a list of chat messages), one response (`response`, or
-`completion` as a run's `rollouts.jsonl` has it) or several (`responses`), and where labels are asked for `label`
-(0 or 1), `labels`, or `score` (in [0, 1]; null is an unknown verdict). `finish: length` marks a response without an
-end token.
+A row is one of `Rollout`, with a `prompt` (the text that the model saw, or a list of chat messages), `completion` or
+`response`, and where labels are asked for `score` (in [0, 1]; null is an unknown verdict) or `label` (0 or 1); or it
+has several `responses`, and `labels`. `finish: length` marks a response without an end token.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.models.batch import Batch, pad
-from prime_lightning.prompts.rows import load_rows
+from prime_lightning.prompts.rows import located_rows
 from prime_lightning.prompts.template import rendered
+from prime_lightning.rollout import Group, Prompt, Rollout
+from prime_lightning.rollout.files import Row
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""The text that the model sees, or chat messages."""
-
+Given = str | Sequence[Mapping[str, str]]
+"""A prompt as a user gives it: the text that the model sees, or chat messages."""
 RESPONSES = ("response", "completion", "responses")
 LABELS = ("label", "labels", "score")
 LOGGED = (
-    *("iteration", "draw", "source", "answer", "tokens", "finish", "verdict"),
+    *("iteration", "id", "draw", "source", "answer", "length", "tokens", "finish", "verdict", "reason", "sample"),
     *("process_reward", "advantage", "beta", "scale", "steps"),
 )
-"""Further columns of a run's `rollouts.jsonl`."""
+"""Further columns of the files that a run or `evaluate` writes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """One response to a prompt."""
+def read_rollouts(
+    path: str, *, labelled: bool | None, only_known_columns: bool = False, split: str = "train", kind: str = ""
+) -> list[tuple[Row, Group]]:
+    """Each row of a file or hub data set, and its rollouts; those with equal prompts have one `draw`.
 
-    row: int
-    """Number of its row in the file, from 0."""
-    prompt: Prompt
-    text: str
-    label: float | None = None
-    """Outcome in [0, 1]; None where it is unknown."""
-    finished: bool = True
-    """Whether the model ended it; otherwise it was cut off, and no end token belongs to it."""
-
-    @property
-    def group(self) -> Hashable:
-        """Equal for responses to one prompt."""
-        return self.prompt if isinstance(self.prompt, str) else tuple(str(sorted(m.items())) for m in self.prompt)
-
-
-def read_responses(
-    path: str, *, labelled: bool, only_known_columns: bool = False, split: str = "train"
-) -> tuple[list[Response], list[dict[str, Any]]]:
-    """The responses of a file or hub data set, in order, and its rows.
+    Args:
+        path: A jsonl, parquet or csv file, or a hub id.
+        labelled: Whether labels are read; None reads them where there are any.
+        only_known_columns: Refuse other columns.
+        split: Of a hub data set.
+        kind: Who grades them.
 
     Raises:
         ValueError: for a missing, ambiguous or (if asked for) unknown column, or a row that cannot be meant.
     """
-    table = load_rows(path, split=split, name=None, revision=None)
-    columns = table.column_names
+    rows = located_rows(path, split=split)
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
     if "prompt" not in columns:
         raise ValueError(f"Expected the column `prompt` in {path!r}, got {sorted(columns)}.")
     response = _one_of(RESPONSES, columns, path)
-    label = _one_of(LABELS, columns, path) if labelled else None
-    unknown = sorted(set(columns) - {"prompt", "id", response, label, *LOGGED})
+    asked = any(name in columns for name in LABELS) if labelled is None else labelled
+    label = _one_of(LABELS, columns, path) if asked else None
+    unknown = sorted(set(columns) - {"prompt", response, label, *LOGGED})
     if only_known_columns and unknown:
         raise ValueError(
             f"Expected only the columns that are read in {path!r}, got also {unknown}, which may be misspelt or meant "
             "otherwise. Drop them, or ignore them with `extra_columns: true`."
         )
-    rows = [dict(row) for row in table]
-    return [one for i, row in enumerate(rows) for one in _responses(i, row, response, label, path)], rows
+    draws = numbers(row.get("prompt") for _, row in rows)
+    return [
+        (row, [Rollout.from_row(one, where, draw=draw, kind=kind) for one in _singles(row, response, label, where)])
+        for (where, row), draw in zip(rows, draws, strict=True)
+    ]
+
+
+def numbers(prompts: Iterable[Given | None]) -> list[int]:
+    """A number for each prompt, from 0; equal ones have the same.
+
+    Example:
+        >>> numbers(["1+1=", "1+2=", "1+1="])
+        [0, 1, 0]
+    """
+    seen: dict[str, int] = {}
+    return [seen.setdefault(json.dumps(prompt, sort_keys=True, default=dict), len(seen)) for prompt in prompts]
 
 
 def _one_of(names: Sequence[str], columns: Sequence[str], path: str) -> str:
@@ -84,106 +86,62 @@ def _one_of(names: Sequence[str], columns: Sequence[str], path: str) -> str:
     return found[0]
 
 
-def _responses(i: int, row: Mapping[str, Any], response: str, label: str | None, path: str) -> Iterator[Response]:
-    where = f"row {i} of {path!r}, counted from 0"
-    if not row["prompt"]:
+def _singles(row: Row, response: str, label: str | None, where: str) -> Iterator[Row]:
+    """A row of one response each; only the label that is asked for stays."""
+    if not row.get("prompt"):
         raise ValueError(f"Expected a prompt in {where}, got none.")
-    texts = row[response] if response == "responses" else [row[response]]
-    labels = None if label is None else row[label] if label == "labels" else [row[label]] * len(texts or ())
-    if not texts:
-        raise ValueError(f"Expected responses in {where}, got none.")
-    if labels is not None and (not isinstance(labels, list) or len(labels) != len(texts)):
+    texts = row.get(response) if response == "responses" else [row.get(response)]
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"Expected a list of responses in {where}, got {texts!r:.80}.")
+    labels = row.get("labels") if label == "labels" else [row.get(str(label))] * len(texts)
+    if not isinstance(labels, list) or len(labels) != len(texts):
         raise ValueError(f"Expected one label for each of {len(texts)} responses in {where}, got {labels!r}.")
-    for k, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"Expected text in `{response}` of {where}, got {text!r}.")
-        value = None if labels is None else _label(labels[k], str(label), where)
-        finished = row.get("finish") != "length"
-        yield Response(row=i, prompt=row["prompt"], text=text, label=value, finished=finished)
+    about = {name: value for name, value in row.items() if name not in (*RESPONSES, *LABELS)}
+    for text, said in zip(texts, labels, strict=True):
+        given = {} if label is None else {label.removesuffix("s"): said}
+        yield {**about, response.removesuffix("s"): text, **given}
 
 
-def _label(value: Any, column: str, where: str) -> float | None:
-    """A label as a number; a `score` may be a fraction, or null for an unknown verdict."""
-    if column == "score" and (value is None or (isinstance(value, float | int) and 0 <= value <= 1)):
-        return None if value is None else float(value)
-    if value in (0, 1):  # True and False, too
-        return float(value)
-    expected = "a number in [0, 1], or null," if column == "score" else "0 or 1"
-    raise ValueError(f"Expected {expected} in `{column}` of {where}, got {value!r}.")
-
-
-def without_empty(responses: Sequence[Response], path: str, *, drop: bool) -> list[Response]:
-    """The responses that are not empty.
+def without_empty(rows: Sequence[tuple[Row, Group]], path: str, *, drop: bool) -> list[Rollout]:
+    """The rollouts whose completions are not empty.
 
     Raises:
         ValueError: if there are empty ones, and they are not to be dropped; or nothing is left.
     """
-    empty = [one.row for one in responses if not one.text.strip()]
+    numbered = [(number, one) for number, (_, group) in enumerate(rows) for one in group]
+    empty = [number for number, one in numbered if is_empty(one)]
     if empty and not drop:
         raise ValueError(
-            f"Expected no empty responses in {path!r}, got {len(empty)} of {len(responses)} (rows {empty[:5]} ..., "
+            f"Expected no empty responses in {path!r}, got {len(empty)} of {len(numbered)} (rows {empty[:5]} ..., "
             "counted from 0). Drop these rows; for training, `--data.drop_empty true` leaves them out."
         )
-    if len(empty) == len(responses):
+    if len(empty) == len(numbered):
         raise ValueError(f"Expected responses in {path!r}, got only empty ones.")
-    return [one for one in responses if one.text.strip()]
+    return [one for _, one in numbered if not is_empty(one)]
 
 
-def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt. A begin token is added unless the text has it already, as rendered chats do.
-
-    Raises:
-        ValueError: for chat messages, if the tokenizer has no chat template.
-    """
-    if isinstance(prompt, str):
-        begin = tokenizer.bos_token
-        return list(tokenizer(prompt, add_special_tokens=not (begin and prompt.startswith(begin)))["input_ids"])
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"Expected a tokenizer with a chat template for prompts that are messages, got {tokenizer.name_or_path!r} "
-            "without one. Give the prompts as text (for `processbench`: `--chat false`)."
-        )
-    text = rendered([dict(message) for message in prompt], tokenizer)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def is_empty(rollout: Rollout) -> bool:
+    """Whether a completion has no text."""
+    return not rollout.completion.text.strip()
 
 
-def batch_of(
-    responses: Sequence[Response], prompts: Sequence[Sequence[int]], encoded: Sequence[Sequence[int]]
-) -> Batch:
-    """The tensors of responses whose tokens are given; responses to the same prompt are one group."""
-    number: dict[Hashable, int] = {}
-    response_length_B = torch.tensor([len(tokens) for tokens in encoded])
-    valid_B = torch.tensor([one.label is not None for one in responses])
-    inside_BT = torch.arange(int(response_length_B.max()))[None] < response_length_B[:, None]
-    return Batch(
-        tokens_BL=pad([[*p, *r] for p, r in zip(prompts, encoded, strict=True)], torch.long),
-        prompt_length_B=torch.tensor([len(tokens) for tokens in prompts]),
-        response_length_B=response_length_B,
-        mask_BT=inside_BT,
-        outcome_B=torch.tensor([one.label or 0.0 for one in responses]),
-        valid_B=valid_B,
-        group_B=torch.tensor([number.setdefault(one.group, len(number)) for one in responses]),
-        behaviour_logprobs_BT=torch.zeros(inside_BT.shape),
-        version_BT=torch.zeros(inside_BT.shape, dtype=torch.long),
-    )
-
-
-def grouped(responses: Sequence[Response], *, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Rows of the responses to each prompt, without those that are unlabelled or too long, which are counted aloud.
+def grouped(rollouts: Sequence[Rollout], *, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[Group]:
+    """The rollouts of each prompt, without those that are unlabelled or too long, which are counted aloud.
 
     Raises:
         ValueError: if nothing is left.
     """
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[int, Group] = {}
     unknown = too_long = 0
-    for i, one in enumerate(responses):
+    for one in rollouts:
         length = len(prompt_ids(one.prompt, tokenizer)) + len(response_ids(one, tokenizer))
-        unknown, too_long = unknown + (one.label is None), too_long + (length > max_tokens)
-        if one.label is not None and length <= max_tokens:
-            groups.setdefault(one.group, []).append(i)
+        known, fits = one.verdict.known, length <= max_tokens
+        unknown, too_long = unknown + (not known), too_long + (not fits)
+        if known and fits:
+            groups.setdefault(one.prompt.draw, []).append(one)
     if unknown or too_long:
         warnings.warn(
-            f"Of {len(responses)} responses, {unknown} have no known label and {too_long} are longer than "
+            f"Of {len(rollouts)} responses, {unknown} have no known label and {too_long} are longer than "
             f"{max_tokens} tokens with their prompt; they are left out.",
             stacklevel=2,
         )
@@ -192,7 +150,42 @@ def grouped(responses: Sequence[Response], *, max_tokens: int, tokenizer: PreTra
     return list(groups.values())
 
 
-def response_ids(response: Response, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a response, with the end token if the model ended it."""
-    ids = list(tokenizer(response.text, add_special_tokens=False)["input_ids"])
-    return [*ids, int(tokenizer.eos_token_id)] if response.finished else ids
+def tokenized(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Rollout:
+    """The rollout of a file with the tokens of its texts."""
+    return with_tokens(rollout, prompt_ids(rollout.prompt, tokenizer), response_ids(rollout, tokenizer))
+
+
+def with_tokens(rollout: Rollout, prompt: Sequence[int], response: list[int]) -> Rollout:
+    """A rollout of these tokens, which nobody says how they were sampled."""
+    nothing: dict[str, Any] = {"logprobs": [0.0] * len(response), "versions": [0] * len(response)}
+    return replace(
+        rollout,
+        prompt=replace(rollout.prompt, token_ids=tuple(prompt)),
+        completion=replace(rollout.completion, token_ids=response, **nothing),
+    )
+
+
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a prompt. A begin token is added unless the text has it already, as rendered chats do.
+
+    Raises:
+        ValueError: for chat messages, if the tokenizer has no chat template.
+    """
+    if not prompt.messages:
+        begin = tokenizer.bos_token
+        return list(
+            tokenizer(prompt.text, add_special_tokens=not (begin and prompt.text.startswith(begin)))["input_ids"]
+        )
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"Expected a tokenizer with a chat template for prompts that are messages, got {tokenizer.name_or_path!r} "
+            "without one. Give the prompts as text (for `processbench`: `--chat false`)."
+        )
+    text = rendered([dict(message) for message in prompt.messages], tokenizer)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def response_ids(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a completion, with the end token if the model ended it."""
+    ids = list(tokenizer(rollout.completion.text, add_special_tokens=False)["input_ids"])
+    return ids if rollout.completion.truncated else [*ids, int(tokenizer.eos_token_id)]

@@ -24,16 +24,9 @@ from prime_lightning import algorithms as alg
 from prime_lightning.models.batch import Batch
 from prime_lightning.models.options import Loading
 from prime_lightning.models.pretrained import check_same_vocabulary, load_tokenizer
-from prime_lightning.prm.responses import (
-    Response,
-    batch_of,
-    grouped,
-    prompt_ids,
-    read_responses,
-    response_ids,
-    without_empty,
-)
+from prime_lightning.prm.responses import grouped, read_rollouts, tokenized, without_empty
 from prime_lightning.prompts.dataset import permutation
+from prime_lightning.rollout import Group, Rollout
 from prime_lightning.training.options import Update
 from prime_lightning.training.run_metadata import import_path
 from prime_lightning.training.scoring import load_scoring
@@ -79,15 +72,15 @@ class LabelledDataModule(pl.LightningDataModule):
         self.model, self.max_tokens, self.seed = model, max_tokens, seed
         self.batch_size, self.validation_share = prompts_per_batch, validation_share
 
-        def read(path: str) -> list[Response]:
-            found, _ = read_responses(path, labelled=True, only_known_columns=not extra_columns)
-            return without_empty(found, path, drop=drop_empty)
+        def read(path: str) -> list[Rollout]:
+            rows = read_rollouts(path, labelled=True, only_known_columns=not extra_columns)
+            return without_empty(rows, path, drop=drop_empty)
 
         self.responses = read(path)
         self.validation_responses = None if validation_path is None else read(validation_path)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.lessons: list[list[Response]] = []
-        self.validation: list[list[Response]] = []
+        self.lessons: list[Group] = []
+        self.validation: list[Group] = []
 
     def setup(self, stage: str) -> None:
         """Load the tokenizer; group the responses by prompt, and set aside what is validated on."""
@@ -105,14 +98,13 @@ class LabelledDataModule(pl.LightningDataModule):
                 f"Expected at least one batch of {self.batch_size} prompts to train on, got {len(self.lessons)}. "
                 "Lower `data.prompts_per_batch`."
             )
-        labels = {one.label for group in self.lessons for one in group}
+        labels = {one.verdict.score for group in self.lessons for one in group}
         if len(labels) < 2:
             raise ValueError(f"Expected right and wrong responses to learn from, got only the label {labels.pop()}.")
 
-    def _groups(self, responses: Sequence[Response]) -> list[list[Response]]:
+    def _groups(self, rollouts: Sequence[Rollout]) -> list[Group]:
         assert self.tokenizer is not None
-        rows = grouped(responses, max_tokens=self.max_tokens, tokenizer=self.tokenizer)
-        return [[responses[i] for i in group] for group in rows]
+        return grouped(rollouts, max_tokens=self.max_tokens, tokenizer=self.tokenizer)
 
     def train_dataloader(self) -> LessonLoader:
         """The loader of this rank."""
@@ -135,15 +127,13 @@ class LabelledDataModule(pl.LightningDataModule):
         parts = [mine[start : start + size] for start in range(0, most, size)]
         return DataLoader(parts, batch_size=None, collate_fn=self._validated)  # type: ignore[arg-type]
 
-    def _validated(self, groups: list[list[Response]]) -> Batch:
+    def _validated(self, groups: list[Group]) -> Batch:
         return self.collate(groups) if groups else self.collate(self.validation[:1]).uncounted()
 
-    def collate(self, groups: list[list[Response]]) -> Batch:
+    def collate(self, groups: list[Group]) -> Batch:
         """Tokenize the responses of some prompts."""
         assert self.tokenizer is not None
-        flat = [one for group in groups for one in group]
-        prompts = [prompt_ids(group[0].prompt, self.tokenizer) for group in groups for _ in group]
-        return batch_of(flat, prompts, [response_ids(one, self.tokenizer) for one in flat])
+        return Batch.of_groups([[tokenized(one, self.tokenizer) for one in group] for group in groups])
 
 
 class PRMModule(SteppingModule):
@@ -200,7 +190,7 @@ class PRMModule(SteppingModule):
     def on_train_start(self) -> None:
         """Say so if a loss that compares responses to one prompt has nothing to compare."""
         groups = self.trainer.datamodule.lessons  # type: ignore[attr-defined]
-        if getattr(self.prm_loss, "whole_groups", True) and all(len({r.label for r in g}) == 1 for g in groups):
+        if getattr(self.prm_loss, "whole_groups", True) and all(len({r.verdict.score for r in g}) == 1 for g in groups):
             warnings.warn(
                 f"{import_path(self.prm_loss)} compares responses to one prompt, but no prompt here has right and "
                 "wrong ones. Take `prime_lightning.algorithms.ce`, or sample more responses a prompt.",

@@ -12,7 +12,7 @@ class BenchmarkRows(DatasetPrompts):
     """Rows in the order of the file, their columns by the package's names.
 
     Maths needs `problem` and `answer`; code needs `prompt`, and `tests` (asserts) or `test` (HumanEval's `check`). An
-    `id` names a row in records. Other columns are left as they are, and ignored by templates that do not name them.
+    `id` names a row in files of samples. Other columns stay, and are ignored by templates that do not name them.
 
     Args:
         path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
@@ -22,7 +22,7 @@ class BenchmarkRows(DatasetPrompts):
         name: Configuration of a hub data set.
         revision: Commit of a hub data set.
         answer_pattern: Regular expression whose first group is the answer inside the column; None takes all of it.
-        source: Name in records and counts.
+        source: Name in files of samples and counts.
         fields: Where a column of the left name is missing, it is read from the column of the right name.
         where: Only rows with these values, in files that have such columns.
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_lightning.rollout.files import Row, read_rows
 from prime_lightning.verifiers.references import structure
 
 if TYPE_CHECKING:
@@ -139,6 +140,21 @@ def load_rows(
     if loader != "json" or any("://" in file for file in files):
         return table
     return _with_digits(_as_rows(table, files), files, exact)
+
+
+def located_rows(path: str, *, split: str) -> list[tuple[str, Row]]:
+    """The rows of a file or hub data set, each with where it stands: a jsonl file's by the numbers of their lines.
+
+    Raises:
+        ValueError: as `load_rows` and `read_rows`, or for no rows.
+    """
+    if path.endswith(".jsonl") and "://" not in path:
+        rows = list(read_rows(path))
+        if not rows:
+            raise ValueError(f"Expected rows in {path!r}, got an empty file.")
+        return rows
+    table = load_rows(path, split=split, name=None, revision=None)
+    return [(f"row {i} of {path!r}, counted from 0", dict(row)) for i, row in enumerate(table)]
 
 
 def stream_rows(path: str | Sequence[str], *, split: str, name: str | None, revision: str | None) -> Any:

@@ -11,9 +11,7 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +25,7 @@ from plotly.offline import get_plotlyjs
 from prime_lightning.report import panels
 from prime_lightning.report.rollouts import LONGEST, sample_rollouts
 from prime_lightning.report.runs import Run, differences, read_run
+from prime_lightning.rollout.files import replace_text
 
 ROLLOUT_BYTES = 4_000_000
 """Of `rollouts.jsonl` that go into a page, all runs together; on the page they are smaller."""
@@ -48,18 +47,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, reload: int 
         OSError: if a folder or the file's folder is not there.
         ValueError: if a folder is no run, or there is none.
     """
-    page = render(payload([read_run(folder) for folder in folders]), plots=True, reload=reload)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-        os.chmod(beside, 0o644)
-        os.replace(beside, out)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    replace_text(out, render(payload([read_run(folder) for folder in folders]), plots=True, reload=reload))
     return out
 
 

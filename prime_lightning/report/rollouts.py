@@ -6,13 +6,14 @@ on a page. Lines that are no rollouts, such as one that a crash cut off, are cou
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from prime_lightning.rollout.files import parse_row
 
 LONGEST = 4096
 """Tokens of a response that are shown."""
@@ -114,15 +115,8 @@ def parse(line: bytes) -> dict[str, Any] | None:
         >>> parse(b'{"iteration": 1, "draw": 2, "tok') is None
         True
     """
-    try:
-        row = json.loads(line.decode("utf-8", "replace"))
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("iteration"), int)
-        or isinstance(row.get("draw"), dict | list)
-    ):
+    row = parse_row(line)
+    if row is None or not isinstance(row.get("iteration"), int) or isinstance(row.get("draw"), dict | list):
         return None
     tokens = row.get("tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from prime_lightning.rollout.files import parse_row
+
 METRICS = ("metrics.csv", "version_*/metrics.csv", "csv/version_*/metrics.csv", "lightning_logs/version_*/metrics.csv")
 OUTSIDE = ("val/", "test/", "time/evaluation")
 """Metrics of evaluations, which no start of the training does again."""
@@ -183,9 +185,9 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _benchmarks(run: Run) -> Iterator[dict[str, Any]]:
     path = run.path / "benchmarks.jsonl"
     broken = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
+            row = parse_row(line) or {}
             intervals = row.get("interval") or {}
             yield {
                 "iteration": int(row["iteration"]),

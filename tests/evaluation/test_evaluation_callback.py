@@ -72,10 +72,10 @@ def test_a_run_with_benchmarks_is_a_run_without_them(warm_model, chains, tmp_pat
         assert row["stderr"]["avg4"] > 0
         assert row["seconds"] > 0
         samples = [json.loads(line) for line in (folder / f"benchmarks/chains/{row['iteration']}.jsonl").open()]
-        assert [(s["problem"], s["sample"]) for s in samples] == [(p, k) for p in range(12) for k in range(4)]
+        assert [(s["draw"], s["sample"]) for s in samples] == [(p, k) for p in range(12) for k in range(4)]
         scores = [s["score"] for s in samples]
         assert row["metrics"]["avg4"] == pytest.approx(sum(scores) / 48)
-        assert row["metrics"]["length"] == pytest.approx(sum(s["tokens"] for s in samples) / 48)
+        assert row["metrics"]["length"] == pytest.approx(sum(s["length"] for s in samples) / 48)
     logged = [row for row in history.rows if "chains/avg4" in row]
     assert [row["chains/avg4"] for row in logged] == [row["metrics"]["avg4"] for row in results]
     assert logged[0]["chains/avg4_stderr"] == results[0]["stderr"]["avg4"]

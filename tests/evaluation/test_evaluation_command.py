@@ -41,7 +41,7 @@ def test_a_model_is_evaluated_and_a_stopped_run_goes_on(warm_model, tmp_path, ca
     assert "| Chained arithmetic modulo 10 | 6 x 2 | avg2 |" in said.out
     assert "\r" not in said.err  # no bar where there is no terminal
     rows = read(out)
-    assert [(r["problem"], r["sample"]) for r in rows] == [(p, k) for p in range(6) for k in range(2)]
+    assert [(r["draw"], r["sample"]) for r in rows] == [(p, k) for p in range(6) for k in range(2)]
     found = results(out)["benchmarks"]["arithmetic"]
     assert found["metrics"]["avg2"] == pytest.approx(sum(r["score"] for r in rows) / 12)
     assert found["sampling"]["max_tokens"] == 24
@@ -154,7 +154,7 @@ def test_a_folder_of_other_results_is_refused(warm_model, model_folder, tmp_path
 def test_given_completions_are_graded(tmp_path, capsys):
     spec = own(tmp_path, "math500", MATHS)
     given = [{"id": r["id"], "completion": f"\\boxed{{{r['answer']}}}"} for r in MATHS]
-    given += [{"problem": i, "completion": "", "tokens": 1, "finish": "stop"} for i in range(4)]
+    given += [{"draw": i, "completion": "", "length": 1, "finish": "stop"} for i in range(4)]
     path = write(tmp_path / "given.jsonl", given)
     out = tmp_path / "out"
     assert evaluate("--model", "someone's", "--benchmark", spec, "--completions", path, "--out", out) == 0
@@ -165,7 +165,7 @@ def test_given_completions_are_graded(tmp_path, capsys):
     assert "nan" not in said
     limited = ("--limit", 2, "--out", tmp_path / "two")  # of a file with all
     assert evaluate("--model", "someone's", "--benchmark", spec, "--completions", path, *limited) == 0
-    assert [r["problem"] for r in read(tmp_path / "two", "math500.jsonl")] == [0, 0, 1, 1]
+    assert [r["draw"] for r in read(tmp_path / "two", "math500.jsonl")] == [0, 0, 1, 1]
 
 
 def test_where_answers_stand_is_said_by_the_template_or_the_command_line(tmp_path, capsys):
@@ -197,14 +197,14 @@ def test_where_answers_stand_is_said_by_the_template_or_the_command_line(tmp_pat
     [
         ([], "got 0 to 0: none"),
         ([{"id": "q0", "completion": "1"}], "got 0 to 1; problems [1, 2, 3] ... have fewer"),
-        ([{"id": "q9", "completion": "1"}], "Expected `id` or `problem` (0 to 3) of math500 in line 1 of"),
-        ([{"completion": "1"}], "got the fields ['completion']"),
-        ([{"id": "q0", "text": "1"}], "Expected a string `completion` in line 1"),
-        ([{"id": "q0", "completion": None}], "Expected a string `completion` in line 1"),
+        ([{"id": "q9", "completion": "1"}], "Expected `id` or `draw` (0 to 3) of math500 in line 1 of"),
+        ([{"completion": "1"}], "got the keys ['completion']"),
+        ([{"id": "q0", "text": "1"}], "Expected exactly one of completion, response in line 1 of"),
+        ([{"id": "q0", "completion": None}], "Expected text in `completion` of line 1 of"),
         ([{"problem": [0], "completion": ""}], "of math500 in line 1 of"),
         (
             [{"problem": 0, "completion": "", "tokens": "7"}],
-            "Expected a number of `tokens` and `finish`",
+            "Expected a number of tokens, a list of them, or null, in `tokens` of line 1 of",
         ),
         ([["q0", "1"]], "Expected a JSON object in line 1 of"),
         (['{"id": "q0", "compl'], "Expected a JSON object in line 1 of"),

@@ -50,7 +50,7 @@ def test_unknown_names_and_foreign_metrics_are_refused(tmp_path):
 def rows():
     return [
         [
-            {"completion": "\\boxed{1}", "score": float((i + k) % 3 == 0), "tokens": 5 + k, "finish": "stop"}
+            {"completion": "\\boxed{1}", "score": float((i + k) % 3 == 0), "length": 5 + k, "finish": "stop"}
             for k in range(4)
         ]
         for i in range(7)
@@ -58,8 +58,8 @@ def rows():
 
 
 def test_all_values_of_a_problem():
-    record = {"completion": "\\boxed{1}", "score": 1.0, "tokens": 3, "finish": "stop"}
-    cut = {**record, "completion": "", "score": 0.0, "tokens": 9, "finish": "length"}
+    record = {"completion": "\\boxed{1}", "score": 1.0, "length": 3, "finish": "stop"}
+    cut = {**record, "completion": "", "score": 0.0, "length": 9, "finish": "length"}
     lost = {**record, "score": None}
     metrics = [load_metric(name) for name in ("math_accuracy", "pass_at_k", "majority_vote")]
     values = problem_values(metrics, [record, cut, lost, record])
@@ -70,7 +70,7 @@ def test_all_values_of_a_problem():
 
 
 def test_one_sample_has_one_share_and_programs_do_not_vote():
-    record = {"completion": "\\boxed{1}", "score": 1.0, "tokens": 3, "finish": "stop"}
+    record = {"completion": "\\boxed{1}", "score": 1.0, "length": 3, "finish": "stop"}
     metrics = [load_metric(name) for name in ("math_accuracy", "pass_at_k", "majority_vote")]
     assert set(problem_values(metrics, [record])) == {"accuracy", "truncated", "length", "unknown"}
     assert problem_values([load_metric("pass_at_k")], [record])["pass1"] == 1.0

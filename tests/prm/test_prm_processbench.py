@@ -131,9 +131,9 @@ def test_the_threshold_comes_from_the_other_file(prm_run, bench, tmp_path, capsy
     ("row", "words"),
     [
         ({"problem": "p", "steps": ["a"]}, "got none named label"),
-        ({"problem": "p", "steps": [], "label": -1}, "Expected a list of step texts, none of them empty, in row 0"),
-        ({"problem": "p", "steps": ["a", " "], "label": -1}, "none of them empty, in row 0"),
-        ({"problem": "p", "steps": ["a"], "label": 1}, "Expected a label from -1 to 0 in row 0 .* got 1"),
+        ({"problem": "p", "steps": [], "label": -1}, "Expected a list of step texts, none of them empty, in line 1 of"),
+        ({"problem": "p", "steps": ["a", " "], "label": -1}, "none of them empty, in line 1 of"),
+        ({"problem": "p", "steps": ["a"], "label": 1}, "Expected a label from -1 to 0 in line 1 of .* got 1"),
     ],
 )
 def test_rows_that_cannot_be_meant_are_refused(row, words, prm_run, tmp_path, capsys):

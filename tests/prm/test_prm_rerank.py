@@ -11,9 +11,8 @@ from toys import write_jsonl
 
 from prime_lightning.__main__ import main
 from prime_lightning.cli.commands.rerank import compare, group, sizes, table
-from prime_lightning.prm.responses import Response
-from prime_lightning.prompts.arithmetic import DIGITS
-from prime_lightning.verifiers import final_answer
+from prime_lightning.prompts.arithmetic import DIGITS, Chains
+from prime_lightning.rollout import Rollout
 
 
 def rerank(prm, out, *more):
@@ -29,7 +28,7 @@ def by_hand(out, rule, n):
     problems = {}
     for line in (out / "scored.jsonl").read_text().splitlines():
         row = json.loads(line)
-        problems.setdefault(row["prompt"], []).append((rule(row["step_rewards"]), row["label"]))
+        problems.setdefault(row["prompt"], []).append((rule(row["step_rewards"]), row["score"]))
     values = []
     for rows in problems.values():
         picks = []
@@ -115,15 +114,16 @@ def test_fresh_completions(prm_run, warm_model, tmp_path):
     assert set(found["methods"]) == {"pass", "sum", "majority", "vote_sum"}
     for line in (out / "scored.jsonl").read_text().splitlines():
         row = json.loads(line)
-        right = row["response"].rpartition("#")[2] == row["prompt"] or row["label"] in (0.0, 1.0)
-        assert right
+        value = DIGITS[Chains(operations=2).results(row["prompt"])[-1]]
+        assert row["score"] == float(row["completion"].rpartition("#")[2] == value)
+        assert row["final"] in (None, row["completion"].rpartition("#")[2])
         assert row["reward"] == pytest.approx(sum(row["step_rewards"]), abs=1e-5)
 
 
 def test_programs_have_no_votes_and_right_answers_are_one_candidate():
     def problem(texts, labels, kind):
-        made = [Response(row=0, prompt="p", text=t, label=o) for t, o in zip(texts, labels, strict=True)]
-        return group(made, [final_answer(t, kind) for t in texts], [[0.0]] * len(texts), ["sum"])
+        rows = [{"prompt": "p", "completion": t, "score": o} for t, o in zip(texts, labels, strict=True)]
+        return group([Rollout.from_row(row, "", kind=kind) for row in rows], [[0.0]] * len(texts), ["sum"])
 
     programs = problem(["print(1)", "print(2)", "print(3)"], [1.0, 0.0, 0.9], "code")
     found = compare(programs, [1], ["sum"], sets=8, seed=0)["methods"]

@@ -19,7 +19,7 @@ from prime_lightning.models.prm_folder import PRMFacts
 from prime_lightning.prm import ImplicitPRM, StepRule
 from prime_lightning.prm.responses import prompt_ids
 from prime_lightning.prompts.dataset import Template
-from prime_lightning.rollout import Sampling
+from prime_lightning.rollout import Rollout, Sampling, Verdict
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.options import ProcessReward
 
@@ -81,7 +81,6 @@ def test_what_else_is_in_the_batch_does_not_matter(prm_run):
 
 def test_they_are_the_rewards_of_the_online_prm(prm_run, warm_model, engine):
     from prime_lightning.prompts.arithmetic import ArithmeticPrompts
-    from prime_lightning.rollout import Rollout, Verdict
 
     prompts = [ArithmeticPrompts(operations=2).prompt(i, engine.tokenizer) for i in range(4)]
     sampled = engine.stream(prompts, Sampling(samples=2, max_tokens=9))
@@ -104,11 +103,15 @@ def test_they_are_the_rewards_of_the_online_prm(prm_run, warm_model, engine):
     assert compared >= 3
 
 
+def tokens(prompt, tokenizer):
+    return prompt_ids(Rollout.from_row({"prompt": prompt, "completion": ""}, "").prompt, tokenizer)
+
+
 def test_prompts_are_texts_or_chat_messages(chat_model, prm_run):
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     asked = [{"role": "user", "content": "How many hens?"}]
     text, ids = Template(user="How many hens?").encode({}, tokenizer)
-    assert prompt_ids(asked, tokenizer) == list(ids) == prompt_ids(text, tokenizer)
+    assert tokens(asked, tokenizer) == list(ids) == tokens(text, tokenizer)
     facts = PRMFacts(beta=1.0, reference=None, steps=StepRule(rule="newline"))
     prm = ImplicitPRM.from_pretrained(chat_model, facts=facts, reference=None)
     rows = prm.score([asked, text], ["Two\nhens: é.\n"] * 2)
@@ -127,7 +130,7 @@ def test_a_begin_token_comes_once(chat_model):
         single="<|user|> $A", special_tokens=[("<|user|>", begin)]
     )
     once = [begin, *tokenizer("How", add_special_tokens=False)["input_ids"]]
-    assert prompt_ids("How", tokenizer) == once == prompt_ids("<|user|>How", tokenizer)
+    assert tokens("How", tokenizer) == once == tokens("<|user|>How", tokenizer)
 
 
 def score(prm, rows, output, *more):
@@ -173,10 +176,10 @@ def test_a_runs_rollouts_are_scored_as_they_are(prime_run, tmp_path):
         ({"prompt": "1"}, "Expected exactly one of the columns response, completion, responses .* got \\['prompt'\\]"),
         ({"prompt": "1", "response": "2", "completion": "2"}, r"exactly one of .* got \['response', 'completion'\]"),
         ({"response": "2"}, "Expected the column `prompt`"),
-        ({"prompt": "", "response": "2"}, "Expected a prompt in row 0"),
+        ({"prompt": "", "response": "2"}, "Expected a prompt in line 1 of"),
         ({"prompt": "1", "response": " "}, r"Expected no empty responses .* got 1 of 1 \(rows \[0\]"),
-        ({"prompt": "1", "responses": []}, "Expected responses in row 0"),
-        ({"prompt": "1", "response": 2}, "Expected text in `response` of row 0 .* got 2"),
+        ({"prompt": "1", "responses": []}, r"Expected a list of responses in line 1 of .* got \[\]"),
+        ({"prompt": "1", "response": 2}, "Expected text in `response` of line 1 of .* got 2"),
         (
             {"prompt": "1", "response": "2", "reward": 3},
             r"the columns that are to be written, got \['reward'\]",

@@ -14,7 +14,7 @@ from toys import write_jsonl
 
 from prime_lightning import algorithms as alg
 from prime_lightning.prm import ImplicitPRM
-from prime_lightning.prm.responses import read_responses
+from prime_lightning.prm.responses import read_rollouts
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.training.options import Update
 
@@ -88,15 +88,15 @@ def test_validation_measures_what_the_saved_prm_gives(prm_run, labelled, warm_mo
     rows.setup("fit")
     held_out = [one for group in rows.validation for one in group]
     prm = ImplicitPRM.from_pretrained(prm_run / "prm")
-    scored = prm.score([r.prompt for r in held_out], [r.text for r in held_out])
-    reward_B, label_B = torch.tensor([s.reward for s in scored]), torch.tensor([r.label for r in held_out])
+    scored = prm.score([r.prompt.text for r in held_out], [r.completion.text for r in held_out])
+    reward_B, label_B = torch.tensor([s.reward for s in scored]), torch.tensor([r.verdict.score for r in held_out])
     right, wrong = reward_B[label_B == 1], reward_B[label_B == 0]
     assert float(last["val/auc"]) == pytest.approx(auc_of(right, wrong), abs=1e-4)
     assert float(last["val/accuracy"]) == pytest.approx(float(((reward_B > 0) == (label_B == 1)).float().mean()))
     ce = torch.nn.functional.binary_cross_entropy(reward_B.sigmoid(), label_B)
     assert float(last["val/ce"]) == pytest.approx(float(ce), abs=1e-4)
     assert float(last["val/auc"]) > 0.8
-    assert not {one.prompt for one in held_out} & {one.prompt for group in rows.lessons for one in group}
+    assert not {one.prompt.text for one in held_out} & {one.prompt.text for group in rows.lessons for one in group}
 
 
 class StopAt(pl.Callback):
@@ -137,14 +137,19 @@ def test_the_columns_of_a_log_are_read(tmp_path):
         {"prompt": "1+1=", "completion": "3", "score": None, "verdict": "unknown", "finish": "length", "tokens": ["3"]},
         {"prompt": "2+1=", "completion": "3", "score": 0.25, "verdict": "partial", "finish": "stop", "tokens": ["3"]},
     ]
-    found, rows = read_responses(write_jsonl(tmp_path / "log.jsonl", log), labelled=True, only_known_columns=True)
-    assert [(one.label, one.finished) for one in found] == [(1.0, True), (None, False), (0.25, True)]
-    assert found[0].group == found[1].group != found[2].group
-    assert [row["verdict"] for row in rows] == ["correct", "unknown", "partial"]
+    rows = read_rollouts(write_jsonl(tmp_path / "log.jsonl", log), labelled=True, only_known_columns=True)
+    found = [one for _, [one] in rows]
+    said = [(one.verdict.known_score, one.completion.truncated) for one in found]
+    assert said == [(1.0, False), (None, True), (0.25, False)]
+    assert [one.prompt.draw for one in found] == [0, 0, 1]
+    assert [row for row, _ in rows] == log
     several = [{"prompt": [{"role": "user", "content": "1"}], "responses": ["a", "b"], "labels": [1, 0]}]
-    found, _ = read_responses(write_jsonl(tmp_path / "several.jsonl", several), labelled=True)
-    assert [(one.row, one.text, one.label) for one in found] == [(0, "a", 1.0), (0, "b", 0.0)]
-    assert found[0].group == found[1].group
+    [(_, found)] = read_rollouts(write_jsonl(tmp_path / "several.jsonl", several), labelled=True)
+    assert [(one.prompt.draw, one.completion.text, one.verdict.score) for one in found] == [
+        (0, "a", 1.0),
+        (0, "b", 0.0),
+    ]
+    assert [list(one.prompt.messages) for one in found] == [several[0]["prompt"]] * 2
 
 
 GOOD = {"prompt": "^1+1=", "response": "2;#2", "label": 1}
@@ -154,17 +159,17 @@ GOOD = {"prompt": "^1+1=", "response": "2;#2", "label": 1}
     ("rows", "words"),
     [
         ([{"prompt": "1", "response": "2"}], "Expected exactly one of the columns label, labels, score"),
-        ([GOOD | {"label": 2}], "Expected 0 or 1 in `label` of row 0 of .* got 2"),
+        ([GOOD | {"label": 2}], "Expected 0 or 1 in `label` of line 1 of .* got 2"),
         ([GOOD | {"label": 0.5}], "Expected 0 or 1 in `label` .* got 0.5"),
-        ([GOOD, GOOD | {"label": None}], "Expected 0 or 1 in `label` of row 1 .* got None"),
+        ([GOOD, GOOD | {"label": None}], "Expected 0 or 1 in `label` of line 2 of .* got None"),
         ([{"prompt": "1", "response": "2", "score": 1.5}], r"Expected a number in \[0, 1\], or null, in `score`"),
-        ([{"prompt": "1", "responses": ["2", "3"], "labels": [1]}], "one label for each of 2 responses in row 0"),
+        ([{"prompt": "1", "responses": ["2", "3"], "labels": [1]}], "one label for each of 2 responses in line 1 of"),
         ([GOOD | {"rating": 1}], r"Expected only the columns that are read in .* got also \['rating'\]"),
         ([GOOD, GOOD | {"response": ""}], r"Expected no empty responses .* got 1 of 2 \(rows \[1\].*drop_empty"),
         ([GOOD | {"response": ""}], "Expected no empty responses"),
         ([GOOD], "Expected at least one batch of 16 prompts to train on, got 1"),
         ([GOOD | {"prompt": f"^{i}+1="} for i in range(20)], "right and wrong responses to learn from, got only"),
-        ([], "empty"),
+        ([], "Expected rows in .* got an empty file"),
     ],
 )
 def test_files_that_cannot_be_meant_are_refused(rows, words, warm_model, tmp_path, capsys):

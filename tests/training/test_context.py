@@ -136,7 +136,7 @@ def benchmark(tmp_path):
 def check(folder, result):
     """The long problem is wrong, for the reason that is told; the mean is over all nine."""
     samples = [json.loads(line) for line in folder.open()]
-    assert [(row["problem"], row["sample"]) for row in samples] == [(p, k) for p in range(9) for k in range(2)]
+    assert [(row["draw"], row["sample"]) for row in samples] == [(p, k) for p in range(9) for k in range(2)]
     for row in samples[2 * LONG : 2 * LONG + 2]:
         assert (row["verdict"], row["score"], row["id"], row["completion"]) == ("wrong", 0.0, f"s{LONG}", "")
     assert result["problems"] == 9
@@ -167,7 +167,7 @@ def test_a_long_problem_is_wrong_and_asked_again_by_the_next_call(warm_model, be
         with pytest.warns(UserWarning, match="1 problems of Ones count as wrong"):
             assert main(command) == 0
         assert re.search(rf"Ones: problem {LONG} counts as wrong, not asked: .* 121 tokens", capsys.readouterr().out)
-        lines = sorted((out / "ones.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["problem"])
+        lines = sorted((out / "ones.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["draw"])
         (tmp_path / "sorted.jsonl").write_text("\n".join(lines))
         check(tmp_path / "sorted.jsonl", json.loads((out / "results.json").read_text())["benchmarks"]["ones"])
 

@@ -130,7 +130,6 @@ def test_shuffled_stress(tier: str, tmp_path: Path, rows, canary: None, leaves_n
     assert len(jobs) == 600
     with Verifiers(workers=2, code=options("auto", tmp_path)) as verifiers:
         assert misjudged(verifiers, jobs) == []
-        assert set(verifiers.counts.reasons()) == {"test"}
 
 
 PLAIN_USER = """
@@ -170,9 +169,9 @@ def test_a_plain_user_has_the_same_walls(leaves_nothing: None) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # every user may pass there
         os.chmod(folder, 0o755)
         package = Path(prime_lightning.__file__).parent
-        shutil.copytree(package / "verifiers", f"{folder}/prime_lightning/verifiers")
-        for name in ("__init__.py", "rollout.py"):
-            shutil.copy(package / name, f"{folder}/prime_lightning/{name}")
+        for name in ("verifiers", "rollout"):
+            shutil.copytree(package / name, f"{folder}/prime_lightning/{name}")
+        shutil.copy(package / "__init__.py", f"{folder}/prime_lightning")
         command = [str(_system_python()), "-B", "-c", PLAIN_USER]
         done = subprocess.run(
             command, cwd=folder, user=65534, group=65534, env={"PATH": "/usr/bin"}, capture_output=True, text=True

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from prime_lightning.cli.usage import Parser
-from prime_lightning.evaluation import records
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.overlap import Index, Match
 from prime_lightning.prompts.benchmark_rows import BenchmarkRows
 from prime_lightning.prompts.rows import LOADERS, load_rows
+from prime_lightning.rollout.files import replace_rows
 
 COLUMNS = ("problem", "question", "instruction", "prompt", "text")
 
@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> int:
     column = field_of(train.column_names, options.field, options.train)
     found = [match for row, value in enumerate(train[column]) for match in index.matches(row, text_of(value))]
     if options.out is not None:
-        records.replace(Path(options.out), "".join(records.dumps(asdict(match)) + "\n" for match in found))
+        replace_rows(Path(options.out), map(asdict, found))
     print(report(options.train, len(train), sizes, found))
     return 1 if found else 0
 

@@ -23,11 +23,11 @@ from prime_lightning.cli.usage import TypedParser
 from prime_lightning.engines import Engine
 from prime_lightning.evaluation.benchmark import Benchmark, benchmark_names, load_benchmark
 from prime_lightning.evaluation.folder import ResultsFolder, file_digest, fingerprint, table
-from prime_lightning.evaluation.records import Record
 from prime_lightning.evaluation.runner import Scores, all_empty, graded, not_asked, read_completions, sampled
 from prime_lightning.models.pretrained import load_tokenizer, plain_folder, warn_of_padding
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Sampling
+from prime_lightning.rollout.files import Row
 from prime_lightning.sampling.loader import RolloutSource
 from prime_lightning.training.callbacks.heartbeat import Heartbeat, minutes
 from prime_lightning.verifiers import MathOptions, Verifiers
@@ -44,7 +44,7 @@ def parser() -> ArgumentParser:
         "--engine", type=Engine | None, default={"class_path": HF_ENGINE}, help="What samples: an import path."
     )
     made.add_argument("--data", type=str, help="Local file with the rows of the (one) benchmark.")
-    made.add_argument("--completions", type=str, help="Grade this jsonl file (`id` or `problem`, `completion`).")
+    made.add_argument("--completions", type=str, help="Grade this jsonl file (`id` or `draw`, `completion`).")
     made.add_argument("--out", type=str, help="Folder of the results; by default runs/evaluate/<model>.")
     made.add_argument("--limit", type=int, help="Only the first problems.")
     made.add_argument("--template", type=str, default="prime", help="Prompt template: prime, chat or base.")
@@ -160,7 +160,7 @@ class Evaluation:
         begun, name = time.perf_counter(), self.benchmark.name
         for group in shown(self.benchmark.title, self.problems, len(self.done), self._groups(source, verifiers)):
             self.folder.add(name, group)
-            self.done[group[0]["problem"]] = group
+            self.done[group[0]["draw"]] = group
         if all_empty(self.done.values()):
             raise ValueError(
                 f"Expected answers to {self.benchmark.title}, got {self.problems * self.sampling.samples} empty "
@@ -180,7 +180,7 @@ class Evaluation:
         }
         self.folder.finish(name, self.result)
 
-    def _groups(self, source: RolloutSource | None, verifiers: Verifiers) -> Iterator[list[Record]]:
+    def _groups(self, source: RolloutSource | None, verifiers: Verifiers) -> Iterator[list[Row]]:
         if source is None:
             return graded(self.prompts, verifiers, {draw: self.given[draw] for draw in self.missing if self.given})
         return sampled(self.prompts, replace(source, verifiers=verifiers), self.sampling, self.missing)
@@ -224,7 +224,7 @@ def announced(engine: Engine, todo: Sequence[Evaluation]) -> Iterator[str]:
         yield "If it takes long: vLLM is faster with larger models (--engine prime_lightning.engines.vllm.VLLMEngine)"
 
 
-def shown(title: str, total: int, done: int, groups: Iterator[list[Record]]) -> Iterator[list[Record]]:
+def shown(title: str, total: int, done: int, groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
     """The same groups, with a bar where there is a terminal, and a line a minute elsewhere."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

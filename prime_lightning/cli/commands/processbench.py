@@ -19,7 +19,7 @@ from prime_lightning.cli.usage import TypedParser
 from prime_lightning.prm.first_error import best_threshold, f1, predict
 from prime_lightning.prm.implicit import ImplicitPRM
 from prime_lightning.prompts.arithmetic import DIGITS, ArithmeticLessons, step_truth
-from prime_lightning.prompts.rows import load_rows
+from prime_lightning.prompts.rows import located_rows
 
 COLUMNS = ("problem", "steps", "label")
 RESAMPLES = 1000
@@ -94,19 +94,17 @@ def read_rows(path: str, split: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a missing column, a row without steps, an empty step, or a label that is no step's number.
     """
-    table = load_rows(path, split=split, name=None, revision=None)
-    missing = sorted(set(COLUMNS) - set(table.column_names))
-    if missing:
-        raise ValueError(f"Expected the columns {', '.join(COLUMNS)} in {path!r}, got none named {', '.join(missing)}.")
-    rows = [dict(row) for row in table]
-    for i, row in enumerate(rows):
+    rows = located_rows(path, split=split)
+    for where, row in rows:
+        missing = sorted(set(COLUMNS) - row.keys())
+        if missing:
+            raise ValueError(f"Expected {', '.join(COLUMNS)} in {where}, got none named {', '.join(missing)}.")
         steps, label = row["steps"], row["label"]
-        where = f"row {i} of {path!r}, counted from 0"
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
             raise ValueError(f"Expected a list of step texts, none of them empty, in {where}, got {steps!r}.")
         if not isinstance(label, int) or not -1 <= label < len(steps):
             raise ValueError(f"Expected a label from -1 to {len(steps) - 1} in {where}, got {label!r}.")
-    return rows
+    return [row for _, row in rows]
 
 
 def split(rows: Sequence[dict[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

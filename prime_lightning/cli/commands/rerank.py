@@ -6,7 +6,6 @@ to grade against) or are sampled now: `--sample.model`, `--sample.prompts`, `--s
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +20,11 @@ from prime_lightning.cli.usage import TypedParser
 from prime_lightning.engines import Engine
 from prime_lightning.evaluation.statistics import pass_at_k, powers_of_two
 from prime_lightning.models.prm_folder import claim
-from prime_lightning.prm.responses import Response, read_responses, without_empty
+from prime_lightning.prm.responses import LABELS, is_empty, read_rollouts, without_empty
 from prime_lightning.prm.selection import RULES, best_of_n, interval, sets_of, vote
 from prime_lightning.prompts.dataset import Prompts
-from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.rollout import Rollout, Sampling
+from prime_lightning.rollout.files import dumps, replace_rows, replace_text
 from prime_lightning.sampling.acceptance import AccuracyFilter
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.sampling.validation import EvaluationLoader
@@ -99,64 +99,68 @@ def main(args: list[str]) -> int:
     if sampled == (options.input is not None):
         raise ValueError("Expected completions from either --input or --sample.model, got both or neither.")
     prm = load_prm(options)
-    responses, answers = sample(options) if sampled else read(options.input, options.kind)
-    written = iter(score_all(prm, [one for one in responses if one.text.strip()], options.steps))
-    rewards = [next(written).step_rewards if one.text.strip() else [] for one in responses]
-    problems = group(responses, answers, rewards, options.rules)
+    rollouts = known(sample(options) if sampled else read(options.input, options.kind))
+    written = iter(score_all(prm, [one for one in rollouts if not is_empty(one)], options.steps))
+    rewards = [[] if is_empty(one) else next(written).step_rewards for one in rollouts]
+    problems = group(rollouts, rewards, options.rules)
     result = compare(problems, sizes(problems, options.n), options.rules, sets=options.sets, seed=options.seed)
     result |= {"reference": prm.reference is not None, "seed": options.seed}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "table.md").write_text(table(result))
-    with (options.out / "scored.jsonl").open("w", encoding="utf-8") as file:
-        for one, answer, steps in zip(responses, answers, rewards, strict=True):
-            row = {"prompt": one.prompt, "response": one.text, "label": one.label, "final": answer}
-            file.write(json.dumps({**row, "step_rewards": steps, "reward": sum(steps) if steps else None}) + "\n")
+    replace_text(options.out / "results.json", dumps(result, indent=2) + "\n")
+    replace_text(options.out / "table.md", table(result))
+    rows = (
+        {**one.to_row(), "final": final(one), **reward(steps)} for one, steps in zip(rollouts, rewards, strict=True)
+    )
+    replace_rows(options.out / "scored.jsonl", rows)
     print(table(result) + f"\nEverything: {options.out}")
     return 0
 
 
-def read(path: str, kind: str) -> tuple[list[Response], list[str | None]]:
-    """Labelled responses of a file, and the final answer of each; without labels they are graded here.
+def reward(steps: Sequence[float]) -> dict[str, Any]:
+    """Columns of a response with these rewards; an empty one has none."""
+    return {"step_rewards": steps, "reward": sum(steps) if steps else None}
 
-    Empty ones stay: they are samples, too, though no rule picks them. Those without a verdict are left out.
+
+def final(rollout: Rollout) -> str | None:
+    """The final answer of a completion, for votes."""
+    return final_answer(rollout.completion.text, rollout.prompt.kind)
+
+
+def read(path: str, kind: str) -> list[Rollout]:
+    """Labelled responses of a file; without labels they are graded here.
+
+    Empty ones stay: they are samples, too, though no rule picks them.
 
     Raises:
         ValueError: if there is neither a label nor an answer to grade against.
     """
-    responses, rows = read_responses(path, labelled=False)
-    columns = {name for row in rows for name in row}
-    if columns & {"label", "labels", "score"}:
-        responses, _ = read_responses(path, labelled=True)
-    elif "answer" in columns or kind == "code":
-        prompts = [_gradable(i, row, kind) for i, row in enumerate(rows)]
-        with Verifiers() as verifiers:
-            verdicts = list(verifiers.map((prompts[one.row], one.text) for one in responses))
-        labels = [verdict.score if verdict.known else None for verdict in verdicts]
-        responses = [replace(one, label=label) for one, label in zip(responses, labels, strict=True)]
-    else:
+    rows = read_rollouts(path, labelled=None, kind=kind)
+    columns = {name for row, _ in rows for name in row}
+    without_empty(rows, path, drop=True)  # refuses a file of nothing else
+    rollouts = [one for _, group in rows for one in group]
+    if columns & set(LABELS):
+        return rollouts
+    if "answer" not in columns and kind != "code":
         raise ValueError(f"Expected the column label, labels, score, or an answer to grade against, in {path!r}.")
-    without_empty(responses, path, drop=True)  # refuses a file of nothing else
-    known = _known(responses)
-    if not known:
-        raise ValueError(f"Expected responses with a verdict in {path!r}, got none.")
-    return known, [final_answer(one.text, kind) for one in known]
+    with Verifiers() as verifiers:
+        verdicts = list(verifiers.map((one.prompt, one.completion.text) for one in rollouts))
+    return [replace(one, verdict=verdict) for one, verdict in zip(rollouts, verdicts, strict=True)]
 
 
-def _known(responses: Sequence[Response]) -> list[Response]:
-    known = [one for one in responses if one.label is not None]
-    if len(known) < len(responses):
-        warnings.warn(f"{len(responses) - len(known)} responses without a verdict are left out.", stacklevel=3)
-    return known
+def known(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with a verdict; the others are counted aloud.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [one for one in rollouts if one.verdict.known]
+    if not found:
+        raise ValueError(f"Expected responses with a verdict, got {len(rollouts)} without.")
+    if len(found) < len(rollouts):
+        warnings.warn(f"{len(rollouts) - len(found)} responses without a verdict are left out.", stacklevel=2)
+    return found
 
 
-def _gradable(i: int, row: dict[str, Any], kind: str) -> Prompt:
-    return Prompt(
-        draw=i, token_ids=(), text="", kind=kind, answer=str(row.get("answer") or ""), source="input", row=row
-    )
-
-
-def sample(options: Namespace) -> tuple[list[Response], list[str | None]]:
+def sample(options: Namespace) -> list[Rollout]:
     """Fresh graded completions from an engine.
 
     Raises:
@@ -179,35 +183,21 @@ def sample(options: Namespace) -> tuple[list[Response], list[str | None]]:
         rollouts = [rollout for batch in loader for rollout in batch.rollouts]
     finally:
         data.close()
-    if not any(r.completion.text.strip() for r in rollouts):
+    if all(map(is_empty, rollouts)):
         raise ValueError(f"Expected answers of {chosen.model!r}, got {len(rollouts)} empty ones.")
-    responses = _known(
-        [
-            Response(
-                row=r.prompt.draw,
-                prompt=r.prompt.text,
-                text=r.completion.text,
-                label=r.verdict.score if r.verdict.known else None,
-                finished=not r.completion.truncated,
-            )
-            for r in rollouts
-        ]
-    )
-    kinds = {r.prompt.draw: r.prompt.kind for r in rollouts}
-    return responses, [final_answer(one.text, kinds[one.row]) for one in responses]
+    return rollouts
 
 
-def group(
-    responses: Sequence[Response], answers: Sequence[str | None], rewards: Sequence[list[float]], rules: Sequence[str]
-) -> list[Problem]:
-    """The responses of each prompt together."""
-    members: dict[Any, list[int]] = {}
-    for i, one in enumerate(responses):
-        members.setdefault(one.group, []).append(i)
+def group(rollouts: Sequence[Rollout], rewards: Sequence[list[float]], rules: Sequence[str]) -> list[Problem]:
+    """The samples of each prompt together."""
+    members: dict[int, list[int]] = {}
+    for i, one in enumerate(rollouts):
+        members.setdefault(one.prompt.draw, []).append(i)
+    answers, right = [final(one) for one in rollouts], [one.verdict.score == 1 for one in rollouts]
     return [
         Problem(
-            outcomes=np.array([responses[i].label == 1 for i in rows], float),
-            answers=[RIGHT if answers[i] and responses[i].label == 1 else answers[i] for i in rows],
+            outcomes=np.array([right[i] for i in rows], float),
+            answers=[RIGHT if answers[i] and right[i] else answers[i] for i in rows],
             scores={
                 rule: np.array([RULES[rule](rewards[i]) if rewards[i] else -np.inf for i in rows]) for rule in rules
             },

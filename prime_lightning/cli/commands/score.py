@@ -6,8 +6,8 @@ with `reward`, `step_texts`, `step_rewards`, `token_texts` and `token_rewards` a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from jsonargparse import ArgumentParser, Namespace
 from prime_lightning.cli.usage import TypedParser
 from prime_lightning.models.steps import StepRule
 from prime_lightning.prm.implicit import ImplicitPRM, Scored
-from prime_lightning.prm.responses import Response, read_responses, without_empty
+from prime_lightning.prm.responses import read_rollouts, without_empty
+from prime_lightning.rollout import Rollout
+from prime_lightning.rollout.files import append_rows
 
 FIELDS = {
     "response": ("reward",),
@@ -51,13 +53,13 @@ def new_file(path: Path) -> Path:
     return path
 
 
-def score_all(prm: ImplicitPRM, responses: Sequence[Response], steps: StepRule | None) -> list[Scored]:
-    """The rewards of responses from a file."""
+def score_all(prm: ImplicitPRM, rollouts: Sequence[Rollout], steps: StepRule | None) -> list[Scored]:
+    """The rewards of rollouts, whose texts are tokenized anew."""
     return prm.score(
-        [one.prompt for one in responses],
-        [one.text for one in responses],
+        [one.prompt.messages or one.prompt.text for one in rollouts],
+        [one.completion.text for one in rollouts],
         steps=steps,
-        finished=[one.finished for one in responses],
+        finished=[not one.completion.truncated for one in rollouts],
     )
 
 
@@ -76,27 +78,26 @@ def main(args: list[str]) -> int:
     command = parser()
     options = command.instantiate(command.parse_args(args))
     new_file(options.output)
-    responses, rows = read_responses(options.input, labelled=False)
-    without_empty(responses, options.input, drop=False)
-    clash = sorted({name for row in rows for name in row} & set(FIELDS[options.detail]))
+    rows = read_rollouts(options.input, labelled=False)
+    count = len(without_empty(rows, options.input, drop=False))
+    clash = sorted({name for row, _ in rows for name in row} & set(FIELDS[options.detail]))
     if clash:
         raise ValueError(f"Expected rows without the columns that are to be written, got {clash} in {options.input!r}.")
     prm = load_prm(options)
-    of_row: list[list[Response]] = [[] for _ in rows]
-    for one in responses:
-        of_row[one.row].append(one)
     total = 0.0
-    with options.output.open("x", encoding="utf-8") as file:
-        for start in range(0, len(rows), ROWS_AT_A_TIME):
-            part = range(start, min(start + ROWS_AT_A_TIME, len(rows)))
-            scored = iter(score_all(prm, [one for i in part for one in of_row[i]], options.steps))
-            for i in part:
-                found = [next(scored) for _ in of_row[i]]
-                total += sum(one.reward for one in found)
-                file.write(json.dumps({**rows[i], **columns(found, options.detail, "responses" in rows[i])}) + "\n")
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        part = rows[start : start + ROWS_AT_A_TIME]
+        scored = score_all(prm, [one for _, rollouts in part for one in rollouts], options.steps)
+        total += sum(one.reward for one in scored)
+        rest = iter(scored)
+        of_row = [(row, list(islice(rest, len(rollouts)))) for row, rollouts in part]
+        append_rows(
+            options.output,
+            (row | columns(found, options.detail, several="responses" in row) for row, found in of_row),
+        )
     how = "with" if prm.reference else "without"
-    mean = total / len(responses)
-    print(f"Scored {len(responses)} responses {how} the reference, mean reward {mean:.4f}: {options.output}")
+    mean = total / count
+    print(f"Scored {count} responses {how} the reference, mean reward {mean:.4f}: {options.output}")
     return 0
 
 

@@ -8,7 +8,6 @@ verdict is null.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prime_lightning.cli.usage import TypedParser
 from prime_lightning.rollout import Prompt, Verdict
+from prime_lightning.rollout.files import dumps, read_rows
 from prime_lightning.verifiers import CodeOptions, MathOptions, SandboxLeaks, Verifiers
 from prime_lightning.verifiers.references import complaint, reference_text
 
@@ -44,24 +44,15 @@ def _parser() -> ArgumentParser:
 
 
 def _rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; for maths, `answer` is the reference text.
+    """The rows of a file; for maths, `answer` is the reference text.
 
     Raises:
         ValueError: A line is no object, or lacks `id`, `completion` or (maths) an answer; the message has its number.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"Expected JSON in line {number} of {path}, got {line[:60]!r}: {error}") from None
-            if not isinstance(row, dict) or not isinstance(row.get("completion"), str) or "id" not in row:
-                raise ValueError(f"Expected an object with `id` and a string `completion` in line {number} of {path}.")
-            if kind == "math":
-                row = {**row, "answer": _answer(json.loads(line, parse_float=str), f"line {number} of {path}")}
-            yield row
+    for (where, row), (_, exact) in zip(read_rows(path), read_rows(path, parse_float=str), strict=True):
+        if not isinstance(row.get("completion"), str) or "id" not in row:
+            raise ValueError(f"Expected an object with `id` and a string `completion` in {where}, got {sorted(row)}.")
+        yield {**row, "answer": _answer(exact, where)} if kind == "math" else row
 
 
 def _answer(row: dict[str, Any], where: str) -> str:
@@ -82,9 +73,7 @@ def _prompt(kind: str, number: int, row: dict[str, Any]) -> Prompt:
 
 
 def _written(row: dict[str, Any], verdict: Verdict) -> str:
-    score = verdict.score if verdict.known else None
-    said = {"id": row["id"], "verdict": verdict.label.value, "score": score, "reason": verdict.reason}
-    return json.dumps({**said, "seconds": round(verdict.seconds, 6)}) + "\n"
+    return dumps({"id": row["id"], **verdict.to_row(), "seconds": round(verdict.seconds, 6)}) + "\n"
 
 
 def _grade(arguments: Namespace, console: Console) -> Counter[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from prime_lightning.evaluation import records
 from prime_lightning.models.batch import Batch
 from prime_lightning.models.logprobs import causal_lm
 from prime_lightning.models.lora import merged_parameters
 from prime_lightning.models.pretrained import save
 from prime_lightning.models.prm_folder import describe
 from prime_lightning.rollout import Rollout
+from prime_lightning.rollout.files import Row, append_rows, replace_rows, whole_rows
 from prime_lightning.training.run_metadata import run_facts
 from prime_lightning.training.stepping import devices
 
@@ -52,8 +51,8 @@ class RolloutLog(Callback):
         """Forget lines of iterations that a resumed run will do again, and a line that a crash cut off."""
         if not trainer.is_global_zero or not self.path.is_file():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _iteration(line) < trainer.global_step]
-        records.replace(self.path, "".join(f"{line}\n" for line in kept))
+        done = trainer.global_step
+        replace_rows(self.path, [row for row in whole_rows(self.path) if row.get("iteration", done) < done])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,17 +61,15 @@ class RolloutLog(Callback):
         iteration = trainer.global_step - 1
         if not trainer.is_global_zero or iteration % self.every:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         scale = trainer.callback_metrics.get("process/scale")
         unit = {} if scale is None else {"beta": pl_module.reward.beta, "scale": _short(float(scale))}  # type: ignore[union-attr]
-        with self.path.open("a") as file:
-            for row in rollout_rows(outputs, iteration, self.groups, pl_module.tokenizer, self.steps):  # type: ignore[arg-type]
-                file.write(json.dumps(row | unit) + "\n")
+        rows = rollout_rows(outputs, iteration, self.groups, pl_module.tokenizer, self.steps)  # type: ignore[arg-type]
+        append_rows(self.path, (row | unit for row in rows))
 
 
 def rollout_rows(
     outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any, steps: Steps | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
     batch: Batch = outputs["batch"]
     first = batch.group_B.unique()[:groups]  # numbered among those of all ranks
@@ -88,15 +85,8 @@ def rollout_rows(
         }
         yield {
             "iteration": iteration,
-            "draw": rollout.prompt.draw,
-            "source": rollout.prompt.source,
-            "prompt": rollout.prompt.text,
-            "answer": rollout.prompt.answer,
-            "completion": rollout.completion.text,
+            **rollout.to_row(),
             "tokens": tokens,
-            "finish": str(rollout.completion.finish),
-            "verdict": str(rollout.verdict.label),
-            "score": rollout.verdict.score if rollout.verdict.known else None,
             **({"steps": steps(rollout, tokens)} if steps else {}),
             **per_token,
         }
@@ -105,14 +95,6 @@ def rollout_rows(
 def _short(x: float) -> float:
     """Five digits: half the file."""
     return float(f"{x:.5g}")
-
-
-def _iteration(line: str) -> float:
-    """Iteration of a line; infinite for a line that was cut off."""
-    try:
-        return float(json.loads(line)["iteration"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
 
 
 class HuggingFaceExport(Callback):

@@ -13,11 +13,11 @@ import json
 import math
 import os
 import sys
-import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
 
+from prime_lightning.rollout.files import replace_text
 from prime_lightning.verifiers.code.run import Outcome, Plan, Runner
 from prime_lightning.verifiers.code.tests import Task
 from prime_lightning.verifiers.options import CodeOptions
@@ -98,12 +98,8 @@ class Calibrations:
 
     def _save(self, key: str, plan: Plan | str) -> None:
         stored = dataclasses.asdict(plan) if isinstance(plan, Plan) else {"unusable": plan}
-        folder = self._folder / key[:2]
         with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
-                file.write(json.dumps(stored))
-            os.replace(file.name, folder / f"{key}.json")  # whole or not at all, whoever else writes it
+            replace_text(self._folder / key[:2] / f"{key}.json", json.dumps(stored))
 
 
 def _guess(task: Task) -> Plan:

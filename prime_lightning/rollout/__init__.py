@@ -9,7 +9,7 @@ Plain data only: nothing here samples, grades or computes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -39,6 +39,8 @@ class Prompt:
     """Name of the data set, for counts per source."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The data row it came from; verifiers read what they need (tests, entry point, ...)."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """Chat messages, of a prompt from a file that no chat template has rendered yet; then there is no `text`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +112,17 @@ class Completion:
     """`[T]` sampled tokens, the end token included."""
     logprobs: list[float]
     """`[T]` nats under the distribution that was sampled from (temperature, top-p and top-k applied)."""
-    finish: Finish
+    finish: Finish | None
+    """None where a file does not say."""
     versions: list[int]
     """`[T]` version of the weights that sampled each token; version n is the policy after n iterations."""
+    counted: int | None = None
+    """Number of tokens, of a completion from a file, whose ids are not known."""
+
+    @property
+    def length(self) -> int | None:
+        """Number of tokens; None where a file does not say."""
+        return len(self.token_ids) or self.counted
 
     @property
     def truncated(self) -> bool:
@@ -153,6 +163,15 @@ class Verdict:
         """Whether there is a label to learn from."""
         return self.label is not Label.UNKNOWN
 
+    @property
+    def known_score(self) -> float | None:
+        """The score; None where it is unknown."""
+        return self.score if self.known else None
+
+    def to_row(self) -> dict[str, Any]:
+        """`verdict`, `score` (None where unknown) and `reason`."""
+        return {"verdict": str(self.label), "score": self.known_score, "reason": self.reason}
+
     @classmethod
     def of_score(cls, score: float, *, reason: str = "", seconds: float = 0.0) -> Verdict:
         """The verdict of a score in [0, 1]; anything else, NaN too, is the verifier's failure and so unknown."""
@@ -169,12 +188,127 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """A prompt, one completion and its verdict."""
+    """A prompt, one completion and its verdict. As a row it is the line of every jsonl file that has answers.
+
+    docs/files.md lists the keys of a row, and those that other tools write.
+
+    Example:
+        >>> found = Rollout.from_row({"prompt": "1+1=", "response": "2", "label": 1}, "line 1")
+        >>> [found.to_row()[key] for key in ("prompt", "completion", "verdict", "score")]
+        ['1+1=', '2', 'correct', 1.0]
+    """
 
     prompt: Prompt
     completion: Completion
     verdict: Verdict
 
+    def to_row(self) -> dict[str, Any]:
+        """The texts, what is known of their tokens, and the verdict; not the tokens themselves."""
+        prompt, completion = self.prompt, self.completion
+        return {
+            "id": str(prompt.row.get("id", prompt.draw)),
+            "draw": prompt.draw,
+            "source": prompt.source,
+            "prompt": [dict(message) for message in prompt.messages] or prompt.text,
+            "answer": prompt.answer,
+            "completion": completion.text,
+            "length": completion.length,
+            "finish": None if completion.finish is None else str(completion.finish),
+            **self.verdict.to_row(),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], where: str, *, draw: int | None = None, kind: str = "") -> Rollout:
+        """A row of `to_row`, or of another tool; its tokens are not known.
+
+        Args:
+            row: With `completion` or `response`; all other keys may be missing.
+            where: File and line, for messages.
+            draw: Of the prompt, whatever the row says.
+            kind: Who grades it.
+
+        Raises:
+            ValueError: if a key that is read has a value that cannot be meant, or there is no completion, or two.
+        """
+        prompt = _checked(row, "prompt", _PROMPT, where)
+        if draw is None:
+            draw = _checked(row, "draw", _COUNT, where)
+        if draw is None:
+            draw = row["problem"] if type(row.get("problem")) is int else 0
+        answer, finish = row.get("answer"), _checked(row, "finish", _FINISH, where)
+        tokens = _checked(row, "tokens", _TOKENS, where)
+        length = len(tokens) if isinstance(tokens, list) else tokens
+        return cls(
+            prompt=Prompt(
+                draw=draw,
+                token_ids=(),
+                text=prompt if isinstance(prompt, str) else "",
+                kind=kind,
+                answer="" if answer is None else str(answer),
+                source=str(row.get("source") or ""),
+                row=row,
+                messages=() if prompt is None or isinstance(prompt, str) else tuple(prompt),
+            ),
+            completion=Completion(
+                text=_checked(row, _one_of(row, TEXTS, where), _TEXT, where),
+                token_ids=[],
+                logprobs=[],
+                finish=None if finish is None else Finish(finish),
+                versions=[],
+                counted=_checked(row, "length", _COUNT, where) or length,
+            ),
+            verdict=_verdict(row, where),
+        )
+
 
 Group = list[Rollout]
 """The rollouts of one prompt. A group is never split between batches, ranks or minibatches."""
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+TEXTS = ("completion", "response")
+SCORES = ("score", "label")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(part, Mapping) for part in value)
+
+
+def _count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
+Check = tuple[str, Callable[[Any], bool]]
+_PROMPT: Check = ("text or a list of chat messages", lambda v: v is None or isinstance(v, str) or _are_messages(v))
+_TEXT: Check = ("text", lambda v: isinstance(v, str))
+_COUNT: Check = ("a number of 0 or more, or null,", _count)
+_TOKENS: Check = ("a number of tokens, a list of them, or null,", lambda v: isinstance(v, list) or _count(v))
+_FINISH: Check = ("stop, length or null", lambda v: v in (None, *Finish))
+_SCORE: Check = (
+    "a number in [0, 1], or null,",
+    lambda v: v is None or (isinstance(v, int | float) and 0 <= v <= 1),
+)
+_LABEL: Check = ("0 or 1", lambda v: v in (0, 1))
+
+
+def _checked(row: Mapping[str, Any], key: str, check: Check, where: str) -> Any:
+    value, (expected, is_meant) = row.get(key), check
+    if not is_meant(value):
+        raise ValueError(f"Expected {expected} in `{key}` of {where}, got {value!r:.80}.")
+    return value
+
+
+def _one_of(row: Mapping[str, Any], keys: Sequence[str], where: str) -> str:
+    found = [key for key in keys if key in row]
+    if len(found) != 1:
+        raise ValueError(f"Expected exactly one of {', '.join(keys)} in {where}, got {found or sorted(row)}.")
+    return found[0]
+
+
+def _verdict(row: Mapping[str, Any], where: str) -> Verdict:
+    """What a row's `score` or `label` says; unknown where it has neither."""
+    reason = str(row.get("reason") or "")
+    key = _one_of(row, SCORES, where) if any(key in row for key in SCORES) else "score"
+    score = _checked(row, key, _LABEL if key == "label" else _SCORE, where)
+    return Verdict.unknown(reason) if score is None else Verdict.of_score(float(score), reason=reason)
