@@ -69,12 +69,13 @@ def auc(reward_B: Tensor, outcome_B: Tensor, valid_B: Tensor) -> Tensor:
         >>> auc(reward_B, outcome_B, torch.tensor([True, True, True]))
         tensor(0.5000)
     """
-    reward_B = reward_B.detach().float()
-    right = reward_B[valid_B & (outcome_B > 0.5)].contiguous()
-    wrong = reward_B[valid_B & ~(outcome_B > 0.5)].sort().values
-    below = torch.searchsorted(wrong, right, right=False)
-    not_above = torch.searchsorted(wrong, right, right=True)
-    return ((below + not_above).float() / (2 * wrong.numel())).mean() if wrong.numel() else wrong.new_tensor(torch.nan)
+    from torchmetrics.functional.classification import binary_auroc  # here, because it takes as long as torch
+
+    right_N = outcome_B[valid_B] > 0.5
+    if right_N.all() or not right_N.any():
+        return reward_B.new_tensor(torch.nan, dtype=torch.float32)
+    _, rank_N = reward_B.detach().float()[valid_B].unique(return_inverse=True)  # it takes others for log-odds
+    return binary_auroc(rank_N / len(rank_N), right_N.long(), validate_args=False)
 
 
 def calibration_error(reward_B: Tensor, outcome_B: Tensor, valid_B: Tensor, bins: int = 10) -> Tensor:
@@ -131,13 +132,14 @@ def correlation(x_B: Tensor, y_B: Tensor, valid_B: Tensor) -> Tensor:
         tensor(0.5000, dtype=torch.float64)
     """
     x, y = x_B.detach().double()[valid_B], y_B.detach().double()[valid_B]
-    if x.numel() < 2:
+    if x.numel() < 2 or any(_is_constant(values) for values in (x, y)):
         return x.new_tensor(torch.nan)
-    dx, dy = x - x.mean(), y - y.mean()
-    for values, deviations in ((x, dx), (y, dy)):
-        if deviations.abs().max() <= 1e-12 * values.abs().max():  # rounding of the mean, not a spread
-            return x.new_tensor(torch.nan)
-    return torch.dot(dx / torch.linalg.vector_norm(dx), dy / torch.linalg.vector_norm(dy)).clamp(-1, 1)
+    return torch.corrcoef(torch.stack([x, y]))[0, 1]
+
+
+def _is_constant(values: Tensor) -> bool:
+    """Whether numbers differ from their mean by its rounding only."""
+    return bool((values - values.mean()).abs().max() <= 1e-12 * values.abs().max())
 
 
 def last_token_share(reward_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:

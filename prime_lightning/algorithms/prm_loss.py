@@ -130,61 +130,9 @@ def dpo_detached(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: 
         >>> dpo_detached(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # 2 log 2
         (tensor(1.3863), tensor(2))
     """
-    return _detached_terms(reward_B, outcome_B, group_B, valid_B).sum(), valid_B.sum()
-
-
-def dpo_bon_reward(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
-    """`dpo_detached` weighted by the chance of being the best of n by reward: `w_i = n (mean_j [r_j <= r_i])^(n-1)`.
-
-    Mode `bon_rm` of the verl recipe of PRIME, arXiv 2502.01456; j runs over the n valid members of the group, i
-    among them. The recipe takes a plain sum over the micro-batch; here the caller divides by the number of responses,
-    so the loss does not grow with the batch.
-
-    Args:
-        reward_B: `[B]` sequence rewards; the weight has no gradient.
-        outcome_B: `[B]` outcome rewards, 0 = wrong.
-        group_B: `[B]` int group ids; all members of a group in one call.
-        valid_B: `[B]` bool.
-
-    Returns:
-        `[]` weighted sum in nats and `[]` number of valid responses.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
-    Example:
-        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
-        >>> dpo_bon_reward(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # weights 2 * 1^1
-        (tensor(2.7726), tensor(2))
-    """
-    terms_B = _detached_terms(reward_B, outcome_B, group_B, valid_B)
-    return (terms_B * _best_of_n(reward_B.detach(), group_B, valid_B)).sum(), valid_B.sum()
-
-
-def dpo_bon_accuracy(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
-    """`dpo_detached` weighted by the chance of being the best of n by outcome: `w_i = n (mean_j [o_j <= o_i])^(n-1)`.
-
-    Mode `bon_acc` of the verl recipe of PRIME, arXiv 2502.01456; otherwise as `dpo_bon_reward`.
-
-    Args:
-        reward_B: `[B]` sequence rewards.
-        outcome_B: `[B]` outcome rewards, 0 = wrong.
-        group_B: `[B]` int group ids; all members of a group in one call.
-        valid_B: `[B]` bool.
-
-    Returns:
-        `[]` weighted sum in nats and `[]` number of valid responses.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
-    Example:
-        >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
-        >>> dpo_bon_accuracy(torch.zeros(2), outcome_B, group_B, torch.tensor([True, True]))  # weights 2, 2 * 1/2
-        (tensor(2.0794), tensor(2))
-    """
-    terms_B = _detached_terms(reward_B, outcome_B, group_B, valid_B)
-    return (terms_B * _best_of_n(outcome_B, group_B, valid_B)).sum(), valid_B.sum()
+    reward_B, opponent_B, sign_B = _opposed(reward_B, outcome_B, group_B, valid_B)
+    terms_B = torch.where(valid_B, -logsigmoid((reward_B - opponent_B) * sign_B), 0.0)
+    return terms_B.sum(), valid_B.sum()
 
 
 def kto(
@@ -322,12 +270,6 @@ class BaseRate:
         self.rate = state["rate"]
 
 
-def _detached_terms(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
-    """`[B]` terms of `dpo_detached`, 0 where invalid."""
-    reward_B, opponent_B, sign_B = _opposed(reward_B, outcome_B, group_B, valid_B)
-    return torch.where(valid_B, -logsigmoid((reward_B - opponent_B) * sign_B), 0.0)
-
-
 def _opposed(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`[B]` rewards (0 where invalid), detached means of their opponents, and +1 for right or -1 for wrong."""
     reward_B = torch.where(valid_B, reward_B.float(), 0.0)
@@ -337,11 +279,3 @@ def _opposed(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tens
     # A masked sum and not a matrix product, which TF32 or autocast would round to ten bits or fewer.
     opponent_B = torch.where(opposed_BB, reward_B.detach()[None, :], 0.0).sum(1) / opposed_BB.sum(1).clamp(min=1)
     return reward_B, opponent_B, torch.where(right_B, 1.0, -1.0)
-
-
-def _best_of_n(score_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
-    """`[B]` weights `n (mean_j [s_j <= s_i])^(n-1)` over the n valid members of the group, 0 where invalid."""
-    together_BB = same_group(group_B, valid_B)
-    count_B = together_BB.sum(1).float()
-    beaten_B = (together_BB & (score_B[None, :] <= score_B[:, None])).sum(1) / count_B.clamp(min=1)
-    return torch.where(valid_B, count_B * beaten_B ** (count_B - 1).clamp(min=0), 0.0)

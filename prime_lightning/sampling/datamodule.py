@@ -28,7 +28,7 @@ from prime_lightning.sampling.balance import balanced
 from prime_lightning.sampling.loader import Collecting, RolloutSource, Surplus, TrainingLoader
 from prime_lightning.sampling.sync import PolicyWeights, send
 from prime_lightning.sampling.validation import EvaluationLoader
-from prime_lightning.verifiers import GoldReport, Verifiers
+from prime_lightning.verifiers import ReferenceReport, Verifiers
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -145,11 +145,11 @@ class RolloutDataModule(pl.LightningDataModule):
                     raise ValueError(f"Expected usable reference answers in {part.source!r}, got none: {report}.")
                 part.keep(report.usable)
 
-    def _checked(self, part: Prompts) -> GoldReport:
+    def _checked(self, part: Prompts) -> ReferenceReport:
         """What rank 0 finds, on all ranks."""
         if self.trainer is None:
-            return self.verifiers.check_golds(part.references())
-        report = self.verifiers.check_golds(part.references()) if self.trainer.is_global_zero else None
+            return self.verifiers.check_references(part.references())
+        report = self.verifiers.check_references(part.references()) if self.trainer.is_global_zero else None
         return self.trainer.strategy.broadcast(report)  # type: ignore[return-value]
 
     def sync(self, weights: PolicyWeights, version: int) -> None:

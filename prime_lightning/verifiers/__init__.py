@@ -19,25 +19,23 @@ from typing import Any
 
 from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.verifiers.code.answer import CodeGrader, SandboxLeaks
-from prime_lightning.verifiers.counts import VerdictCounts
 from prime_lightning.verifiers.maths.answer import MathGrader, answer_of
 from prime_lightning.verifiers.maths.text import normalise
 from prime_lightning.verifiers.options import CodeOptions, MathOptions, UserOptions
-from prime_lightning.verifiers.reference_check import BadGold, GoldReport, of_maths
+from prime_lightning.verifiers.reference_check import BadReference, ReferenceReport, of_maths
 from prime_lightning.verifiers.remote import HttpVerifier, RemoteGrader
 from prime_lightning.verifiers.user_answer import UserGrader
 from prime_lightning.verifiers.workers.pool import WorkerDied
 
 __all__ = [
     "VOTING",
-    "BadGold",
+    "BadReference",
     "CodeOptions",
-    "GoldReport",
     "HttpVerifier",
     "MathOptions",
+    "ReferenceReport",
     "SandboxLeaks",
     "UserOptions",
-    "VerdictCounts",
     "Verifiers",
     "final_answer",
     "verify",
@@ -122,8 +120,6 @@ class Verifiers:
             "allow_unsafe_sandbox": allow_unsafe_sandbox,
             "pending": pending,
         }
-        self.counts = VerdictCounts()
-        """Verdicts so far, per source."""
         self._reset()
 
     def _reset(self) -> None:
@@ -205,7 +201,6 @@ class Verifiers:
             with contextlib.suppress(InvalidStateError):
                 outer.set_exception(error)
             return
-        self.counts.add(prompt.source, verdict)
         with contextlib.suppress(InvalidStateError):  # the caller has cancelled it
             outer.set_result(verdict)
 
@@ -223,7 +218,7 @@ class Verifiers:
         while waiting:
             yield waiting.popleft().result()
 
-    def check_golds(self, prompts: Iterable[Prompt]) -> GoldReport:
+    def check_references(self, prompts: Iterable[Prompt]) -> ReferenceReport:
         """Check of every reference that an answer could be graded as right against it.
 
         Maths is read for what is no answer, then checked by the workers that will compare it; code by running the
@@ -231,13 +226,13 @@ class Verifiers:
         Kinds that we do not grade ourselves are taken as they are. A failure of ours is no fault of a reference.
         """
         waiting: list[tuple[int, str, Future[str]]] = []
-        bad: list[BadGold] = []
+        bad: list[BadReference] = []
         checked = 0
         for row, prompt in enumerate(prompts):
             checked += 1
             if prompt.kind == "exact":
                 if not prompt.answer.strip() or "#" in prompt.answer:
-                    bad.append(BadGold(row=row, source=prompt.source, reason="empty, or with a # in it"))
+                    bad.append(BadReference(row=row, source=prompt.source, reason="empty, or with a # in it"))
                 continue
             grader = self._grader(prompt.kind)
             if isinstance(grader, MathGrader):
@@ -247,8 +242,8 @@ class Verifiers:
         for row, source, found in waiting:
             reason = found.result()
             if reason:
-                bad.append(BadGold(row=row, source=source, reason=reason))
-        return GoldReport(checked=checked, bad=sorted(bad, key=lambda gold: gold.row))
+                bad.append(BadReference(row=row, source=source, reason=reason))
+        return ReferenceReport(checked=checked, bad=sorted(bad, key=lambda one: one.row))
 
     def close(self) -> None:
         """End all workers; what still runs becomes unknown. Idempotent; no process, descriptor or file is left."""

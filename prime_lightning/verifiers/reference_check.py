@@ -6,7 +6,6 @@ little: a whole solution does so, too, and no answer equals it.
 
 from __future__ import annotations
 
-from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from prime_lightning.verifiers.references import BOXED, boxed, complaint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BadGold:
+class BadReference:
     """A reference that cannot be graded against."""
 
     row: int
@@ -27,35 +26,30 @@ class BadGold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GoldReport:
-    """The outcome of `Verifiers.check_golds`.
+class ReferenceReport:
+    """The outcome of `Verifiers.check_references`.
 
     Example:
-        >>> report = GoldReport(checked=3, bad=[BadGold(row=1, source="sums", reason="empty")])
+        >>> report = ReferenceReport(checked=3, bad=[BadReference(row=1, source="sums", reason="empty")])
         >>> report.usable, str(report)
         ([0, 2], '1 of 3 references cannot be used and their rows are dropped: sums row 1 (empty)')
     """
 
     checked: int
     """How many prompts."""
-    bad: list[BadGold] = field(default_factory=list)
+    bad: list[BadReference] = field(default_factory=list)
     """In the order of their rows."""
 
     @property
     def usable(self) -> list[int]:
         """Positions of the prompts to keep."""
-        dropped = {gold.row for gold in self.bad}
+        dropped = {bad.row for bad in self.bad}
         return [row for row in range(self.checked) if row not in dropped]
-
-    @property
-    def per_source(self) -> dict[str, int]:
-        """Dropped rows of each data set."""
-        return dict(Counter(gold.source for gold in self.bad))
 
     def __str__(self) -> str:
         if not self.bad:
             return f"all {self.checked} references agree with themselves"
-        listed = ", ".join(f"{gold.source or 'unnamed'} row {gold.row} ({gold.reason})" for gold in self.bad[:20])
+        listed = ", ".join(f"{bad.source or 'unnamed'} row {bad.row} ({bad.reason})" for bad in self.bad[:20])
         more = f" and {len(self.bad) - 20} more" if len(self.bad) > 20 else ""
         return f"{len(self.bad)} of {self.checked} references cannot be used and their rows are dropped: {listed}{more}"
 

@@ -103,18 +103,14 @@ def whole(log_ratio_BT, mask_BT):
     return score_BT
 
 
-def detached_dpo(log_ratio_BT, outcome_B, mask_BT, beta, samples, mode):
-    """The recipe's `compute_detach_dpo_loss_rm`, its batch-wide Q values being those of the same forward."""
+def detached_dpo(log_ratio_BT, outcome_B, mask_BT, beta, samples):
+    """The recipe's `compute_detach_dpo_loss_rm` of mode `none`; its batch-wide Q values are of the same forward."""
     score_B = (log_ratio_BT * mask_BT).sum(1)
-    losses, weights = [], []
+    losses = []
     for i in range(len(score_B)):
         group = slice(i // samples * samples, i // samples * samples + samples)
         others, labels = score_B[group].detach(), outcome_B[group]
         against = others[labels < outcome_B[i]] if outcome_B[i] > 0 else others[labels > outcome_B[i]]
         margin = score_B[i] * beta - (against.mean() * beta if len(against) else 0.0)
         losses.append(-torch.log(torch.sigmoid(margin if outcome_B[i] > 0 else -margin)))
-        ranked = labels <= outcome_B[i] if mode == "bon_acc" else others * beta <= score_B[i] * beta
-        weights.append(samples * ranked.float().mean() ** (samples - 1))
-    if mode == "none":
-        return torch.stack(losses).mean()
-    return (torch.stack(losses) * torch.stack(weights)).sum()
+    return torch.stack(losses).mean()

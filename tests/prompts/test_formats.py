@@ -106,7 +106,7 @@ def test_a_row_of_a_published_set_is_asked_and_graded(name, tmp_path, verifiers,
     assert ASK in prompt.text
     assert "42" not in prompt.text
     assert prompt.answer == "42"
-    assert not verifiers.check_golds(prompts.references()).bad
+    assert not verifiers.check_references(prompts.references()).bad
     assert graded(prompt, verifiers) == ["correct", "wrong"]
 
 
@@ -195,4 +195,4 @@ def test_rows_without_an_answer_are_named_and_left_out_on_request(tmp_path):
     with pytest.warns(UserWarning, match="row 1: no answer"):
         kept = DatasetPrompts(path, drop_unanswered=True)
     with Verifiers(workers=1) as verifiers:
-        assert "rows row 1 (no answer, but 'proof')" in str(verifiers.check_golds(kept.references()))
+        assert "rows row 1 (no answer, but 'proof')" in str(verifiers.check_references(kept.references()))

@@ -196,7 +196,7 @@ def test_tokens_with_non_finite_logprobs_are_dropped_and_counted(warm_model, tmp
         {"policy_loss": PolicyLoss(aggregate="sequence", entropy_weight=0.01, importance_cap=None)},
         {"policy_loss": PolicyLoss(aggregate="constant", constant_length=8, clip_high=0.28)},
         {"process_reward": ProcessReward(replay=Replaying(iterations=2))},
-        {"prm_loss": alg.dpo_bon_reward},
+        {"prm_loss": alg.dpo_detached},
         {"loading": Loading(gradient_checkpointing=True, packed=True, chunk_tokens=16)},
         {"loading": Loading(dtype="bfloat16", attention="eager")},
         {"schedule": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.5, total_iters=2)},

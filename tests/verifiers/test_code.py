@@ -231,7 +231,7 @@ def test_calibration_finds_how_a_task_is_run_and_remembers(tier: str, tmp_path: 
     }
     with Verifiers(workers=1, code=CodeOptions(cache_folder=str(tmp_path))) as verifiers:
         prompts = {name: prompt("code", row=row) for name, row in rows.items()}
-        assert not verifiers.check_golds(prompts.values()).bad
+        assert not verifiers.check_references(prompts.values()).bad
         plans = [json.loads(file.read_text()) for file in tmp_path.glob("*/*.json")]
         assert sorted((plan["mode"], plan["in_place"], tuple(plan["asserts"])) for plan in plans) == [
             ("calls", False, ()),
@@ -246,11 +246,11 @@ def test_calibration_finds_how_a_task_is_run_and_remembers(tier: str, tmp_path: 
     for file in tmp_path.glob("*/*.json"):  # a second run reads the plans and does not run the references
         file.write_text(json.dumps({"unusable": "from disk"}))
     with Verifiers(workers=1, code=CodeOptions(cache_folder=str(tmp_path))) as verifiers:
-        assert {gold.reason for gold in verifiers.check_golds(prompts.values()).bad} == {"from disk"}
+        assert {one.reason for one in verifiers.check_references(prompts.values()).bad} == {"from disk"}
     for file in tmp_path.glob("*/*.json"):
         file.write_text("{broken")
     with Verifiers(workers=1, code=CodeOptions(cache_folder=str(tmp_path))) as verifiers:
-        assert not verifiers.check_golds(prompts.values()).bad
+        assert not verifiers.check_references(prompts.values()).bad
 
 
 @needs_sandbox

@@ -150,7 +150,7 @@ def test_a_row_of_each_public_set(verifiers: Verifiers, name: str, tmp_path: Pat
     )
     (trained,) = data.references()
     for asked in (trained, prompt("code", row=row), prompt("code", row=json.loads(json.dumps(row)))):
-        assert not verifiers.check_golds([asked]).bad
+        assert not verifiers.check_references([asked]).bad
         verdicts = {
             text: verifiers.verify(asked, f"```python\n{text}\n```") for text in (right, PRINTS_3, "print(8)", "")
         }
@@ -204,7 +204,7 @@ UNITS = {
 def test_functions_and_classes_are_run(verifiers: Verifiers, name: str, reference: str) -> None:
     test, right, wrong = UNITS[name]
     asked = prompt("code", row={"test": test, "reference_solution": reference})
-    assert not verifiers.check_golds([asked]).bad
+    assert not verifiers.check_references([asked]).bad
     assert verifiers.verify(asked, right).label is Label.CORRECT, verifiers.verify(asked, right)
     for text in (wrong, PRINTS_3, "", "def other(): pass"):
         assert verifiers.verify(asked, text).score < 1.0, text
@@ -262,7 +262,7 @@ UNUSABLE = {
 def test_a_task_that_cannot_be_run_is_unusable_and_no_program_is_wrong(verifiers: Verifiers, name: str) -> None:
     row, reason = UNUSABLE[name]
     asked = prompt("code", row=row)
-    (bad,) = verifiers.check_golds([prompt("code", row={"tests": ["assert f() == 1"]}), asked]).bad
+    (bad,) = verifiers.check_references([prompt("code", row={"tests": ["assert f() == 1"]}), asked]).bad
     assert bad.row == 1
     assert reason in bad.reason
     for program in (ADD, PRINTS_3):

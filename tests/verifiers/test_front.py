@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import pickle
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from prime_lightning.rollout import Label, Prompt, Verdict
-from prime_lightning.verifiers import CodeOptions, HttpVerifier, UserOptions, VerdictCounts, Verifiers, verify
+from prime_lightning.verifiers import CodeOptions, HttpVerifier, UserOptions, Verifiers, verify
 
 from .conftest import TIERS, prompt
 
@@ -186,30 +185,6 @@ def test_closing_breaks_off_a_remote_request(service: tuple[str, list[dict[str, 
     assert future.result(timeout=10).label is Label.UNKNOWN
 
 
-def test_counts_per_source() -> None:
-    with Verifiers(workers=1) as verifiers:
-        for text in ("# 1", "# 1", "# 2"):
-            verifiers.verify(prompt("exact", "1", source="sums"), text)
-        verifiers.verify(prompt("math", "1", source="maths"), r"\boxed{1}")
-        metrics = verifiers.counts.metrics()
-    assert metrics["verdicts/sums/correct"] == 2
-    assert metrics["verdicts/sums/wrong"] == 1
-    assert metrics["verdicts/maths/correct"] == 1
-    assert verifiers.counts.reasons()["sums"] == {"compared exactly": 3}
-
-
-def test_many_unknown_verdicts_raise_an_alarm(caplog) -> None:
-    counts = VerdictCounts()
-    with caplog.at_level(logging.WARNING):
-        for number in range(200):
-            counts.add("maths", Verdict.unknown("worker died") if number == 150 else Verdict.of_score(1.0))
-        assert not caplog.records
-        for _ in range(3):
-            counts.add("maths", Verdict.unknown("worker died"))
-    assert "more than 1 %" in caplog.text
-    assert counts.unknown_share() == pytest.approx(4 / 203)
-
-
 def test_references_are_checked_for_every_kind(tier: str, tmp_path: Path) -> None:
     prompts = [
         prompt("exact", "7"),
@@ -225,8 +200,8 @@ def test_references_are_checked_for_every_kind(tier: str, tmp_path: Path) -> Non
             prompt("code", row={}),
         ]
     with Verifiers(workers=1, code=CodeOptions(cache_folder=str(tmp_path))) as verifiers:
-        report = verifiers.check_golds(prompts)
-        assert [gold.row for gold in report.bad] == ([1, 5, 6] if TIERS else [1])
+        report = verifiers.check_references(prompts)
+        assert [one.row for one in report.bad] == ([1, 5, 6] if TIERS else [1])
         if TIERS:
             assert "the reference fails its tests" in report.bad[1].reason
             verdict = verifiers.verify(prompts[5], "def f(x): return 3")

@@ -100,13 +100,13 @@ def test_references_of_public_sets_agree_with_themselves(rows, verifiers: Verifi
         )
         for row in rows(name)
     ]
-    assert not verifiers.check_golds(prompts).bad
+    assert not verifiers.check_references(prompts).bad
 
 
 def test_an_unusable_reference_is_named_with_its_row(verifiers: Verifiers) -> None:
-    report = verifiers.check_golds(
+    report = verifiers.check_references(
         [prompt("math", answer) for answer in ("1", "", r"\frac{1}{", "x" * 1001, "2", "x^2")]
     )
-    assert [gold.row for gold in report.bad] == [1, 2, 3]
+    assert [one.row for one in report.bad] == [1, 2, 3]
     assert report.usable == [0, 4, 5]
     assert "row 2" in str(report)

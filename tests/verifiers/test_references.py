@@ -103,8 +103,8 @@ def test_what_is_no_answer_is_named(value: Any, said: str) -> None:
     ],
 )  # fmt: skip
 def test_a_reference_that_no_answer_meets_is_named(verifiers: Verifiers, reference: str, said: str) -> None:
-    report = verifiers.check_golds([prompt("math", "1"), prompt("math", reference), prompt("math", "2")])
-    assert [gold.row for gold in report.bad] == [1]
+    report = verifiers.check_references([prompt("math", "1"), prompt("math", reference), prompt("math", "2")])
+    assert [one.row for one in report.bad] == [1]
     assert said in report.bad[0].reason
     assert report.usable == [0, 2]
 
@@ -120,7 +120,7 @@ def test_a_reference_that_no_answer_meets_is_named(verifiers: Verifiers, referen
     ],
 )  # fmt: skip
 def test_what_an_answer_can_meet_is_kept(verifiers: Verifiers, reference: str) -> None:
-    assert not verifiers.check_golds([prompt("math", reference)]).bad
+    assert not verifiers.check_references([prompt("math", reference)]).bad
 
 
 @pytest.fixture(scope="module")
