@@ -30,7 +30,7 @@ from torch import Tensor
 
 from prime_lightning.cli.commands.quickstart import config, quiet
 from prime_lightning.cli.lightning_cli import lightning
-from prime_lightning.engines import Kept
+from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.prompts.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.rollout import Completion, Prompt, Sampling
@@ -71,7 +71,7 @@ class ChildEngine:
         self.version = version
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         yield from self._ask("stream", list(prompts), sampling)
 

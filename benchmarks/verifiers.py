@@ -26,7 +26,7 @@ from rich.table import Table
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import CodeOptions, MathOptions, Verifiers
 from prime_lightning.verifiers.code.run import Runner
-from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, machine_tiers
 
 Pair = tuple[Prompt, str]
 HOSTILE = {
@@ -88,7 +88,7 @@ def code(options: CodeOptions, workers: int, data: Path | None) -> dict[str, Any
     for _ in range(5):
         begun = time.perf_counter()
         runner = Runner(
-            machine_tiers()[0] if options.tier == "auto" else options.tier, options, Guest(module="programs")
+            machine_tiers()[0] if options.tier == "auto" else options.tier, options, ZygoteSpec(module="programs")
         )
         starts.append(time.perf_counter() - begun)
         runner.close()

@@ -1,4 +1,4 @@
-"""Imports go downwards only, and each heavy guest has its doors. CONTRIBUTING.md says what the rooms know."""
+"""Imports go downwards only, and each heavy package has its doors. CONTRIBUTING.md says what the rooms know."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -105,11 +105,11 @@ def test_no_import_cycle():
     TopologicalSorter(OWN).prepare()  # raises on a cycle
 
 
-@pytest.mark.parametrize("guest", DOORS)
-def test_guests_use_their_doors(guest):
+@pytest.mark.parametrize("package", DOORS)
+def test_heavy_packages_use_their_doors(package):
     for name, found in GRAPH.items():
-        if any(i == guest or i.startswith(f"{guest}.") for i in found):
-            assert any(name == door or name.startswith(f"{door}.") for door in DOORS[guest]), f"{name}: {guest}"
+        if any(i == package or i.startswith(f"{package}.") for i in found):
+            assert any(name == door or name.startswith(f"{door}.") for door in DOORS[package]), f"{name}: {package}"
 
 
 def test_rooms_can_be_overlooked():

@@ -12,7 +12,7 @@ from toys import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prime_lightning.__main__ import main
-from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.evaluation.resources import resource
 
 LAYERS = ["prime.yaml", "model/smollm2-135m.yaml", "data/word_problems.yaml", "strategy/cpu.yaml"]
 STEPS = "First, add 34 and 49: 34 + 49 = 83.\nThe answer is \\boxed{83}."
@@ -66,7 +66,7 @@ def fit(model, folder, steps, *more):
     rows = [{"problem": problem, "answer": "1"} for problem in PROBLEMS]
     file = folder / "layer.yaml"
     file.write_text(json.dumps(layer(folder, write_jsonl(folder / "rows.jsonl", rows))))
-    words = [word for name in LAYERS for word in ("--config", str(shipped("conf", name)))]
+    words = [word for name in LAYERS for word in ("--config", str(resource("conf", name)))]
     words += ["--config", str(file), "--model.policy", model, "--trainer.max_steps", str(steps)]
     assert main(["fit", *words, *more]) == 0
     return folder

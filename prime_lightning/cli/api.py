@@ -32,7 +32,7 @@ from prime_lightning.cli.commands import rerank as reranking
 from prime_lightning.cli.commands import score as scoring
 from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.models.prm_folder import claim
-from prime_lightning.models.third_party_bars import calm
+from prime_lightning.models.third_party_bars import quiet_libraries
 from prime_lightning.report.page import write_report
 from prime_lightning.rollout.files import read_rows
 
@@ -229,7 +229,7 @@ def rerank(prm: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[
 
 
 def _run(command: str, words: list[str], main: Callable[[list[str]], Any], *, before: str = "") -> None:
-    calm()
+    quiet_libraries()
     print(f"$ {before}prime-lightning {shlex.join([command, *words])}", flush=True)
     try:
         main([command, *words])

@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 
-from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.evaluation.resources import resource
 from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prompts.dataset import CODE_USER, MATHS_USER, DatasetPrompts
 from prime_lightning.prompts.rows import load_rows
@@ -192,8 +192,8 @@ def _kind(out: Path, reward: Reward | str) -> str:
 def lower_layers(config: Any, out: Path) -> list[str]:
     """The files of all layers below the call's own; mappings are written into the run's folder."""
     cuda = torch.cuda.is_available()
-    layers = [shipped("conf", "train.yaml"), shipped("conf", "strategy", "one_gpu.yaml" if cuda else "cpu.yaml")]
-    layers += [shipped("conf", "engine", "vllm.yaml" if cuda and find_spec("vllm") else "hf.yaml")]
+    layers = [resource("conf", "train.yaml"), resource("conf", "strategy", "one_gpu.yaml" if cuda else "cpu.yaml")]
+    layers += [resource("conf", "engine", "vllm.yaml" if cuda and find_spec("vllm") else "hf.yaml")]
     for i, given in enumerate([config] if isinstance(config, (str, Path, Mapping)) else config):
         path = Path(str(given)) if not isinstance(given, Mapping) else out / f"config{i}.yaml"
         if isinstance(given, Mapping) and first_rank():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
-Kept = dict[int, dict[int, Completion]]
+FinishedSamples = dict[int, dict[int, Completion]]
 """Finished samples of groups that are not whole, by the prompt's `draw` and the sample's number."""
 
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
         ...
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each prompt with its `sampling.samples` completions as soon as all of them are finished, in any order.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from prime_lightning.engines import Kept
+from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.hf_cache import grown_cache
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
@@ -53,7 +53,7 @@ class HFEngine:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
         self.dtype = dtype_of(dtype, self.device.type == "cuda")
-        self._can_sleep, self._hollow = self.device.type != "cpu", False  # hollow: without weights
+        self._can_sleep, self._no_weights = self.device.type != "cpu", False
         self._lock = threading.Lock()  # weights come between two forward passes, from whichever thread
 
     def start(self, model: str) -> None:
@@ -64,7 +64,7 @@ class HFEngine:
         warn_of_float32(self.dtype, self.device.type == "cuda", self.model.num_parameters())
         self.unused = torch.tensor(ids_without_token(model, self.tokenizer), dtype=torch.long, device=self.device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.version, self._hollow = -1, False
+        self.version, self._no_weights = -1, False
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config.eos_token_id)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -83,13 +83,13 @@ class HFEngine:
                 missing.pop(id(own[name]), None)
             if missing:
                 raise ValueError(f"Expected all weights of the policy, got none for {sorted(missing.values())[:3]} ...")
-            self.version, self._hollow = version, False
+            self.version, self._no_weights = version, False
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield groups as they finish, batch by batch in the order of the prompts."""
-        if self._hollow:
+        if self._no_weights:
             raise ValueError("Expected an engine with weights, got one that slept: `wake` and sync it.")
         step, done = max(1, self.batch_size // sampling.samples), 0
         while done < len(prompts):  # which may have become more
@@ -101,16 +101,16 @@ class HFEngine:
     def sleep(self) -> None:
         """Give up the weights' memory on a GPU: they are sent again before the next sample."""
         with self._lock:
-            if self._can_sleep and not self._hollow:
+            if self._can_sleep and not self._no_weights:
                 self._sizes = {storage: storage.nbytes() for storage in self._storages()}
                 for storage in self._sizes:
                     storage.resize_(0)
-                self.version, self._hollow = -1, True
+                self.version, self._no_weights = -1, True
 
     def wake(self) -> None:
         """Take the memory back; the weights must be sent."""
         with self._lock:
-            if self._hollow:
+            if self._no_weights:
                 torch.cuda.empty_cache()
                 for storage, nbytes in self._sizes.items():
                     storage.resize_(nbytes)
@@ -123,7 +123,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def _sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         rows, groups = _Rows.of(prompts, sampling), Groups(prompts, sampling.samples, kept)
         # Which row stands in each place of the batch:

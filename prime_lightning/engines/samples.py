@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from prime_lightning.engines import Kept
+from prime_lightning.engines import FinishedSamples
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
 
 
@@ -115,7 +115,7 @@ class Groups:
         ([(7, 2)], 0)
     """
 
-    def __init__(self, prompts: Sequence[Prompt], samples: int, kept: Kept | None = None) -> None:
+    def __init__(self, prompts: Sequence[Prompt], samples: int, kept: FinishedSamples | None = None) -> None:
         self.prompts, self.samples, self._kept = prompts, samples, kept
         self._open: dict[int, dict[int, Completion]] = {}
         self.known = 0

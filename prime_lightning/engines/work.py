@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from prime_lightning.engines import Kept
+from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.samples import Groups, sample_seeds
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
@@ -46,7 +46,7 @@ class Work:
     """Requests that an engine has taken and not finished."""
     closed: bool = False
     """Nobody waits for the rest."""
-    kept: Kept | None = None
+    kept: FinishedSamples | None = None
     """See `Engine.stream`."""
 
     def __post_init__(self) -> None:

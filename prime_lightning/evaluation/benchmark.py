@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.evaluation.resources import resource
 from prime_lightning.prompts.benchmark_rows import BenchmarkRows
 from prime_lightning.prompts.dataset import Prompts, Template
 from prime_lightning.rollout import Sampling
@@ -120,7 +120,7 @@ def load_benchmark(name: str) -> Benchmark:
     Raises:
         ValueError: if there is none, or its file says something else than a benchmark.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped(*FOLDER) / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else resource(*FOLDER) / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"Expected a benchmark of {benchmark_names()} or a YAML file, got {name!r}.")
     parser = ArgumentParser(exit_on_error=False)
@@ -140,11 +140,11 @@ def benchmark_names() -> list[str]:
         >>> "aime2024" in benchmark_names()
         True
     """
-    return sorted(path.stem for path in shipped(*FOLDER).glob("*.yaml"))
+    return sorted(path.stem for path in resource(*FOLDER).glob("*.yaml"))
 
 
 def _templates(group: str) -> dict[str, Template]:
-    groups = yaml.safe_load(shipped("evals", "templates.yaml").read_text())
+    groups = yaml.safe_load(resource("evals", "templates.yaml").read_text())
     if group not in groups:
         raise ValueError(f"Expected a group of templates of {sorted(groups)}, got {group!r}.")
     return {name: Template(**fields) for name, fields in groups[group].items()}

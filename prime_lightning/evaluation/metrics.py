@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import evaluate
 
-from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.evaluation.resources import resource
 from prime_lightning.evaluation.statistics import mean_and_error
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import Verifiers
@@ -88,10 +88,10 @@ def load_metric(name: str, kind: str | None = None, answer: str = "boxed") -> Pr
         >>> load_metric("math_accuracy").problem([r"\boxed{1}", "two"], [1.0, 0.0])
         {'avg2': 0.5}
     """
-    folder = Path(name) if "/" in name else shipped("evals", "metrics", name)
+    folder = Path(name) if "/" in name else resource("evals", "metrics", name)
     script = folder / f"{folder.name}.py"
     if not script.is_file():
-        known = sorted(p.name for p in shipped("evals", "metrics").iterdir())
+        known = sorted(p.name for p in resource("evals", "metrics").iterdir())
         raise ValueError(f"Expected a metric of {known} or a folder with {script.name}, got {name!r}.")
     loaded = evaluate.load(str(folder), keep_in_memory=True)
     if not isinstance(loaded, ProblemMetric):

@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prime_lightning.models.attention import check_attention
-from prime_lightning.models.third_party_bars import GuestBar
+from prime_lightning.models.third_party_bars import ThirdPartyBar
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,7 +52,7 @@ def load_causal_lm(name: str, *, dtype: str = "float32", attention: str = "sdpa"
     base = base_of(name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base, dtype=getattr(torch, dtype, dtype), attn_implementation=attention, tqdm_class=GuestBar
+            base, dtype=getattr(torch, dtype, dtype), attn_implementation=attention, tqdm_class=ThirdPartyBar
         )
     except ImportError as error:
         raise ValueError(_not_installed(attention, error)) from error

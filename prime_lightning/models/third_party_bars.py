@@ -20,7 +20,7 @@ TIPS = "lightning.pytorch.utilities.rank_zero"
 """The logger by which Lightning recommends other products."""
 
 
-class GuestBar(tqdm):  # type: ignore[misc]
+class ThirdPartyBar(tqdm):  # type: ignore[misc]
     """A `tqdm` that Rich draws, for downloads and for the loading and writing of weights; it goes away when done.
 
     Nothing is drawn where there is no terminal, or while a run has bars of its own (`silent`).
@@ -39,20 +39,20 @@ class GuestBar(tqdm):  # type: ignore[misc]
         if self.disable:
             return
         with self._lock_screen:
-            if GuestBar._screen is None:
+            if ThirdPartyBar._screen is None:
                 columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}")
                 console = Console(stderr=True)
-                GuestBar._screen = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-                GuestBar._screen.start()
-                atexit.register(GuestBar.leave_screen)
-            self._task = GuestBar._screen.add_task(self.desc or "", total=self.total, count=self._count())
+                ThirdPartyBar._screen = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+                ThirdPartyBar._screen.start()
+                atexit.register(ThirdPartyBar.leave_screen)
+            self._task = ThirdPartyBar._screen.add_task(self.desc or "", total=self.total, count=self._count())
         self.display()
 
     def display(self, *args: Any, **options: Any) -> None:
         """Show where it stands."""
         with self._lock_screen:
-            if self._task is not None and GuestBar._screen is not None:
-                GuestBar._screen.update(
+            if self._task is not None and ThirdPartyBar._screen is not None:
+                ThirdPartyBar._screen.update(
                     self._task, description=self.desc or "", total=self.total, completed=self.n, count=self._count()
                 )
 
@@ -61,20 +61,20 @@ class GuestBar(tqdm):  # type: ignore[misc]
         super().close()
         self.display()
         with self._lock_screen:
-            if self._task is not None and GuestBar._screen is not None:
-                GuestBar._screen.refresh()
-                GuestBar._screen.remove_task(self._task)
+            if self._task is not None and ThirdPartyBar._screen is not None:
+                ThirdPartyBar._screen.refresh()
+                ThirdPartyBar._screen.remove_task(self._task)
                 self._task = None
-                if not GuestBar._screen.tasks:
+                if not ThirdPartyBar._screen.tasks:
                     self.leave_screen()
 
     @classmethod
     def leave_screen(cls) -> None:
         """Give the terminal back."""
         with cls._lock_screen:
-            if GuestBar._screen is not None:
-                GuestBar._screen.stop()
-                GuestBar._screen = None
+            if ThirdPartyBar._screen is not None:
+                ThirdPartyBar._screen.stop()
+                ThirdPartyBar._screen = None
 
     def _count(self) -> str:
         """`3/27`, or sizes."""
@@ -82,7 +82,7 @@ class GuestBar(tqdm):  # type: ignore[misc]
         return "/".join(written)
 
 
-def calm() -> None:
+def quiet_libraries() -> None:
     """Make other packages as quiet as this one; the commands call it before anything else."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, where it is installed, warns of every CPU
@@ -99,7 +99,7 @@ def calm() -> None:
 def _rich(factory: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A bar of transformers; a factory that is no class of tqdm is one that was switched off."""
     shown = isinstance(factory, type) and issubclass(factory, tqdm)
-    return GuestBar(*args, **options) if shown else factory(*args, **options)
+    return ThirdPartyBar(*args, **options) if shown else factory(*args, **options)
 
 
 def _no_tip(record: logging.LogRecord) -> bool:

@@ -111,11 +111,11 @@ MEASURED_ON = {
 }
 
 
-def told(found: dict[str, dict[str, Any]]) -> str:
+def summary(found: dict[str, dict[str, Any]]) -> str:
     """What `of_run` found, in words.
 
     Example:
-        >>> print(told({"online": {"auc": 0.7, "steps": 900, "wrong_steps": 50}}))
+        >>> print(summary({"online": {"auc": 0.7, "steps": 900, "wrong_steps": 50}}))
         Right steps rewarded above wrong ones (step-level AUC, 0.5 is chance):
           0.700  online, on the logged rollouts (900 steps, 50 wrong)
     """

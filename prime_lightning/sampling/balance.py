@@ -53,8 +53,8 @@ def balanced(batch: Batch) -> Batch:
     A rank for which none is left gets one row that counts for nothing.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    told = of_all_ranks(tokens_of_groups(batch))
-    costs = dict(sorted((group, cost) for one in told for group, cost in one.items()))
+    gathered = of_all_ranks(tokens_of_groups(batch))
+    costs = dict(sorted((group, cost) for one in gathered for group, cost in one.items()))
     home = dict(zip(costs, assign(list(costs.values()), world), strict=True))
     here = [None if other == rank else _of(batch, home, other) for other in range(world)]
     parts = [part for part in (_of(batch, home, rank), *_exchanged(here, rank, world)) if part is not None]

@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.engines import Engine, Kept, check_truncated_logprobs
+from prime_lightning.engines import Engine, FinishedSamples, check_truncated_logprobs
 from prime_lightning.models.batch import Batch
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Completion, Group, Prompt, Rollout, Sampling, Verdict
 from prime_lightning.sampling.acceptance import Acceptance, AccuracyFilter
-from prime_lightning.sampling.positions import restored, saved, share
+from prime_lightning.sampling.positions import redistribute, restored, saved
 from prime_lightning.sampling.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
@@ -88,7 +88,7 @@ class Round:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         tally: Tally,
-        kept: Kept | None = None,
+        kept: FinishedSamples | None = None,
     ) -> None:
         self.source, self.sampling, self.tally = source, sampling, tally
         self.undecided = deque(prompts)
@@ -176,7 +176,7 @@ class TrainingLoader:
         self.surplus: list[Group] = []
         self.rejected: list[Group] = []  # while this batch is filled
         self.acceptance = Acceptance()
-        self.kept: Kept = {}
+        self.kept: FinishedSamples = {}
         self._checked = options.sampling.truncation == 0 or options.sampling.temperature == 0
         self.tally: Tally | None = None  # of the batch that is being filled, for the progress bar
 
@@ -253,7 +253,7 @@ class TrainingLoader:
             check_truncated_logprobs(self.source.engine, prompt, self.options.sampling)
             self._checked = True
 
-    def _same_weights(self) -> Kept | None:
+    def _same_weights(self) -> FinishedSamples | None:
         """The finished samples of aborted groups that the present weights would draw again; None if there are none."""
         if self.options.max_age == 0 or self.options.surplus == "keep":
             return None  # nothing is begun twice with the same weights
@@ -352,7 +352,7 @@ class TrainingLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this rank's share of the saved positions of all ranks (`{"ranks": [state, ...]}`), or one state."""
-        state = share(state["ranks"], self.rank, self.world) if "ranks" in state else state
+        state = redistribute(state["ranks"], self.rank, self.world) if "ranks" in state else state
         self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
         self.source.prompts.load_state_dict(state.get("order", {}))
         self.surplus = [[self._restored(row) for row in group] for group in json.loads(state["surplus"])]

@@ -10,7 +10,7 @@ from typing import Any
 from prime_lightning.rollout import Completion, Finish, Label, Prompt, Rollout, Verdict
 
 
-def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+def redistribute(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
     """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
 
     No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued. On another
@@ -18,7 +18,7 @@ def share(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str
 
     Example:
         >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
-        >>> share(states, rank=0, world=1)
+        >>> redistribute(states, rank=0, world=1)
         {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
     """
     if len(of_ranks) == world:

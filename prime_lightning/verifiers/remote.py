@@ -57,7 +57,7 @@ class HttpVerifier:
 
     def __call__(self, prompt: Prompt, text: str) -> Verdict:
         """Ask and wait, on a connection of its own."""
-        line = _Line(self)
+        line = _Connection(self)
         try:
             return line.grade(prompt, text)
         finally:
@@ -68,7 +68,7 @@ class _Refused(Exception):  # noqa: N818  (what happened)
     """An answer that another attempt would not change."""
 
 
-class _Line:
+class _Connection:
     """One connection, kept open between requests: what the pool calls a worker."""
 
     def __init__(self, verifier: HttpVerifier) -> None:
@@ -154,7 +154,7 @@ class RemoteGrader:
     """
 
     def __init__(self, verifier: HttpVerifier, *, pending: int) -> None:
-        self._pool = Pool(lambda: _Line(verifier), workers=verifier.connections, pending=pending)
+        self._pool = Pool(lambda: _Connection(verifier), workers=verifier.connections, pending=pending)
 
     def grade(self, prompt: Prompt, text: str) -> Future[Verdict]:
         """The remote verdict; unknown when it cannot be had."""

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 
 from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.verifiers.options import UserOptions
-from prime_lightning.verifiers.workers.launch import Guest
-from prime_lightning.verifiers.workers.persistent import Brood, LastingWorker, TimedOut
+from prime_lightning.verifiers.workers.launch import ZygoteSpec
+from prime_lightning.verifiers.workers.persistent import ForkServer, PersistentWorker, TimedOut
 from prime_lightning.verifiers.workers.pool import Pool
 
 
@@ -33,21 +33,21 @@ class UserGrader:
     def __init__(self, function: str, options: UserOptions, *, workers: int, pending: int) -> None:
         self._function, self._options = function, options
         folders = dict.fromkeys(os.path.realpath(entry or os.curdir) for entry in sys.path)
-        guest = Guest(
+        spec = ZygoteSpec(
             module="user",
             path=tuple(folder for folder in folders if os.path.isdir(folder)),
             settings=(("function", function),),
             whole_package=True,
             inherits=not options.sandbox,
         )
-        self._brood = Brood(guest, protected=options.sandbox, memory_bytes=options.memory_megabytes << 20)
-        self._pool = Pool(lambda: LastingWorker(self._brood), workers=workers, pending=pending)
+        self._fork_server = ForkServer(spec, protected=options.sandbox, memory_bytes=options.memory_megabytes << 20)
+        self._pool = Pool(lambda: PersistentWorker(self._fork_server), workers=workers, pending=pending)
 
     def grade(self, prompt: Prompt, text: str) -> Future[Verdict]:
         """The function's word on a completion. The future fails only with `WorkerDied`."""
         return self._pool.submit(lambda worker: self._verdict(prompt, text, worker))
 
-    def _verdict(self, prompt: Prompt, text: str, worker: LastingWorker) -> Verdict:
+    def _verdict(self, prompt: Prompt, text: str, worker: PersistentWorker) -> Verdict:
         begun = time.perf_counter()
         try:
             question = pickle.dumps((dataclasses.replace(prompt, row=dict(prompt.row)), text))
@@ -65,6 +65,6 @@ class UserGrader:
 
     def close(self) -> None:
         """End all workers. Idempotent."""
-        self._brood.kill()
+        self._fork_server.kill()
         self._pool.close()
-        self._brood.close()
+        self._fork_server.close()

@@ -11,7 +11,7 @@ from real_model import PROBLEMS, smollm2
 from prime_lightning.__main__ import main
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.engines.vllm.engine import VLLMEngine
-from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.evaluation.resources import resource
 from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prompts.dataset import DatasetPrompts
 from prime_lightning.rollout import Sampling
@@ -77,7 +77,7 @@ def test_it_trains_on_what_vllm_samples_with_the_weights_of_each_iteration(model
     }  # fmt: skip
     file = tmp_path / "layer.yaml"
     file.write_text(json.dumps(layer))
-    words = [word for name in LAYERS for word in ("--config", str(shipped("conf", name)))]
+    words = [word for name in LAYERS for word in ("--config", str(resource("conf", name)))]
     assert main(["fit", *words, "--config", str(file)]) == 0
     rows = list(csv.DictReader((tmp_path / "csv" / "version_0" / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["0", "1"]

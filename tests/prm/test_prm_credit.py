@@ -6,7 +6,7 @@ import pytest
 from prm_rows import CHAINS, labelled_rows
 
 from prime_lightning.prm import ImplicitPRM
-from prime_lightning.prm.credit import STEPS, held_out, of_run, online, step_auc, told
+from prime_lightning.prm.credit import STEPS, held_out, of_run, online, step_auc, summary
 from prime_lightning.prompts.arithmetic import DIGITS, step_truth
 
 
@@ -67,5 +67,5 @@ def test_a_run_is_told_of_in_three_lines(prime_run, warm_model, tmp_path):
     }
     assert [
         f"{one['steps']:,} steps" in line
-        for one, line in zip(found.values(), told(found).splitlines()[1:], strict=True)
+        for one, line in zip(found.values(), summary(found).splitlines()[1:], strict=True)
     ]

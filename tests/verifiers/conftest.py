@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers.code import answer as code_answer
-from prime_lightning.verifiers.workers import persistent as lasting
+from prime_lightning.verifiers.workers import persistent
 from prime_lightning.verifiers.workers.launch import machine_tiers
 
 TIERS = machine_tiers()
@@ -29,7 +29,7 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each tier that this machine has, in turn: whoever starts a grader gets this one and no other."""
     only = tuple(tier for tier in (request.param,) if tier != "limits")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (code_answer, lasting):
+        for module in (code_answer, persistent):
             patch.setattr(module, "machine_tiers", lambda: only)
         yield request.param
 

@@ -270,8 +270,8 @@ import os, signal, sys, time
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers import Verifiers
 from prime_lightning.verifiers.code import answer as code_answer
-from prime_lightning.verifiers.workers import persistent as lasting
-code_answer.machine_tiers = lasting.machine_tiers = lambda: tuple(sys.argv[4:])
+from prime_lightning.verifiers.workers import persistent
+code_answer.machine_tiers = persistent.machine_tiers = lambda: tuple(sys.argv[4:])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 verifiers = Verifiers(workers=2)
 kinds = [("math", {}, r"\boxed{x\cdot x}", "x^2")]

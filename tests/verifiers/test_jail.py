@@ -24,7 +24,6 @@ FLOORS = [
         "jail.units",
         "code.rows",
         "options",
-        "counts",
         "workers.pool",
         "maths.text",
         "maths.units",

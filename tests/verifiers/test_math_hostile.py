@@ -17,8 +17,8 @@ from prime_lightning.verifiers.code.text import program
 from prime_lightning.verifiers.maths.compare import compare
 from prime_lightning.verifiers.maths.final import after_reasoning, last_lines, stated
 from prime_lightning.verifiers.maths.text import boxes
-from prime_lightning.verifiers.workers.launch import Guest, libraries
-from prime_lightning.verifiers.workers.persistent import Brood, LastingWorker, TimedOut, WorkerCrashed
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, libraries
+from prime_lightning.verifiers.workers.persistent import ForkServer, PersistentWorker, TimedOut, WorkerCrashed
 
 from .conftest import prompt
 
@@ -125,9 +125,11 @@ def test_no_text_is_executed(tier: str, tmp_path: Path) -> None:
 
 def test_workers_do_not_use_gmpy2(tier: str) -> None:
     """Its long operations cannot be interrupted; sympy picks it up by itself where it is installed."""
-    probe = Guest(module="maths", path=libraries(("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")))
-    brood = Brood(probe, protected=True, memory_bytes=2 << 30)
-    worker = LastingWorker(brood)
+    probe = ZygoteSpec(
+        module="maths", path=libraries(("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath"))
+    )
+    fork_server = ForkServer(probe, protected=True, memory_bytes=2 << 30)
+    worker = PersistentWorker(fork_server)
     try:
         question = json.dumps([["2"], ["10000000!"], True, 1e-6]).encode()
         with pytest.raises(TimedOut):
@@ -136,19 +138,21 @@ def test_workers_do_not_use_gmpy2(tier: str) -> None:
         assert worker.ask(again, cpu_seconds=5, wall_seconds=20) is True
     finally:
         worker.close()
-        brood.close()
+        fork_server.close()
 
 
 def test_a_killed_worker_is_told_from_a_wrong_answer(tier: str) -> None:
-    brood = Brood(Guest(module="maths", path=libraries(("math_verify", "sympy"))), protected=True, memory_bytes=2 << 30)
-    worker = LastingWorker(brood)
+    fork_server = ForkServer(
+        ZygoteSpec(module="maths", path=libraries(("math_verify", "sympy"))), protected=True, memory_bytes=2 << 30
+    )
+    worker = PersistentWorker(fork_server)
     try:
         worker.kill()
         with pytest.raises(WorkerCrashed):
             worker.ask(b'[["1"],["x"],true,0]', cpu_seconds=2, wall_seconds=5)
     finally:
         worker.close()
-        brood.close()
+        fork_server.close()
 
 
 def test_from_threads_and_coroutines(tier: str) -> None:

@@ -22,7 +22,7 @@ from prime_lightning.verifiers.code import answer as code_answer
 from prime_lightning.verifiers.code import selftest
 from prime_lightning.verifiers.code.run import Runner
 from prime_lightning.verifiers.jail import library
-from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, machine_tiers
 from prime_lightning.verifiers.workers.pool import WorkerDied
 from prime_lightning.verifiers.workers.sandbox import Zygote, memory_file
 
@@ -55,7 +55,7 @@ def misjudged(verifiers: Verifiers, attacks: list[Attack]) -> list[tuple[str, Ve
 
 
 def test_the_self_test_finds_no_leak(tier: str) -> None:
-    runner = Runner(tier, CodeOptions(), Guest(module="programs"))
+    runner = Runner(tier, CodeOptions(), ZygoteSpec(module="programs"))
     try:
         assert selftest.leaks(runner) == []
         assert selftest.faults(runner) == []
@@ -64,7 +64,7 @@ def test_the_self_test_finds_no_leak(tier: str) -> None:
 
 
 def test_the_probes_find_leaks_where_there_are_some() -> None:
-    runner = Runner("limits", CodeOptions(), Guest(module="programs"))
+    runner = Runner("limits", CodeOptions(), ZygoteSpec(module="programs"))
     try:
         assert {"reads a file of the user", "opens a TCP socket", "forks", "runs a program"} <= set(
             selftest.leaks(runner)
@@ -138,10 +138,10 @@ from prime_lightning.verifiers import CodeOptions
 from prime_lightning.verifiers.code import selftest
 from prime_lightning.verifiers.code.run import Runner
 from prime_lightning.verifiers.workers.pool import WorkerDied
-from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, machine_tiers
 for tier in machine_tiers():
     try:
-        runner = Runner(tier, CodeOptions(), Guest(module="programs"))
+        runner = Runner(tier, CodeOptions(), ZygoteSpec(module="programs"))
     except WorkerDied as error:
         print(tier, "does not start", error)
         continue
@@ -187,9 +187,9 @@ import os
 from prime_lightning.verifiers import CodeOptions
 from prime_lightning.verifiers.code import selftest
 from prime_lightning.verifiers.code.run import Runner
-from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, machine_tiers
 for tier in machine_tiers():
-    runner = Runner(tier, CodeOptions(), Guest(module="programs"))
+    runner = Runner(tier, CodeOptions(), ZygoteSpec(module="programs"))
     print(os.__file__, tier, selftest.leaks(runner), selftest.faults(runner))
     runner.close()
 """
@@ -248,7 +248,7 @@ def test_a_program_sees_no_descriptors_but_its_own(tier: str, tmp_path: Path) ->
 def test_the_self_test_says_what_does_not_run(tier: str, monkeypatch) -> None:
     """A module that is there outside and not inside; one that ends the process; and no word of other systems' ones."""
     pytest.importorskip("numpy")
-    with contextlib.closing(Runner(tier, CodeOptions(), Guest(module="programs"))) as runner:
+    with contextlib.closing(Runner(tier, CodeOptions(), ZygoteSpec(module="programs"))) as runner:
         assert selftest.faults(runner) == []
         (fault,) = selftest.faults(runner, ["numpy"])
         assert fault == "import numpy (ModuleNotFoundError: No module named 'numpy')"
@@ -341,4 +341,4 @@ def test_without_memory_files_jobs_travel_in_deleted_ones(monkeypatch, leaves_no
 
 def test_a_zygote_that_fails_says_why(tier: str) -> None:
     with pytest.raises(WorkerDied, match="no_such_module"):
-        Zygote(tier, Guest(module="programs", modules=("no_such_module",)))
+        Zygote(tier, ZygoteSpec(module="programs", modules=("no_such_module",)))

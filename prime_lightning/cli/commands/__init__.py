@@ -34,9 +34,9 @@ COMMANDS = {
 def runner(command: str) -> Callable[[list[str]], int]:
     """What runs a command and returns the exit status, with all that it needs imported."""
     if command != "doctor":  # which shows no bars, and is quick
-        from prime_lightning.models.third_party_bars import calm
+        from prime_lightning.models.third_party_bars import quiet_libraries
 
-        calm()
+        quiet_libraries()
     if command in COMMANDS:
         main_of: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
         return main_of

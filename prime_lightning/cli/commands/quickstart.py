@@ -23,7 +23,7 @@ import transformers
 
 from prime_lightning.cli.lightning_cli import PrimeCLI, lightning, parsed
 from prime_lightning.cli.usage import Parser
-from prime_lightning.evaluation.shipped import shipped
+from prime_lightning.evaluation.resources import resource
 from prime_lightning.prm import credit
 from prime_lightning.prompts.arithmetic import write_model
 from prime_lightning.report import write_report
@@ -46,7 +46,7 @@ def main(args: Sequence[str]) -> int:
         f"\nPRIME took the tiny model from {summary['pass1_before']:.1%} to {summary['pass1_after']:.1%} of "
         f"{summary['problems']} fresh problems (pass@1 at temperature 1) in {summary['seconds']:.0f} s, seed "
         f"{options.seed}.\nTrained models: {out / 'policy'}, {out / 'prm'}   "
-        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\n{credit.told(summary['step_auc'])}\nReport: {report}"
+        f"Rollouts, token by token: {out / 'rollouts.jsonl'}\n{credit.summary(summary['step_auc'])}\nReport: {report}"
     )
     return 0
 
@@ -73,13 +73,13 @@ def run(out: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     def measure(model: Path) -> float:
         quietly = ["--trainer.logger", "false", "--verbose", "false"]
-        ran = told(["validate", *prime, "--model.policy", str(model), *quietly])
+        ran = run_command(["validate", *prime, "--model.policy", str(model), *quietly])
         return float(ran.trainer.callback_metrics["val/pass1"])
 
     lessons = ["--data.lessons.init_args.size", str(options.lessons)]
-    told(["sft", "--config", str(config("quickstart_sft.yaml")), *folder, *lessons])
+    run_command(["sft", "--config", str(config("quickstart_sft.yaml")), *folder, *lessons])
     before = measure(out / "warm" / "policy")
-    trained = told(["fit", *prime, "--trainer.max_steps", str(options.iterations)])
+    trained = run_command(["fit", *prime, "--trainer.max_steps", str(options.iterations)])
     after = measure(out / "policy")
     return {
         "pass1_before": before,
@@ -108,7 +108,7 @@ def layered(out: Path, options: argparse.Namespace) -> list[str]:
     return [*(word for layer in layers for word in ("--config", layer)), *placed(out, options)]
 
 
-def told(args: list[str]) -> PrimeCLI:
+def run_command(args: list[str]) -> PrimeCLI:
     """Print a command, then run it."""
     print(f"\n$ prime-lightning {shlex.join(args)}", flush=True)
     return lightning(args)
@@ -116,7 +116,7 @@ def told(args: list[str]) -> PrimeCLI:
 
 def config(name: str) -> Path:
     """A shipped configuration."""
-    return shipped("conf", name)
+    return resource("conf", name)
 
 
 def quiet() -> None:

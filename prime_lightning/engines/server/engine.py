@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from prime_lightning.engines import Kept
+from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.host_group import of_all_ranks
 from prime_lightning.engines.ranks import rank, together
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
@@ -137,7 +137,7 @@ class ServerEngine:
                 self._release()
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         check_fits(prompts, sampling, self.context)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prime_lightning.engines import Kept
+from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
 from prime_lightning.engines.vllm.adapters import Adapters, room_for
@@ -112,7 +112,7 @@ class VLLMEngine:
         self.deaths = 0
         self.first_cache_bytes: int | None = None
         self._sender: tuple[EngineProcess, Any] | None = None
-        self._asleep = self._hollow = False  # hollow: without weights that one could sample with
+        self._asleep = self._no_weights = False  # no weights that one could sample with
         self._cacheless = False  # awake, but for keys and values
         self._lock = threading.RLock()  # one sync, restart or sleep at a time
         self._streams, self._prefix = itertools.count(), "s"
@@ -167,7 +167,7 @@ class VLLMEngine:
                 for _ in passing:
                     pass  # the copy must be whole, for the process that follows
                 self.revive(process, death)
-            self.version, self._hollow = version, False
+            self.version, self._no_weights = version, False
 
     def load_adapters(self, config: Mapping[str, Any], adapters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send adapters in place of weights, and compare a sample of them with what the engine then has.
@@ -188,12 +188,12 @@ class VLLMEngine:
             self.version = version
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: Kept | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         process = self.channel()
         check_fits(prompts, sampling, process.info["max_model_len"])
-        if self._asleep or self._hollow:
+        if self._asleep or self._no_weights:
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
         work = Work(f"{self._prefix}{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
         try:
@@ -220,15 +220,15 @@ class VLLMEngine:
                 self._call("sleep", level=self.sleep_level)
                 self._asleep = True
                 if self.sleep_level == 2:
-                    self.version, self._hollow = -1, True
+                    self.version, self._no_weights = -1, True
 
     def wake(self) -> None:
         """Take GPU memory back; after sleep level 2 that of weights, which must be sent, and then the rest."""
         with self._lock:
             if self._asleep:
                 torch.cuda.empty_cache()  # what the trainer's allocator holds for later
-                self._asleep, self._cacheless = False, self._hollow
-                self._call("wake", tags=["weights"] if self._hollow else None)
+                self._asleep, self._cacheless = False, self._no_weights
+                self._call("wake", tags=["weights"] if self._no_weights else None)
 
     def _wake_cache(self) -> None:
         """Take memory for keys and values back, now that the weights are there and nothing of their way is left."""
@@ -327,7 +327,7 @@ class VLLMEngine:
         self.model, self.tokenizer = model, load_tokenizer(model)
         self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
         self.token_ids = ids_with_token(model, self.tokenizer)
-        self._hollow = self.args.get("load_format") == "dummy"
+        self._no_weights = self.args.get("load_format") == "dummy"
 
     def _spawn(self) -> EngineProcess:
         if self.cuda:
@@ -361,7 +361,7 @@ class VLLMEngine:
                 self._send_adapters(self.process, self.adapters)
             elif self.copy.version is not None:
                 self._sender_of(self.process).resend()
-                self._hollow = False
+                self._no_weights = False
             return self.process
 
     def _send_adapters(self, process: EngineProcess, adapters: Adapters) -> None:

@@ -90,7 +90,7 @@ class ProcessServer:
         return getattr(there, method)(*arguments)
 
 
-class Line:
+class OwnerClient:
     """Calls to the rank that owns a process; each thread has a connection of its own.
 
     Args:
@@ -151,23 +151,23 @@ class ProcessProxy:
         info: What it said of its model.
     """
 
-    def __init__(self, line: Line, pid: int, info: dict[str, Any]) -> None:
-        self.line, self.pid, self.info = line, pid, info
+    def __init__(self, client: OwnerClient, pid: int, info: dict[str, Any]) -> None:
+        self.client, self.pid, self.info = client, pid, info
 
     def open(self, name: str) -> None:
         """Make room for the news of a stream."""
         with contextlib.suppress(EngineDiedError):  # `next` says so
-            self.line.ask(self.pid, "open", name)
+            self.client.ask(self.pid, "open", name)
 
     def close_stream(self, name: str) -> None:
         """Forget it."""
         with contextlib.suppress(EngineDiedError):  # then it is forgotten
-            self.line.ask(self.pid, "close_stream", name)
+            self.client.ask(self.pid, "close_stream", name)
 
     def next(self, name: str, stall: float) -> tuple[Any, ...]:
         """The next news of a stream."""
-        return self.line.ask(self.pid, "next", name, stall)  # type: ignore[no-any-return]
+        return self.client.ask(self.pid, "next", name, stall)  # type: ignore[no-any-return]
 
     def send(self, *message: Any) -> None:
         """Send a message; it is on its way when this returns."""
-        self.line.ask(self.pid, "send", *message)
+        self.client.ask(self.pid, "send", *message)

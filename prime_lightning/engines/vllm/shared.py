@@ -22,7 +22,7 @@ from prime_lightning.engines.ranks import rank, together
 from prime_lightning.engines.vllm.devices import own_gpu
 from prime_lightning.engines.vllm.engine import VLLMEngine
 from prime_lightning.engines.vllm.process import Channel, EngineDiedError
-from prime_lightning.engines.vllm.remote import Line, ProcessProxy, ProcessServer
+from prime_lightning.engines.vllm.remote import OwnerClient, ProcessProxy, ProcessServer
 
 
 class SharedVLLMEngine(VLLMEngine):
@@ -54,14 +54,14 @@ class SharedVLLMEngine(VLLMEngine):
         self.owner, self.owns = 0, True
         self._places: list[int] = []
         self._server: ProcessServer | None = None
-        self._line: Line | None = None
+        self._client: OwnerClient | None = None
 
     # ---- the Engine protocol
 
     @property
     def context(self) -> int | None:
         """As of a `VLLMEngine`, on all ranks."""
-        return super().context if self._line is None else int(self._line.process().info["max_model_len"])
+        return super().context if self._client is None else int(self._client.process().info["max_model_len"])
 
     def start(self, model: str) -> None:
         """Begin to load, at the rank that owns the engine; on all ranks.
@@ -71,10 +71,10 @@ class SharedVLLMEngine(VLLMEngine):
         """
         self.close()
         self._meet()
-        told = together(lambda: self._begin(model))
+        gathered = together(lambda: self._begin(model))
         if not self.owns:
-            address, key = told[self.owner]
-            self._line = Line(address, key, self.owner)
+            address, key = gathered[self.owner]
+            self._client = OwnerClient(address, key, self.owner)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send all weights, and compare a sample of them with what the engine then has; on all ranks.
@@ -85,7 +85,7 @@ class SharedVLLMEngine(VLLMEngine):
         """
         weights = iter(weights)
         together(lambda: self._send(weights, version))
-        self.version, self._hollow = version, False
+        self.version, self._no_weights = version, False
         if self._can_sleep:
             torch.cuda.empty_cache()
             of_all_ranks()
@@ -108,19 +108,19 @@ class SharedVLLMEngine(VLLMEngine):
         """End the process, at the rank that owns it."""
         if self._server is not None:
             self._server.close()
-        if self._line is not None:
-            self._line.close()
-        self._server = self._line = None
+        if self._client is not None:
+            self._client.close()
+        self._server = self._client = None
         super().close()
 
     def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
         """What draws samples: the process, wherever it is, or the one in the place of one that died."""
-        if self._line is None:
+        if self._client is None:
             return super().channel(died, death)
         if died is None or death is None:
-            return self._line.process()
+            return self._client.process()
         assert isinstance(died, ProcessProxy)
-        return self._line.revive(died, death)
+        return self._client.revive(died, death)
 
     # ---- the ranks
 

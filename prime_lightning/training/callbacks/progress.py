@@ -29,7 +29,7 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
-from prime_lightning.models.third_party_bars import GuestBar
+from prime_lightning.models.third_party_bars import ThirdPartyBar
 from prime_lightning.sampling.tally import Tally
 from prime_lightning.training.callbacks.heartbeat import Heartbeat
 from prime_lightning.training.module import PrimeModule
@@ -194,7 +194,7 @@ class PrimeProgress(ProgressBar):
             if tally is not None:
                 bars.update(self._rollouts, description=_rollouts(tally), completed=tally.accepted, total=tally.wanted)
 
-        GuestBar.silent = True
+        ThirdPartyBar.silent = True
         self._bar = Bars(lambda bars: None)
         self._main = self._bar.add_task(word, total=total, completed=completed)
         self._rollouts, self._phase = (self._bar.add_task("", total=None, visible=False) for _ in range(2))
@@ -214,7 +214,7 @@ class PrimeProgress(ProgressBar):
         if self._bar is not None:
             with _handlers_follow():
                 self._bar.stop()
-            self._bar, GuestBar.silent = None, False
+            self._bar, ThirdPartyBar.silent = None, False
 
 
 @contextmanager

@@ -114,8 +114,8 @@ class Sharded(RoleStrategy, ParallelStrategy):
 
     def _errors(self, folder: Folder) -> list[str]:
         """What went wrong on any rank."""
-        told = of_all_ranks(str(folder.error) if folder.error else None)
-        return [error for error in told if error is not None]
+        errors = of_all_ranks(str(folder.error) if folder.error else None)
+        return [error for error in errors if error is not None]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """A checkpoint of either kind; its tensors stay on disk until each is put in its place."""

@@ -110,10 +110,10 @@ class Watch:
         mine = f"rank {self.rank} of {self.world} stopped: {message}"
         with self._lock, contextlib.suppress(RuntimeError):  # the store is gone, which the others see for themselves
             if self._store.compare_set("failure", "", mine).decode(errors="replace") != mine:
-                self._store.add("told", 1)
+                self._store.add("informed", 1)
                 return
             end = time.monotonic() + GRACE
-            while self._store.add("told", 0) < self.world - 1 and time.monotonic() < end:
+            while self._store.add("informed", 0) < self.world - 1 and time.monotonic() < end:
                 time.sleep(BEAT / 5)
 
     def finish(self) -> None:
@@ -145,7 +145,7 @@ class Watch:
             with self._lock:
                 self._store.set(f"alive/{self.rank}", str(time.monotonic_ns()))
                 if self._store.check(["failure"]):
-                    self._store.add("told", 1)
+                    self._store.add("informed", 1)
                     return self._store.get("failure").decode(errors="replace")
                 return self._silent()
         except RuntimeError as error:  # torch's own errors of the network are RuntimeErrors

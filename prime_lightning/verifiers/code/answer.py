@@ -15,7 +15,7 @@ from prime_lightning.verifiers.code.run import Outcome, Runner
 from prime_lightning.verifiers.code.tests import Task, row_of, task_of
 from prime_lightning.verifiers.code.text import LONGEST, program
 from prime_lightning.verifiers.options import CodeOptions
-from prime_lightning.verifiers.workers.launch import Guest, libraries, machine_tiers
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, libraries, machine_tiers
 from prime_lightning.verifiers.workers.pool import Pool, WorkerDied
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class CodeGrader:
         self.tier = ""
         """The walls in use, once a worker has started."""
         self._allow_unsafe = allow_unsafe_sandbox
-        self._guest = Guest(module="programs", modules=options.modules, path=libraries(options.modules))
+        self._spec = ZygoteSpec(module="programs", modules=options.modules, path=libraries(options.modules))
         self._choosing = threading.Lock()
         self._calibrations = Calibrations(options)
         self._tasks: OrderedDict[int, tuple[Prompt, Task | str]] = OrderedDict()
@@ -108,7 +108,7 @@ class CodeGrader:
         with self._choosing:
             if not self.tier:
                 return self._choose()
-        return Runner(self.tier, self.options, self._guest)
+        return Runner(self.tier, self.options, self._spec)
 
     def _choose(self) -> Runner:
         """Start the first tier whose self-test leaks nothing."""
@@ -118,7 +118,7 @@ class CodeGrader:
             if tier == "limits" and not self._allow_unsafe:
                 break
             try:
-                runner = Runner(tier, self.options, self._guest)
+                runner = Runner(tier, self.options, self._spec)
             except WorkerDied as error:
                 findings.append(str(error))
                 continue

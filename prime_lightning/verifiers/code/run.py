@@ -20,7 +20,7 @@ from prime_lightning.verifiers.code.matcher import Matching, matches
 from prime_lightning.verifiers.code.tests import Task
 from prime_lightning.verifiers.jail import wire
 from prime_lightning.verifiers.options import CodeOptions
-from prime_lightning.verifiers.workers.launch import Guest
+from prime_lightning.verifiers.workers.launch import ZygoteSpec
 from prime_lightning.verifiers.workers.sandbox import Report, Zygote, memory_file
 
 _SIGNAL = 0x7F
@@ -80,9 +80,9 @@ class Runner:
         options: Limits.
     """
 
-    def __init__(self, tier: str, options: CodeOptions, guest: Guest) -> None:
+    def __init__(self, tier: str, options: CodeOptions, spec: ZygoteSpec) -> None:
         self._options = options
-        self._zygote = Zygote(tier, guest)
+        self._zygote = Zygote(tier, spec)
 
     def kill(self) -> None:
         """End the jail now."""

@@ -74,13 +74,13 @@ def _from_working_folder(folder: str) -> None:
 
 
 def _from_memory(folder: str) -> None:
-    sys.meta_path.insert(0, _Kept(folder))
+    sys.meta_path.insert(0, _MemoryLoader(folder))
     for name in _extensions(folder):
         with contextlib.suppress(ImportError):  # a library that it needs is not installed
             importlib.import_module(name)
 
 
-class _Kept(importlib.machinery.SourceFileLoader):
+class _MemoryLoader(importlib.machinery.SourceFileLoader):
     """Finder and loader of the modules below a folder, whose files it has read."""
 
     def __init__(self, folder: str) -> None:

@@ -120,12 +120,12 @@ def _serve_workers(control: socket.socket, cage: Cage, start: Start) -> None:
 
 
 def main(config: dict[str, Any]) -> None:
-    """Import what `config["guest"]` names, lock up, serve until the control channel closes."""
+    """Import what `config["grader"]` names, lock up, serve until the control channel closes."""
     library.open_up(config["tier"], other_user=config["uid"] is not None)
     for name in config["modules"]:
         importlib.import_module(name)
-    guest = importlib.import_module(f"prime_lightning.verifiers.jail.graders.{config['guest']}")
-    guest.prepare(config)
+    grader = importlib.import_module(f"prime_lightning.verifiers.jail.graders.{config['grader']}")
+    grader.prepare(config)
     control = socket.socket(fileno=config["control"])
     cage = Cage(config)
     gc.collect()
@@ -133,6 +133,6 @@ def main(config: dict[str, Any]) -> None:
     gc.disable()
     wire.write_frame(control.fileno(), b'{"ready":true}')
     try:
-        (_serve_workers if guest.LASTING else _serve_jobs)(control, cage, guest.start)
+        (_serve_workers if grader.PERSISTENT else _serve_jobs)(control, cage, grader.start)
     except (EOFError, OSError):
         os._exit(0)

@@ -18,8 +18,8 @@ from prime_lightning.verifiers.maths.compare import Question, compare, self_ques
 from prime_lightning.verifiers.maths.final import after_reasoning, last_lines, stated
 from prime_lightning.verifiers.maths.text import boxes
 from prime_lightning.verifiers.options import MathOptions
-from prime_lightning.verifiers.workers.launch import Guest, libraries
-from prime_lightning.verifiers.workers.persistent import Brood, LastingWorker, TimedOut, WorkerCrashed
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, libraries
+from prime_lightning.verifiers.workers.persistent import ForkServer, PersistentWorker, TimedOut, WorkerCrashed
 from prime_lightning.verifiers.workers.pool import Pool
 
 _LIBRARIES = ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")
@@ -59,12 +59,12 @@ class MathGrader:
 
     def __init__(self, options: MathOptions, *, workers: int, pending: int) -> None:
         self.options = options
-        self._brood = Brood(
-            Guest(module="maths", path=libraries(_LIBRARIES)),
+        self._fork_server = ForkServer(
+            ZygoteSpec(module="maths", path=libraries(_LIBRARIES)),
             protected=True,
             memory_bytes=options.memory_megabytes << 20,
         )
-        self._pool = Pool(lambda: LastingWorker(self._brood), workers=workers, pending=pending)
+        self._pool = Pool(lambda: PersistentWorker(self._fork_server), workers=workers, pending=pending)
         self._known: OrderedDict[Question, bool] = OrderedDict()
         self._asked: dict[Question, Future[Verdict]] = {}
         self._lock = threading.Lock()
@@ -118,7 +118,7 @@ class MathGrader:
         job.add_done_callback(lambda done: self._settle(question, mine, done))
         return mine
 
-    def _put(self, question: Question, worker: LastingWorker) -> Verdict:
+    def _put(self, question: Question, worker: PersistentWorker) -> Verdict:
         begun = time.perf_counter()
         asked = json.dumps([question.references, question.answers, question.ordered, self.options.tolerance]).encode()
         try:
@@ -141,7 +141,7 @@ class MathGrader:
         job.add_done_callback(lambda done: self._settle(None, mine, done))
         return mine
 
-    def _found(self, reference: str, lines: str, worker: LastingWorker) -> Verdict:
+    def _found(self, reference: str, lines: str, worker: PersistentWorker) -> Verdict:
         begun = time.perf_counter()
         try:
             answer = worker.ask(
@@ -180,9 +180,9 @@ class MathGrader:
 
     def close(self) -> None:
         """End all workers. Idempotent."""
-        self._brood.kill()
+        self._fork_server.kill()
         self._pool.close()
-        self._brood.close()
+        self._fork_server.close()
 
 
 def _complaint(verdict: Verdict) -> str:

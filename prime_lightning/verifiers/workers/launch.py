@@ -38,11 +38,11 @@ _user_numbers = itertools.count(os.getpid() * 61)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Guest:
+class ZygoteSpec:
     """What a zygote is for.
 
     Example:
-        >>> Guest(module="programs").path
+        >>> ZygoteSpec(module="programs").path
         ()
     """
 
@@ -97,7 +97,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _readable(guest: Guest) -> list[str]:
+def _readable(spec: ZygoteSpec) -> list[str]:
     libraries = [sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"], f"{sys.base_prefix}/lib"]
     return [
         *libraries,
@@ -107,7 +107,7 @@ def _readable(guest: Guest) -> list[str]:
         "/lib64",
         "/usr/share/zoneinfo",
         "/etc/localtime",
-        *guest.path,
+        *spec.path,
     ]
 
 
@@ -121,7 +121,7 @@ def _user_threads() -> int:
     return count
 
 
-def command_line(tier: str, guest: Guest, control: int) -> list[str]:
+def command_line(tier: str, spec: ZygoteSpec, control: int) -> list[str]:
     """The command that starts a zygote with `control` as its channel.
 
     Raises:
@@ -130,26 +130,26 @@ def command_line(tier: str, guest: Guest, control: int) -> list[str]:
     protected = tier != "limits"
     root = os.getuid() == 0 and protected
     config = {
-        **dict(guest.settings),
+        **dict(spec.settings),
         "tier": tier,
-        "guest": guest.module,
-        "modules": guest.modules,
-        "path": guest.path,
-        "whole_package": guest.whole_package,
+        "grader": spec.module,
+        "modules": spec.modules,
+        "path": spec.path,
+        "whole_package": spec.whole_package,
         "control": control,
         "uid": _FIRST_UID + next(_user_numbers) % _UIDS if root else None,
-        "readable": _readable(guest),
+        "readable": _readable(spec),
         # RLIMIT_NPROC counts all threads of a user: a user of its own gets few, else room above what runs now
         "threads": 0 if not protected else _THREADS if root else _user_threads() + 16 * _THREADS,
     }
     boot = Path(__file__).parent.parent / "jail" / "boot.py"
-    if guest.inherits:
+    if spec.inherits:
         return [sys.executable, "-P", str(boot), json.dumps(config)]
     # -S: no .pth file is run; the real executable: a virtual environment's folder need not be seen inside.
     python = [os.path.realpath(sys.executable), "-s", "-P", "-S", str(boot), json.dumps(config)]
     if tier != "bubblewrap":
         return python
-    return [*_bubblewrap([str(boot.parent), *guest.path]), "--", *python]
+    return [*_bubblewrap([str(boot.parent), *spec.path]), "--", *python]
 
 
 def _bubblewrap(readable: Iterable[str]) -> list[str]:

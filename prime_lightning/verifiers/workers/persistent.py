@@ -16,7 +16,7 @@ import threading
 import time
 
 from prime_lightning.verifiers.jail import wire
-from prime_lightning.verifiers.workers.launch import Guest, machine_tiers
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, machine_tiers
 from prime_lightning.verifiers.workers.pool import WorkerDied
 from prime_lightning.verifiers.workers.sandbox import Zygote
 
@@ -33,17 +33,17 @@ class WorkerCrashed(WorkerDied):
     """The worker ended while it was working on a question."""
 
 
-class Brood:
+class ForkServer:
     """One zygote and the workers forked from it. Thread-safe.
 
     Args:
-        guest: A guest of `jail/` with lasting workers.
+        spec: What its zygote is for: a grader of `jail/` with persistent workers.
         protected: False: no walls at all; the worker is an ordinary process with the trainer's rights.
         memory_bytes: Address space of each worker.
     """
 
-    def __init__(self, guest: Guest, *, protected: bool, memory_bytes: int) -> None:
-        self._guest = guest
+    def __init__(self, spec: ZygoteSpec, *, protected: bool, memory_bytes: int) -> None:
+        self._spec = spec
         self._tiers = (*machine_tiers(), "limits") if protected else ("limits",)
         self._memory = memory_bytes
         self._zygote: Zygote | None = None
@@ -75,12 +75,12 @@ class Brood:
         failures = []
         for tier in self._tiers:
             try:
-                zygote = Zygote(tier, self._guest)
+                zygote = Zygote(tier, self._spec)
             except WorkerDied as error:
                 failures.append(str(error))
             else:
                 self._tiers = (tier,)
-                _log.info("%s workers run in a %s jail", self._guest.module, tier)
+                _log.info("%s workers run in a %s jail", self._spec.module, tier)
                 return zygote
         raise WorkerDied("; ".join(failures))
 
@@ -124,17 +124,17 @@ def _pid_of(handle: int) -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
 
 
-class LastingWorker:
+class PersistentWorker:
     """A worker that answers questions one after another; replaced when it is killed, old or fat.
 
     Args:
-        brood: Where workers come from.
+        fork_server: Where workers come from.
         most_answers: Answers after which it is replaced, against memory that creeps up.
         most_megabytes: Resident size after which it is replaced.
     """
 
-    def __init__(self, brood: Brood, *, most_answers: int = 2000, most_megabytes: int = 1200) -> None:
-        self._brood = brood
+    def __init__(self, fork_server: ForkServer, *, most_answers: int = 2000, most_megabytes: int = 1200) -> None:
+        self._fork_server = fork_server
         self._most_answers, self._most_megabytes = most_answers, most_megabytes
         self._channel: socket.socket | None = None
         self._handle, self._pid, self._answers = -1, 0, 0
@@ -142,7 +142,7 @@ class LastingWorker:
         self._spawn()
 
     def _spawn(self) -> None:
-        channel, handle, pid = self._brood.spawn()
+        channel, handle, pid = self._fork_server.spawn()
         with self._lock:
             self._channel, self._handle, self._pid, self._answers = channel, handle, pid, 0
 
@@ -150,7 +150,7 @@ class LastingWorker:
         """Ask; wait for the answer.
 
         Args:
-            question: What the guest's worker reads.
+            question: What the grader's worker reads.
             cpu_seconds: CPU time after which the worker is killed.
             wall_seconds: The same in wall time.
 

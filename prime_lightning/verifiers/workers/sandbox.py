@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prime_lightning.verifiers.jail import wire
-from prime_lightning.verifiers.workers.launch import Guest, command_line, environment
+from prime_lightning.verifiers.workers.launch import ZygoteSpec, command_line, environment
 from prime_lightning.verifiers.workers.pool import WorkerDied
 
 _START_SECONDS = 60.0
@@ -69,24 +69,24 @@ class Zygote:
 
     Args:
         tier: One of `launch.TIERS`, or `limits`.
-        guest: What it is for.
+        spec: What it is for.
 
     Raises:
         WorkerDied: It did not start; the message has the end of its standard error.
     """
 
-    def __init__(self, tier: str, guest: Guest) -> None:
+    def __init__(self, tier: str, spec: ZygoteSpec) -> None:
         self.tier = tier
         self._broken = False
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._process = subprocess.Popen(
-                command_line(tier, guest, theirs.fileno()),
+                command_line(tier, spec, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=None if guest.inherits else environment(),
-                cwd=None if guest.inherits else "/",
+                env=None if spec.inherits else environment(),
+                cwd=None if spec.inherits else "/",
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer, which then closes us
             )
@@ -116,7 +116,7 @@ class Zygote:
         """Run one job to its end.
 
         Args:
-            job: What the guest's `start` reads, with `wall_seconds`.
+            job: What the grader's `start` reads, with `wall_seconds`.
             descriptors: Handed to the job; closed here.
             output: Read end of the pipe that the job writes to; closed here.
             most_output: Bytes after which the job is killed.

@@ -1,4 +1,4 @@
-"""The maths guest: long-lived workers that ask math-verify whether two expressions are equal.
+"""Grades maths: long-lived workers that ask math-verify whether two expressions are equal.
 
 Protects: the caller, by being killable; the machine, by the same walls as for programs. math-verify's own time-outs
 are off:
@@ -30,7 +30,7 @@ from prime_lightning.verifiers.jail.cage import Cage
 from prime_lightning.verifiers.jail.graders import equality
 from prime_lightning.verifiers.jail.zygote import fork
 
-LASTING = True
+PERSISTENT = True
 _STACK = 3000  # Python frames; deeper expressions are the parser's RecursionError, not a crash
 
 # Units are our own affair: math-verify's would take the variable c for cents.

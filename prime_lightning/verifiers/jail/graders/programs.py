@@ -1,4 +1,4 @@
-"""The guest for model-written programs: one process (or two, in `script` mode) per job, forked and locked in.
+"""Grades model-written programs: one process (or two, in `script` mode) per job, forked and locked in.
 
 - `calls`: runs the program, evaluates call expressions, writes one encoded value per line. It never sees what
   is expected.
@@ -31,7 +31,7 @@ from prime_lightning.verifiers.jail import candidate, codec, judge, library, wir
 from prime_lightning.verifiers.jail.cage import Cage
 from prime_lightning.verifiers.jail.zygote import fork
 
-LASTING = False
+PERSISTENT = False
 
 _COMMON = (  # noqa: SIM905  (a list would be seventy lines)
     "math re collections itertools functools heapq string datetime decimal fractions copy operator statistics "

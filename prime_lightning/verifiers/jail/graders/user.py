@@ -1,4 +1,4 @@
-"""The guest for a user's own verifier: long-lived workers that call a function `(prompt, completion) -> float`.
+"""Grades by a user's own verifier: long-lived workers that call a function `(prompt, completion) -> float`.
 
 Protects: the caller, by being killable. The walls hold only where the user asked for them: else this is an ordinary
 process with the trainer's environment. Questions are pickles from the trainer, answers are strings: the score in
@@ -19,7 +19,7 @@ from prime_lightning.verifiers.jail import wire
 from prime_lightning.verifiers.jail.cage import Cage
 from prime_lightning.verifiers.jail.zygote import fork
 
-LASTING = True
+PERSISTENT = True
 _found: list[Callable[[Any, str], float]] = []
 
 

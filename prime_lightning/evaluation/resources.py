@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def shipped(*parts: str) -> Path:
+def resource(*parts: str) -> Path:
     """The path of a shipped file or folder; it need not exist.
 
     Example:
-        >>> shipped("evals", "benchmarks").is_dir()
+        >>> resource("evals", "benchmarks").is_dir()
         True
     """
     package = Path(__file__).parent.parent

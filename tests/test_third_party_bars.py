@@ -16,7 +16,7 @@ import pytest
 import transformers
 
 from prime_lightning.models.pretrained import load_causal_lm
-from prime_lightning.models.third_party_bars import GuestBar, calm
+from prime_lightning.models.third_party_bars import ThirdPartyBar, quiet_libraries
 
 
 class Terminal(io.StringIO):
@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def calmed(monkeypatch):
-    calm()
+    quiet_libraries()
     monkeypatch.setenv("TERM", "xterm-256color")
     yield
     transformers.utils.logging.set_tqdm_hook(None)
@@ -44,7 +44,7 @@ def test_a_terminal_sees_weights_load_and_gets_its_screen_back(calmed, model_fol
     assert re.search(r"Loading weights [━╸╺ ]+ 27/27", plain(shown))
     assert re.search(r"Writing model shards [━╸╺ ]+ 1/1", plain(shown))
     assert shown.count("\x1b[?25h") == shown.count("\x1b[?25l") > 0  # the cursor
-    assert GuestBar._screen is None
+    assert ThirdPartyBar._screen is None
 
 
 def test_a_log_and_a_run_with_bars_of_its_own_see_nothing(calmed, model_folder, monkeypatch, tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_a_log_and_a_run_with_bars_of_its_own_see_nothing(calmed, model_folder, 
     assert capsys.readouterr() == ("", "")
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(GuestBar, "silent", True)
+    monkeypatch.setattr(ThirdPartyBar, "silent", True)
     load_causal_lm(str(model_folder))
     assert screen.getvalue() == ""
 
@@ -105,8 +105,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 LOAD = """
-from prime_lightning.models.third_party_bars import calm
-calm()
+from prime_lightning.models.third_party_bars import quiet_libraries
+quiet_libraries()
 from prime_lightning.models.pretrained import load_causal_lm
 print(sum(p.numel() for p in load_causal_lm("some/model").parameters()), "weights")
 """
