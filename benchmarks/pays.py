@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 import yaml
-from pays_summary import read, rollouts_to, summary
+from pays_summary import rollouts_to, summary
 from pays_tasks import OraclePrime, Watch
 
 from prime_lightning.cli.commands.quickstart import config, quiet
 from prime_lightning.cli.lightning_cli import PrimeCLI, lightning
 from prime_lightning.prompts.arithmetic import write_model
+from prime_lightning.rollout.files import append_rows, whole_rows
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.module import PrimeModule
 
@@ -42,7 +43,7 @@ def main(args: Sequence[str]) -> None:
     options = parser().parse_args(args)
     settings, out = yaml.safe_load(Path(options.settings).read_text()), Path(options.out)
     if options.what == "summary":
-        print(summary(read(out / "cells.jsonl"), settings["thresholds"]))
+        print(summary(whole_rows(out / "cells.jsonl"), settings["thresholds"]))
         return
     quiet()
     torch.set_num_threads(1)
@@ -55,9 +56,9 @@ def main(args: Sequence[str]) -> None:
         for chosen in candidates(settings["grids"][method], tuned) if tuning else [tuned]:
             key = {"task": task, "method": method, "seed": seed, "chosen": chosen}
             key["settings"] = digest(settings, task, method)
-            if not any(key.items() <= cell.items() for cell in read(file)):
-                append(file, key | cell(settings, out, task, method, seed, chosen))
-    cells = read(file)
+            if not any(key.items() <= cell.items() for cell in whole_rows(file)):
+                append_rows(file, [key | cell(settings, out, task, method, seed, chosen)])
+    cells = whole_rows(file)
     print(ranking(cells, settings["thresholds"]) if tuning else summary(cells, settings["thresholds"]))
 
 
@@ -76,12 +77,6 @@ def digest(settings: Mapping[str, Any], task: str, method: str) -> str:
     """What a cell depends on besides its choices, in short; a cell of other settings is run anew."""
     given = settings["tasks"][task], settings["methods"][method], settings["problems"], settings["window"]
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def append(file: Path, row: Mapping[str, Any]) -> None:
-    """One line, as a whole."""
-    with file.open("a") as opened:
-        opened.write(json.dumps(row) + "\n")
 
 
 def candidates(grid: Mapping[str, list[Any]], tuned: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -68,11 +66,6 @@ def ratio(pairs: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
     """
     mean, low, high = interval([math.log(a / b) for a, b in pairs])
     return math.exp(mean), math.exp(low) if low > -math.inf else 0.0, math.exp(high) if high < 700 else math.inf
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The cells of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def rollouts_to(cell: dict[str, Any], threshold: float) -> float:

@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 import yaml
-from pays import append, merged
-from pays_summary import read
+from pays import merged
 from word_problems_credit import credit
 from word_problems_lessons import lessons, rows_of, write
 from word_problems_summary import summary
@@ -37,6 +36,7 @@ from prime_lightning.cli.commands.evaluate import main as evaluate
 from prime_lightning.cli.commands.quickstart import config, quiet
 from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.report.runs import read_run
+from prime_lightning.rollout.files import append_rows, whole_rows
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 CURVE = ("rollout/accuracy", "rollout/responses", "rollout/tokens", "policy/entropy", "prm/accuracy", "prm/ce")
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
         out.mkdir(parents=True, exist_ok=True)
         STAGES[options.stage](options, settings, out)
-    print(summary(read(out / "stages.jsonl")))
+    print(summary(whole_rows(out / "stages.jsonl")))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,9 +120,9 @@ def trained(what: str, configs: Sequence[Path], layer: dict[str, Any], folder: P
     try:
         lightning(command(what, configs, folder, seed))
     finally:
-        append(clock, {"seconds": time.time() - begun})
+        append_rows(clock, [{"seconds": time.time() - begun}])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes; the models are beside it
-    return float(sum(row["seconds"] for row in read(clock)))
+    return float(sum(row["seconds"] for row in whole_rows(clock)))
 
 
 def command(what: str, configs: Sequence[Path], folder: Path, seed: int) -> list[str]:
@@ -187,12 +187,12 @@ STAGES: dict[str, Callable[[argparse.Namespace, Mapping[str, Any], Path], None]]
 
 def once(out: Path, key: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> None:
     """Run a stage and note it, unless it is noted."""
-    if any(key.items() <= done.items() for done in read(out / "stages.jsonl")):
+    if any(key.items() <= done.items() for done in whole_rows(out / "stages.jsonl")):
         print(f"done before: {json.dumps(key)}", flush=True)
         return
     found = run()
     made_by = {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()}
-    append(out / "stages.jsonl", dict(key) | dict(found) | {"made_by": made_by})
+    append_rows(out / "stages.jsonl", [dict(key) | dict(found) | {"made_by": made_by}])
 
 
 def template() -> dict[str, Any]:

@@ -76,29 +76,6 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
-def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """Variance of all entries under the mask: `sum mask (x - mean)^2 / (n - 1)`, in two passes.
-
-    As in the whitening of the released code of PRIME, arXiv 2502.01456, which raises below two entries; here they
-    give 0.
-
-    Args:
-        x: Any shape, any unit.
-        mask: Bool, the shape of `x`.
-        unbiased: Divide by `n - 1` rather than by `n`.
-
-    Raises:
-        RuntimeError: From torch, when the shapes do not broadcast.
-
-    Example:
-        >>> x = torch.tensor([1.0, 3.0, 99.0])
-        >>> masked_var(x, torch.tensor([True, True, False]))
-        tensor(2.)
-    """
-    squares = masked_sum((x.float() - masked_mean(x, mask)) ** 2, mask)
-    return squares / (mask.sum() - int(unbiased)).clamp(min=1)
-
-
 def log_ratio(one_BT: Tensor, other_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """`log(one / other)` of two policies' log-probs of each token, within +-20 nats and 0 outside the mask.
 

@@ -32,7 +32,7 @@ LOGGED = (
 
 
 def read_rollouts(
-    path: str, *, labelled: bool | None, only_known_columns: bool = False, split: str = "train", kind: str = ""
+    path: str, *, labelled: bool | None, only_known_columns: bool = False, kind: str = ""
 ) -> list[tuple[Row, Group]]:
     """Each row of a file or hub data set, and its rollouts; those with equal prompts have one `draw`.
 
@@ -40,13 +40,12 @@ def read_rollouts(
         path: A jsonl, parquet or csv file, or a hub id.
         labelled: Whether labels are read; None reads them where there are any.
         only_known_columns: Refuse other columns.
-        split: Of a hub data set.
         kind: Who grades them.
 
     Raises:
         ValueError: for a missing, ambiguous or (if asked for) unknown column, or a row that cannot be meant.
     """
-    rows = located_rows(path, split=split)
+    rows = located_rows(path)
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     if "prompt" not in columns:
         raise ValueError(f"Expected the column `prompt` in {path!r}, got {sorted(columns)}.")

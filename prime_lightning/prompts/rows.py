@@ -142,7 +142,7 @@ def load_rows(
     return _with_digits(_as_rows(table, files), files, exact)
 
 
-def located_rows(path: str, *, split: str) -> list[tuple[str, Row]]:
+def located_rows(path: str, *, split: str = "train") -> list[tuple[str, Row]]:
     """The rows of a file or hub data set, each with where it stands: a jsonl file's by the numbers of their lines.
 
     Raises:

@@ -15,7 +15,6 @@ from prime_lightning.algorithms.masked import (
     group_sum,
     masked_mean,
     masked_sum,
-    masked_var,
     reverse_cumsum,
     whiten,
 )
@@ -44,8 +43,6 @@ def test_moments_are_those_of_the_kept_numbers(seed):
     numbers = kept(c.process_BT, mask_BT)
     assert_close(masked_sum(c.process_BT, mask_BT), torch.tensor(sum(numbers)))
     assert_close(masked_mean(c.process_BT, mask_BT), torch.tensor(statistics.mean(numbers)))
-    assert_close(masked_var(c.process_BT, mask_BT), torch.tensor(statistics.variance(numbers)))
-    assert_close(masked_var(c.process_BT, mask_BT, unbiased=False), torch.tensor(statistics.pvariance(numbers)))
     rows = [kept(x_T, m_T) for x_T, m_T in zip(c.process_BT, mask_BT, strict=True)]
     assert_close(masked_mean(c.process_BT, mask_BT, dim=1), torch.tensor([sum(r) / max(len(r), 1) for r in rows]))
 
@@ -56,7 +53,6 @@ def test_an_empty_mask_gives_zero_and_a_gradient_of_zero():
     for value in (masked_sum(x, nothing), masked_mean(x, nothing), masked_mean(x, nothing, dim=1).sum()):
         assert value == 0
         assert_close(torch.autograd.grad(value, x)[0], torch.zeros(2, 3))
-    assert masked_var(x, nothing) == 0
     assert_close(whiten(x, nothing), torch.zeros(2, 3))
 
 

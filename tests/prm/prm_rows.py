@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from prime_lightning.__main__ import main
-from prime_lightning.prompts.arithmetic import DIGITS, Chains, Teacher
+from prime_lightning.prompts.arithmetic import DIGITS, ArithmeticLessons, Chains, Teacher, step_truth
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 CHAINS = Chains(operations=2)
@@ -22,6 +22,27 @@ def labelled_rows(problems=600, samples=4, seed=0):
             response = teacher.solve(problem, rng)
             right = response.endswith("#" + DIGITS[CHAINS.results(problem)[-1]])
             yield {"prompt": problem, "response": response, "label": int(right)}
+
+
+def arithmetic_rows(size, seed=0, operations=10):
+    """Rows in ProcessBench's format from the embedded arithmetic's teacher, whose every step can be checked."""
+    lessons = ArithmeticLessons(size=size, seed=seed, operations=operations)
+    chains, rows = lessons.teacher.chains, []
+    for i in range(size):
+        lesson = lessons[i]
+        truth = step_truth(lesson["problem"], lesson["response"], chains)
+        written, final = lesson["response"].split("#")
+        rows.append(
+            {
+                "id": f"arithmetic-{i}",
+                "generator": "prime_lightning.prompts.arithmetic.Teacher",
+                "problem": lesson["problem"],
+                "steps": [f"{step};" for step in written.split(";")[:-1]] + [f"#{final}"],
+                "final_answer_correct": final == DIGITS[chains.results(lesson["problem"])[-1]],
+                "label": truth.index(False) if False in truth else -1,
+            }
+        )
+    return rows
 
 
 def train_prm(out, model, path, *more):

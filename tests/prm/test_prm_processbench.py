@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prm_rows import arithmetic_rows
 from toys import write_jsonl
 
 from prime_lightning.__main__ import main
-from prime_lightning.cli.commands.processbench import arithmetic_rows, split, step_scores
+from prime_lightning.cli.commands.processbench import split, step_scores
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.prm.first_error import best_threshold, f1, predict
 from prime_lightning.prompts.arithmetic import Chains, step_truth

@@ -5,8 +5,6 @@ import tiny
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from prime_lightning.training.callbacks.files import WeightSync
-
 
 def engine_gap(prime, engine):
     own = dict(engine.model.named_parameters())
@@ -52,10 +50,3 @@ def test_a_data_module_that_takes_no_weights_is_refused(warm_model, tmp_path, wh
 def test_no_data_module_at_all_is_refused(warm_model, tmp_path):
     with pytest.raises((ValueError, MisconfigurationException), match="got none"):
         tiny.trainer(tmp_path, 1).fit(tiny.module(warm_model), train_dataloaders=[1])
-
-
-def test_a_configuration_that_names_the_old_callback_runs_and_is_told(warm_model, tmp_path):
-    with pytest.warns(UserWarning, match=r"Take WeightSync out of `trainer\.callbacks`"):
-        callback = WeightSync()
-    history = tiny.fit(tmp_path, tiny.module(warm_model), tiny.data(warm_model), 1, callbacks=[callback])
-    assert history.rows[0]["rollout/policy_lag"] == 0

@@ -6,7 +6,6 @@ The threshold is chosen on other responses than those that are scored: on `--tun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,8 @@ from prime_lightning.cli.commands.score import add_prm, load_prm, new_file
 from prime_lightning.cli.usage import TypedParser
 from prime_lightning.prm.first_error import best_threshold, f1, predict
 from prime_lightning.prm.implicit import ImplicitPRM
-from prime_lightning.prompts.arithmetic import DIGITS, ArithmeticLessons, step_truth
 from prime_lightning.prompts.rows import located_rows
+from prime_lightning.rollout.files import dumps, replace_text
 
 COLUMNS = ("problem", "steps", "label")
 RESAMPLES = 1000
@@ -77,7 +76,7 @@ def main(args: list[str]) -> int:
         "predictions": [predict(s, threshold) for s in scores],
         "labels": labels,
     }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    replace_text(options.output, dumps(result, indent=2) + "\n")
     low, high = result["interval"]
     print(
         f"First-error F1 {result['f1']:.3f} (95 % interval {low:.3f} to {high:.3f}): {result['error']:.1%} of "
@@ -150,30 +149,3 @@ def f1_interval(
     values = np.where(total > 0, 2 * product / np.maximum(total, 1e-12), 0.0)
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
-
-
-def arithmetic_rows(size: int, seed: int = 0, operations: int = 10) -> list[dict[str, Any]]:
-    """Rows in ProcessBench's format from the embedded arithmetic's teacher, whose every step can be checked.
-
-    Example:
-        >>> row = arithmetic_rows(2, seed=3, operations=2)[1]
-        >>> row["problem"], row["steps"], row["label"]
-        ('^7-9-3=', ['8;', '5;', '#5'], -1)
-    """
-    lessons = ArithmeticLessons(size=size, seed=seed, operations=operations)
-    chains, rows = lessons.teacher.chains, []
-    for i in range(size):
-        lesson = lessons[i]
-        truth = step_truth(lesson["problem"], lesson["response"], chains)
-        written, final = lesson["response"].split("#")
-        rows.append(
-            {
-                "id": f"arithmetic-{i}",
-                "generator": "prime_lightning.prompts.arithmetic.Teacher",
-                "problem": lesson["problem"],
-                "steps": [f"{step};" for step in written.split(";")[:-1]] + [f"#{final}"],
-                "final_answer_correct": final == DIGITS[chains.results(lesson["problem"])[-1]],
-                "label": truth.index(False) if False in truth else -1,
-            }
-        )
-    return rows

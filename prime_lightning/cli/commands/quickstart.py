@@ -8,7 +8,6 @@ way out of the toy is another `--config`.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -27,6 +26,7 @@ from prime_lightning.evaluation.resources import resource
 from prime_lightning.prm import credit
 from prime_lightning.prompts.arithmetic import write_model
 from prime_lightning.report import write_report
+from prime_lightning.rollout.files import dumps, replace_text
 
 
 def main(args: Sequence[str]) -> int:
@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     summary = run(out, options)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace_text(out / "summary.json", dumps(summary, indent=2) + "\n")
     report = write_report([out], out / "report.html")
     print(
         f"\nPRIME took the tiny model from {summary['pass1_before']:.1%} to {summary['pass1_after']:.1%} of "

@@ -21,14 +21,6 @@ from prime_lightning.rollout.files import Row, append_rows, replace_rows, whole_
 from prime_lightning.training.run_metadata import run_facts
 from prime_lightning.training.stepping import devices
 
-
-class WeightSync(Callback):
-    """Does nothing: `PrimeModule` sends its weights itself. For configurations that still name it."""
-
-    def __init__(self) -> None:
-        warnings.warn("Take WeightSync out of `trainer.callbacks`: PrimeModule sends its weights itself.", stacklevel=2)
-
-
 Steps = Callable[[Rollout, list[str]], list[tuple[int, int, bool]]]
 """`(rollout, its tokens as text) -> (first token, token after the last, whether it is right)` of each step."""
 
