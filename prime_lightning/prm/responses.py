@@ -22,13 +22,13 @@ from prime_lightning.rollout.files import Row
 
 Given = str | Sequence[Mapping[str, str]]
 """A prompt as a user gives it: the text that the model sees, or chat messages."""
-RESPONSES = ("response", "completion", "responses")
 LABELS = ("label", "labels", "score")
-LOGGED = (
+COLUMNS = {
+    *("prompt", "completion", "response", "responses", *LABELS),
     *("iteration", "id", "draw", "source", "answer", "length", "tokens", "finish", "verdict", "reason", "sample"),
     *("process_reward", "advantage", "beta", "scale", "steps"),
-)
-"""Further columns of the files that a run or `evaluate` writes."""
+}
+"""What is read, and what else a run or `evaluate` writes."""
 
 
 def read_rollouts(
@@ -46,13 +46,7 @@ def read_rollouts(
         ValueError: for a missing, ambiguous or (if asked for) unknown column, or a row that cannot be meant.
     """
     rows = located_rows(path)
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    if "prompt" not in columns:
-        raise ValueError(f"Expected the column `prompt` in {path!r}, got {sorted(columns)}.")
-    response = _one_of(RESPONSES, columns, path)
-    asked = any(name in columns for name in LABELS) if labelled is None else labelled
-    label = _one_of(LABELS, columns, path) if asked else None
-    unknown = sorted(set(columns) - {"prompt", response, label, *LOGGED})
+    unknown = sorted({name for _, row in rows for name in row} - COLUMNS)
     if only_known_columns and unknown:
         raise ValueError(
             f"Expected only the columns that are read in {path!r}, got also {unknown}, which may be misspelt or meant "
@@ -60,7 +54,7 @@ def read_rollouts(
         )
     draws = numbers(row.get("prompt") for _, row in rows)
     return [
-        (row, [Rollout.from_row(one, where, draw=draw, kind=kind) for one in _singles(row, response, label, where)])
+        (row, [Rollout.from_row(one, where, draw=draw, kind=kind) for one in _singles(row, labelled, where)])
         for (where, row), draw in zip(rows, draws, strict=True)
     ]
 
@@ -76,29 +70,24 @@ def numbers(prompts: Iterable[Given | None]) -> list[int]:
     return [seen.setdefault(json.dumps(prompt, sort_keys=True, default=dict), len(seen)) for prompt in prompts]
 
 
-def _one_of(names: Sequence[str], columns: Sequence[str], path: str) -> str:
-    found = [name for name in names if name in columns]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected exactly one of the columns {', '.join(names)} in {path!r}, got {found or sorted(columns)}."
-        )
-    return found[0]
-
-
-def _singles(row: Row, response: str, label: str | None, where: str) -> Iterator[Row]:
-    """A row of one response each; only the label that is asked for stays."""
+def _singles(row: Row, labelled: bool | None, where: str) -> Iterator[Row]:
+    """A row as rows of one response each, without a label that is not asked for."""
     if not row.get("prompt"):
-        raise ValueError(f"Expected a prompt in {where}, got none.")
-    texts = row.get(response) if response == "responses" else [row.get(response)]
+        raise ValueError(f"Expected a prompt in {where}, got none in the columns {sorted(row)}.")
+    found = [name for name in LABELS if name in row]
+    if labelled and len(found) != 1:
+        raise ValueError(f"Expected exactly one of {', '.join(LABELS)} in {where}, got {found or sorted(row)}.")
+    about = {name: value for name, value in row.items() if labelled is not False or name not in LABELS}
+    texts, labels = row.get("responses"), about.get("labels")
+    if "responses" not in row and labels is None:
+        yield about
+        return
     if not isinstance(texts, list) or not texts:
         raise ValueError(f"Expected a list of responses in {where}, got {texts!r:.80}.")
-    labels = row.get("labels") if label == "labels" else [row.get(str(label))] * len(texts)
-    if not isinstance(labels, list) or len(labels) != len(texts):
-        raise ValueError(f"Expected one label for each of {len(texts)} responses in {where}, got {labels!r}.")
-    about = {name: value for name, value in row.items() if name not in (*RESPONSES, *LABELS)}
-    for text, said in zip(texts, labels, strict=True):
-        given = {} if label is None else {label.removesuffix("s"): said}
-        yield {**about, response.removesuffix("s"): text, **given}
+    if labels is not None and (not isinstance(labels, list) or len(labels) != len(texts)):
+        raise ValueError(f"Expected one label for each of {len(texts)} responses in {where}, got {labels!r:.80}.")
+    for i, text in enumerate(texts):
+        yield about | {"response": text} | ({} if labels is None else {"label": labels[i]})
 
 
 def without_empty(rows: Sequence[tuple[Row, Group]], path: str, *, drop: bool) -> list[Rollout]:

@@ -173,9 +173,9 @@ def test_a_runs_rollouts_are_scored_as_they_are(prime_run, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "1"}, "Expected exactly one of the columns response, completion, responses .* got \\['prompt'\\]"),
-        ({"prompt": "1", "response": "2", "completion": "2"}, r"exactly one of .* got \['response', 'completion'\]"),
-        ({"response": "2"}, "Expected the column `prompt`"),
+        ({"prompt": "1"}, r"Expected exactly one of completion, response in line 1 of .* got \['prompt'\]"),
+        ({"prompt": "1", "response": "2", "completion": "2"}, r"exactly one of .* got \['completion', 'response'\]"),
+        ({"response": "2"}, r"Expected a prompt in line 1 of .* got none in the columns \['response'\]"),
         ({"prompt": "", "response": "2"}, "Expected a prompt in line 1 of"),
         ({"prompt": "1", "response": " "}, r"Expected no empty responses .* got 1 of 1 \(rows \[0\]"),
         ({"prompt": "1", "responses": []}, r"Expected a list of responses in line 1 of .* got \[\]"),

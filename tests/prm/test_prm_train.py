@@ -158,12 +158,16 @@ GOOD = {"prompt": "^1+1=", "response": "2;#2", "label": 1}
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"prompt": "1", "response": "2"}], "Expected exactly one of the columns label, labels, score"),
+        (
+            [{"prompt": "1", "response": "2"}],
+            "Expected exactly one of label, labels, score in line 1 of .* got .'prompt', 'response'",
+        ),
         ([GOOD | {"label": 2}], "Expected 0 or 1 in `label` of line 1 of .* got 2"),
         ([GOOD | {"label": 0.5}], "Expected 0 or 1 in `label` .* got 0.5"),
         ([GOOD, GOOD | {"label": None}], "Expected 0 or 1 in `label` of line 2 of .* got None"),
         ([{"prompt": "1", "response": "2", "score": 1.5}], r"Expected a number in \[0, 1\], or null, in `score`"),
         ([{"prompt": "1", "responses": ["2", "3"], "labels": [1]}], "one label for each of 2 responses in line 1 of"),
+        ([{"prompt": "1", "response": "2", "labels": [1]}], "Expected a list of responses in line 1 of .* got None"),
         ([GOOD | {"rating": 1}], r"Expected only the columns that are read in .* got also \['rating'\]"),
         ([GOOD, GOOD | {"response": ""}], r"Expected no empty responses .* got 1 of 2 \(rows \[1\].*drop_empty"),
         ([GOOD | {"response": ""}], "Expected no empty responses"),
