@@ -120,12 +120,12 @@ def summary(cells: Sequence[dict[str, Any]], thresholds: Sequence[float], baseli
             "",
         ]
         for method in dict.fromkeys(cell["method"] for cell in mine if cell["method"] != baseline):
-            parts += told(method, paired(mine, baseline, method, thresholds), thresholds)
+            parts += ratio_line(method, paired(mine, baseline, method, thresholds), thresholds)
         parts.append("")
     return "\n".join(parts)
 
 
-def told(method: str, ratios: list[list[float]], thresholds: Sequence[float]) -> list[str]:
+def ratio_line(method: str, ratios: list[list[float]], thresholds: Sequence[float]) -> list[str]:
     """One line a method: the mean over all thresholds, then each of them."""
     if not ratios:
         return [f"- {method}: no seed in common"]

@@ -24,11 +24,11 @@ FILE = "implicit_prm.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PRMFacts:
-    """The facts of an implicit PRM: its reward is `beta * log(prm / reference)`, summed over the tokens of a step.
+class PRMConfig:
+    """A PRM's JSON file. Its reward is `beta * log(prm / reference)`, summed over the tokens of a step.
 
     Example:
-        >>> PRMFacts(beta=0.05, reference="my/sft-model").steps.rule
+        >>> PRMConfig(beta=0.05, reference="my/sft-model").steps.rule
         'blank_line'
     """
 
@@ -56,8 +56,8 @@ class PRMFacts:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def of_run(cls, run: Mapping[str, Any], reference: str | None) -> PRMFacts:
-        """The facts of a training run, from what its module's `facts` says and its last numbers."""
+    def of_run(cls, run: Mapping[str, Any], reference: str | None) -> PRMConfig:
+        """The configuration of the PRM of a training run, from what its module's `facts` says and its last numbers."""
         separator = run["step_separator"]
         return cls(
             beta=run["beta"],
@@ -70,7 +70,7 @@ class PRMFacts:
         )
 
     @classmethod
-    def read(cls, folder: str | Path) -> PRMFacts:
+    def read(cls, folder: str | Path) -> PRMConfig:
         """Read the JSON file of a PRM's folder.
 
         Raises:
@@ -81,13 +81,15 @@ class PRMFacts:
             raise ValueError(
                 f"Expected {FILE} in the PRM's folder {str(folder)!r}, which says its beta and reference, got none. "
                 "Write the folder with `prime-lightning export --role prm`, or give beta and reference yourself: "
-                "`ImplicitPRM.from_pretrained(folder, facts=PRMFacts(beta=..., reference=...))`, `--prm.facts.beta`."
+                "`ImplicitPRM.from_pretrained(folder, config=PRMConfig(beta=..., reference=...))`, `--prm.config.beta`."
             )
         try:
             row = json.loads(path.read_text())
             return cls(**{**row, "steps": StepRule(**row.get("steps", {}))})
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"Expected the facts of a PRM in {str(path)!r}, got something else: {error}.") from error
+            raise ValueError(
+                f"Expected the configuration of a PRM in {str(path)!r}, got something else: {error}."
+            ) from error
 
     def reference_beside(self, folder: str | Path) -> str | None:
         """The reference's name; a folder is found from the PRM's own, so that both can be moved together."""
@@ -194,7 +196,7 @@ def describe(folder: str | Path, role: str, run: Mapping[str, Any], reference: s
     path = Path(folder)
     if role == "prm":
         own = run["names"].get("reference")
-        PRMFacts.of_run(run, relative(reference or own, path)).write(path)
+        PRMConfig.of_run(run, relative(reference or own, path)).write(path)
     card(path, role, run).save(path / "README.md")
 
 

@@ -24,7 +24,7 @@ from prime_lightning.models.batch import Batch, inside
 from prime_lightning.models.logprobs import ScoringLM
 from prime_lightning.models.options import Loading
 from prime_lightning.models.pretrained import check_same_vocabulary, load_tokenizer
-from prime_lightning.models.prm_folder import PRMFacts
+from prime_lightning.models.prm_folder import PRMConfig
 from prime_lightning.models.steps import Span, StepRule, steps_of_tokens
 from prime_lightning.prm.responses import Given, is_empty, numbers, prompt_ids, with_tokens
 from prime_lightning.rollout import Finish, Rollout
@@ -68,7 +68,7 @@ class ImplicitPRM:
         prm: The PRM.
         reference: The reference it was trained against; None goes without.
         tokenizer: Of both.
-        facts: Beta and the step rule.
+        config: Beta and the step rule.
         micro_tokens: Tokens, padding counted, of one forward.
     """
 
@@ -77,7 +77,7 @@ class ImplicitPRM:
         prm: ScoringLM,
         reference: ScoringLM | None,
         tokenizer: PreTrainedTokenizerBase,
-        facts: PRMFacts,
+        config: PRMConfig,
         micro_tokens: int = 16_384,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -85,7 +85,7 @@ class ImplicitPRM:
                 "Expected a fast tokenizer, which says where in the text each token stands, got "
                 f"{type(tokenizer).__name__}."
             )
-        self.prm, self.reference, self.tokenizer, self.facts = prm, reference, tokenizer, facts
+        self.prm, self.reference, self.tokenizer, self.config = prm, reference, tokenizer, config
         self.micro_tokens = micro_tokens
 
     @classmethod
@@ -94,7 +94,7 @@ class ImplicitPRM:
         folder: str | Path,
         *,
         reference: str | None = RECORDED,
-        facts: PRMFacts | None = None,
+        config: PRMConfig | None = None,
         loading: Loading = Loading(),
         device: str = "auto",
         micro_tokens: int = 16_384,
@@ -109,7 +109,7 @@ class ImplicitPRM:
         Args:
             folder: Hub id or folder.
             reference: Hub id or folder of the reference; "recorded" takes the one in the JSON file, None goes without.
-            facts: In place of the JSON file.
+            config: In place of the JSON file.
             loading: How the models are loaded.
             device: `auto` takes the current CUDA device if there is one.
             micro_tokens: Tokens, padding counted, of one forward.
@@ -117,9 +117,9 @@ class ImplicitPRM:
         Raises:
             ValueError: if the folder is no PRM, its reference is not known, or the two have different tokenizers.
         """
-        facts = facts or PRMFacts.read(folder)
+        config = config or PRMConfig.read(folder)
         if reference == RECORDED:
-            reference = facts.reference_beside(folder)
+            reference = config.reference_beside(folder)
             if reference is None:
                 raise ValueError(
                     f"Expected the PRM in {str(folder)!r} to name its reference, got none: it was trained against the "
@@ -133,7 +133,7 @@ class ImplicitPRM:
         tokenizer = load_tokenizer(str(folder))
         if reference is not None:
             check_same_vocabulary("reference", reference, "PRM", str(folder))
-        return cls(load(str(folder)), load(reference) if reference else None, tokenizer, facts, micro_tokens)
+        return cls(load(str(folder)), load(reference) if reference else None, tokenizer, config, micro_tokens)
 
     def score(
         self,
@@ -157,7 +157,7 @@ class ImplicitPRM:
         Raises:
             ValueError: for an empty response, or one that does not fit the model's positions.
         """
-        rule = steps or self.facts.steps
+        rule = steps or self.config.steps
         return self.score_spans(prompts, responses, [rule.spans(text) for text in responses], finished=finished)
 
     def score_spans(
@@ -215,7 +215,7 @@ class ImplicitPRM:
         """`[B, T]` rewards of all response tokens, 0 behind each response, on the CPU."""
         prm_BT = self._logprobs(self.prm, batch)
         reference_BT = self._logprobs(self.reference, batch) if self.reference else torch.zeros_like(prm_BT)
-        return process_reward(prm_BT, reference_BT, inside(batch.response_length_B), beta=self.facts.beta)
+        return process_reward(prm_BT, reference_BT, inside(batch.response_length_B), beta=self.config.beta)
 
     @torch.no_grad()
     def _logprobs(self, model: ScoringLM, batch: Batch) -> Tensor:

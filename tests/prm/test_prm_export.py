@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from prime_lightning.__main__ import main
 from prime_lightning.models.options import Lora
 from prime_lightning.models.pretrained import load_tokenizer, save
-from prime_lightning.models.prm_folder import PRMFacts, write_model
+from prime_lightning.models.prm_folder import PRMConfig, write_model
 from prime_lightning.prm import ImplicitPRM
 from prime_lightning.training.strategies.checkpoint import AtomicCheckpointIO, Folder, read_facts, role_weights
 
@@ -52,11 +52,11 @@ def test_a_checkpoints_models_are_those_of_the_end_of_the_run(prime_run, tmp_pat
 
 
 def test_the_prm_says_beta_reference_and_steps(prime_run, tmp_path):
-    facts = PRMFacts.read(prime_run / "prm")
-    assert (facts.beta, facts.reference, facts.steps.separator) == (0.5, "../policy", ";")
-    assert facts.loss == "prime_lightning.algorithms.prm_loss.ce"
-    assert (facts.granularity, facts.normalise) == ("token", "batch_max")
-    assert facts.normalise_scale > 0
+    config = PRMConfig.read(prime_run / "prm")
+    assert (config.beta, config.reference, config.steps.separator) == (0.5, "../policy", ";")
+    assert config.loss == "prime_lightning.algorithms.prm_loss.ce"
+    assert (config.granularity, config.normalise) == ("token", "batch_max")
+    assert config.normalise_scale > 0
     assert ImplicitPRM.from_pretrained(prime_run / "prm").score(["^1+2="], ["3;#3"])[0].reward != 0
     out = tmp_path / "prm"  # the checkpoint's run had no reference of its own, and nothing says where its policy is
     assert export(prime_run / "checkpoints" / "last.ckpt", "prm", out) == 0
@@ -79,7 +79,7 @@ def test_the_reference_is_the_frozen_model(prm_run, warm_model, tmp_path):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     facts = json.loads((tmp_path / "moved" / "prm" / "implicit_prm.json").read_text())
     (tmp_path / "moved" / "prm" / "implicit_prm.json").write_text(json.dumps({**facts, "reference": "../reference"}))
-    assert PRMFacts.read(tmp_path / "moved" / "prm").reference_beside(tmp_path / "moved" / "prm")
+    assert PRMConfig.read(tmp_path / "moved" / "prm").reference_beside(tmp_path / "moved" / "prm")
 
 
 def test_tied_weights_and_adapters(chat_model, warm_model, tmp_path):

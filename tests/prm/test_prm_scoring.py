@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prime_lightning.__main__ import main
 from prime_lightning.models.batch import Batch
 from prime_lightning.models.options import Loading
-from prime_lightning.models.prm_folder import PRMFacts
+from prime_lightning.models.prm_folder import PRMConfig
 from prime_lightning.prm import ImplicitPRM, StepRule
 from prime_lightning.prm.responses import prompt_ids
 from prime_lightning.prompts.dataset import Template
@@ -112,8 +112,8 @@ def test_prompts_are_texts_or_chat_messages(chat_model, prm_run):
     asked = [{"role": "user", "content": "How many hens?"}]
     text, ids = Template(user="How many hens?").encode({}, tokenizer)
     assert tokens(asked, tokenizer) == list(ids) == tokens(text, tokenizer)
-    facts = PRMFacts(beta=1.0, reference=None, steps=StepRule(rule="newline"))
-    prm = ImplicitPRM.from_pretrained(chat_model, facts=facts, reference=None)
+    config = PRMConfig(beta=1.0, reference=None, steps=StepRule(rule="newline"))
+    prm = ImplicitPRM.from_pretrained(chat_model, config=config, reference=None)
     rows = prm.score([asked, text], ["Two\nhens: é.\n"] * 2)
     assert rows[0] == rows[1]
     assert rows[0].steps == ["Two\n", "hens: é.\n"]
@@ -204,11 +204,11 @@ def test_folders_that_are_no_prm_are_refused(prm_run, warm_model, chat_model, tm
     shutil.copytree(prm_run / "prm", odd)
     (odd / "implicit_prm.json").write_text('{"beta": 0.1, "references": "x"}')
     (tmp_path / "out").write_text("mine")
-    given = ("--prm.facts.beta=0.5", f"--prm.facts.reference={warm_model}")
+    given = ("--prm.config.beta=0.5", f"--prm.config.reference={warm_model}")
     assert score(bare, rows, tmp_path / "given.jsonl", *given) == 0
     for prm, output, more, words in (
         (bare, "a", (), r"Expected implicit_prm.json in the PRM's folder .* got none"),
-        (odd, "b", (), "Expected the facts of a PRM in .* got something else: .*references"),
+        (odd, "b", (), "Expected the configuration of a PRM in .* got something else: .*references"),
         (
             prm_run / "prm",
             "c",

@@ -128,7 +128,7 @@ def test_a_runs_rollouts_train_a_prm_that_starts_the_next_run(prime_run, warm_mo
     online = tiny.module(warm_model, prm=str(tmp_path / "prm"))
     history = tiny.fit(tmp_path, online, tiny.data(warm_model), 1)
     assert 0 < history.rows[0]["prm/ce"] != pytest.approx(0.693147, abs=1e-4)  # it comes with an opinion
-    assert ImplicitPRM.from_pretrained(tmp_path / "prm").facts.beta == 0.5
+    assert ImplicitPRM.from_pretrained(tmp_path / "prm").config.beta == 0.5
 
 
 def test_the_columns_of_a_log_are_read(tmp_path):

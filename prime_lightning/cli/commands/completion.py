@@ -42,8 +42,8 @@ def whole() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("prime-lightning")
     made.add_argument("--version", action="store_true", help="of all that it stands on")
     below = made.add_subparsers()
-    told = LIGHTNING | {name: what for name, (_, what) in COMMANDS.items()}
-    for name, what in told.items():
+    described = LIGHTNING | {name: what for name, (_, what) in COMMANDS.items()}
+    for name, what in described.items():
         inner = below.add_parser(name, help=what, add_help=False, conflict_handler="resolve")
         if name in TAKES_OPTIONS_OF:
             copy(parser_of(TAKES_OPTIONS_OF[name]), inner)
@@ -68,13 +68,13 @@ def copy(parser: Any, into: argparse.ArgumentParser) -> None:
             for name, inner in action.choices.items():
                 copy(inner, below.add_parser(name, help=name, add_help=False))  # without a help it would be hidden
             continue
-        told: dict[str, Any] = {"help": str(action.help).split("\n")[0].replace("%", "%%")}
+        shown: dict[str, Any] = {"help": str(action.help).split("\n")[0].replace("%", "%%")}
         if action.nargs == 0:
-            into.add_argument(*action.option_strings, action="store_true", **told)
+            into.add_argument(*action.option_strings, action="store_true", **shown)
             continue
         values = list(values_of(action))
         given: dict[str, Any] = {"choices": values} if values else {}
-        made = into.add_argument(*(action.option_strings or [action.dest]), nargs=action.nargs, **given, **told)
+        made = into.add_argument(*(action.option_strings or [action.dest]), nargs=action.nargs, **given, **shown)
         if not values:
             made.complete = shtab.FILE  # type: ignore[attr-defined]
 
