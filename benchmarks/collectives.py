@@ -127,7 +127,7 @@ def fit(folder: Path, name: str, watch: Watch, options: argparse.Namespace) -> N
         policy_update=update,
         prm_update=update,
     )
-    prime.engine_checked = True  # nothing sampled these responses
+    prime.passes.engine_checked = True  # nothing sampled these responses
     steps = 1 + options.iterations
     trainer = bare_trainer(watch, steps=steps, devices=2, strategy=strategy(name), default_root_dir=folder)
     trainer.fit(prime, Given(options))

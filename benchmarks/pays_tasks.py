@@ -22,6 +22,7 @@ from prime_lightning.prompts.arithmetic import DIGITS, OPERATIONS, ArithmeticPro
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Rollout
 from prime_lightning.training.module import PrimeModule
+from prime_lightning.training.panel import Iteration
 
 VALUES = 12
 
@@ -150,25 +151,30 @@ class Watch(pl.Callback):
         self.tokens = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, *_: Any) -> None:
-        numbers, reward_BT = outputs["metrics"], outputs["process_BT"]
+        iteration: Iteration = outputs["iteration"]
+        numbers, reward_BT = iteration.metrics, iteration.process_BT
         self.curve.append((int(numbers["rollout/responses"]), float(numbers["rollout/accuracy"])))
         self.tokens += int(numbers["rollout/tokens"])
         known = reward_BT is not None
-        self.step_auc.append(step_auc(reward_BT, outputs["batch"], module.tokenizer) if known else None)
+        self.step_auc.append(step_auc(reward_BT, iteration.batch, module.tokenizer) if known else None)
         trainer.should_stop = sum(n for n, _ in self.curve) >= self.budget
 
 
 class OraclePrime(PrimeModule):
     """PRIME whose process reward is the truth: -1 on the first token of each wrong step. The headroom of any PRM."""
 
-    def process_reward(
-        self, batch: Batch, reference_BT: Tensor | None, proximal_BT: Tensor | None, prm_BT: Tensor | None = None
-    ) -> Tensor | None:
-        """Known truths instead of Eq. 3; the gate is open from the first iteration on."""
+    def judge_prm(self, batch: Batch, prm_BT: Tensor | None, reference_BT: Tensor | None) -> Tensor | None:
+        """The gate is open from the first iteration on."""
         self.gate.update(0.0, 1.0)
+        return prm_BT
+
+    def process_reward(
+        self, batch: Batch, prm_BT: Tensor | None, reference_BT: Tensor | None, proximal_BT: Tensor | None
+    ) -> Tensor | None:
+        """Known truths instead of Eq. 3."""
         reward_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         for i, rollout in enumerate(batch.rollouts):
             tokens = [self.tokenizer.decode([token]) for token in rollout.completion.token_ids]
             for start, _, right in spans(rollout, tokens):
                 reward_BT[i, start] = -float(not right)
-        return alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.all_reduce)[0]
+        return alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.stepper.all_reduce)[0]

@@ -238,7 +238,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
-        numbers = {name: value for name, value in outputs["metrics"].items() if name.startswith("time/")}
+        numbers = {name: value for name, value in outputs["iteration"].metrics.items() if name.startswith("time/")}
         phases = {name.removeprefix("time/"): value for name, value in numbers.items()}
         self.rows.append({"iteration": now - self.begun, **phases})
         self.begun, self.rollouts, self.tokens = now, len(batch), int(batch.mask_BT.sum())

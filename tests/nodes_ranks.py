@@ -97,7 +97,7 @@ def balance(folder: Path, model: str) -> None:
     def watched(batch: Any) -> Any:
         after = balanced(batch)
         if batch.rejected is None:  # it is what the filter rejected
-            numbers = prime.gather((batch.numbers(), after.numbers()))
+            numbers = prime.stepper.gather((batch.numbers(), after.numbers()))
             kept["rejected"] += [[sorted(n for one in part for n in one) for part in zip(*numbers, strict=True)]]
             return after
         kept["before"], kept["after"] = groups(batch), groups(after)

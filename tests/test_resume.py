@@ -45,7 +45,7 @@ def state(trainer):
         "weights": dict(module.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "gate": module.gate.state_dict(),
-        "replay": module.replay.state_dict(),
+        "replay": module.prm_learner.replay.state_dict(),
         "position": trainer.train_dataloader.state_dict(),
     }
 
@@ -85,8 +85,8 @@ def test_resuming_anywhere_is_bit_equal(whole, warm_model, tmp_path, stopped_aft
     trainer.fit(*pieces(warm_model), ckpt_path=folder / f"step={stopped_after}.ckpt")
     assert_equal(history.rows, expected.rows[stopped_after:])  # every logged number, prompts and rewards among them
     assert_equal(state(trainer), state(undisturbed))
-    texts = [[r.completion.text for r in out["batch"].rollouts] for out in history.outputs]
-    assert texts == [[r.completion.text for r in out["batch"].rollouts] for out in expected.outputs[stopped_after:]]
+    texts = [[r.completion.text for r in out.batch.rollouts] for out in history.outputs]
+    assert texts == [[r.completion.text for r in out.batch.rollouts] for out in expected.outputs[stopped_after:]]
 
 
 def test_the_whole_run_is_repeatable(whole, warm_model, tmp_path):
@@ -101,7 +101,7 @@ def test_the_whole_run_is_repeatable(whole, warm_model, tmp_path):
 def test_surplus_groups_are_trained_on_once(whole):
     """With oversampling, every accepted group is used exactly once, one iteration late at most."""
     _, _, history = whole
-    draws = [r.prompt.draw for out in history.outputs for r in out["batch"].rollouts[::4]]
+    draws = [r.prompt.draw for out in history.outputs for r in out.batch.rollouts[::4]]
     assert len(draws) == len(set(draws))
     assert any(row["rollout/surplus_groups"] > 0 for row in history.rows)
     assert any(row["rollout/policy_lag"] > 0 for row in history.rows)

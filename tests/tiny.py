@@ -32,18 +32,18 @@ class History(DummyLogger):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict[str, float]] = []
-        self.outputs: list[dict[str, Any]] = []
+        self.outputs: list[Any] = []  # of `panel.Iteration`
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.append({k: v for k, v in metrics.items() if "time/" not in k and "second" not in k})
 
 
 class Outputs(pl.Callback):
-    """Hands the outputs of the training steps to a `History`."""
+    """Hands the iterations that training steps return to a `History`."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         if isinstance(trainer.logger, History):
-            trainer.logger.outputs.append(outputs)
+            trainer.logger.outputs.append(outputs.get("iteration"))  # other modules than PrimeModule have none
 
 
 def parity(prompt: Prompt, text: str) -> Future[Verdict]:

@@ -113,12 +113,12 @@ class Watch(pl.Callback):
         self.cuda = cuda
         self.lengths: dict[str, float] = {}
         self.found: dict[str, Any] = {"iterations": [], "peak_bytes": {}, "freed_bytes": [], "taken_bytes": []}
-        self._timed, self._rest, self._sync = module.timed, data.rest, data.sync
-        module.timed, data.rest, data.sync = self.timed, self.rest, self.sync  # type: ignore[method-assign]
+        self._timed, self._rest, self._sync = module.stepper.timed, data.rest, data.sync
+        module.stepper.timed, data.rest, data.sync = self.timed, self.rest, self.sync  # type: ignore[method-assign]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """The module's clock, stopped only when the device is done; and the peak of memory inside."""
+        """The stepper's clock, stopped only when the device is done; and the peak of memory inside."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         with self._timed(phase):
@@ -149,7 +149,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Keep the iteration's numbers; after the last one, compare engine and trainer, which has new weights then."""
-        self.found["iterations"].append(outputs["metrics"])
+        self.found["iterations"].append(outputs["iteration"].metrics)
         self.lengths = {
             "prompts": len(batch),
             "prompt": float(batch.prompt_length_B.float().mean()),

@@ -6,14 +6,13 @@ They stay on the device where they were computed until then: to read a number, t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prime_lightning.algorithms.masked import AllReduce
 
-Union = Callable[[set[str]], set[str]]
-"""`(names of this rank) -> names of all ranks`."""
 NOTHING = torch.zeros((), dtype=torch.double)
 
 
@@ -29,6 +28,10 @@ class Measures:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
@@ -57,17 +60,19 @@ class Measures:
         for name in ("_sums", "_counts", "_totals", "_maxima"):
             getattr(self, name).update(getattr(other, name))
 
-    def means(self, all_reduce: AllReduce | None = None, union: Union | None = None) -> dict[str, float]:
+    def means(
+        self, all_reduce: AllReduce | None = None, gather: Callable[[Any], list[Any]] | None = None
+    ) -> dict[str, float]:
         """All means, sums, totals and maxima, over all ranks.
 
         Args:
             all_reduce: Reduces over ranks.
-            union: Gives the names of all ranks, as one rank may have had nothing to measure.
+            gather: Gives what each rank has: their names, as one rank may have had nothing to measure.
         """
         sums, counts, highest = _read(self._sums, self._counts, self._totals | self._maxima)
         added, tops = sorted(sums), sorted(highest)
-        if union is not None:
-            named = union({f"+{name}" for name in added} | {f"<{name}" for name in tops})
+        if gather is not None:
+            named = set().union(*gather({f"+{name}" for name in added} | {f"<{name}" for name in tops}))
             added, tops = ([name[1:] for name in sorted(named) if name[0] == kind] for kind in "+<")
         table = torch.stack([NOTHING, *(d.get(n, NOTHING) for n in added for d in (sums, counts))])
         maxima = torch.stack([NOTHING, *(highest.get(n, -torch.inf * (NOTHING + 1)) for n in tops)])

@@ -141,21 +141,20 @@ class Benchmarks(Callback):
 
     def _sampling(self, trainer: pl.Trainer, benchmark: Benchmark) -> Sampling:
         """The benchmark's, with the mask that training has."""
-        masked = trainer.datamodule.sampling.mask_padding  # type: ignore[attr-defined]
-        return benchmark.sampled(max_tokens=self.max_tokens, mask_padding=masked or None)
+        return trainer.datamodule.masked(benchmark.sampled(max_tokens=self.max_tokens))  # type: ignore[attr-defined]
 
     def _evaluate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, benchmark: Benchmark, prompts: Prompts
     ) -> None:
-        begun, data = time.perf_counter(), trainer.datamodule  # type: ignore[attr-defined]
+        begun, source = time.perf_counter(), trainer.datamodule.source(prompts)  # type: ignore[attr-defined]
         sampling = self._sampling(trainer, benchmark)
         place = benchmark.place(self.template)
         if place not in self.graders:
-            self.graders[place] = data.verifiers.answering(place)
+            self.graders[place] = source.verifiers.answering(place)
         scores = Scores(benchmark.metrics, sampling.samples, prompts.kind, place, pl_module.device)
         draws = range(trainer.global_rank, benchmark.size(prompts, self.limit), trainer.world_size)
         self.tally, mine = Tally(len(draws), f"evaluating {benchmark.name}"), []
-        for group in sampled(prompts, replace(data.source(prompts), verifiers=self.graders[place]), sampling, draws):
+        for group in sampled(prompts, replace(source, verifiers=self.graders[place]), sampling, draws):
             scores.add(group)
             mine.append(group)
             self.tally.accepted += 1
@@ -166,7 +165,7 @@ class Benchmarks(Callback):
             "samples": sampling.samples,
             **scores.result(),
             "seconds": time.perf_counter() - begun,
-            "version": data.engine.version,
+            "version": source.engine.version,
         }
         everyone = _gather(trainer, mine)
         row["not_asked"] = not_asked(benchmark.title, everyone) if trainer.is_global_zero else {}

@@ -54,6 +54,9 @@ class Batch:
     rejected: Batch | None = None
     """Groups that the accuracy filter rejected while this batch was filled, for a PRM that learns from all; a rank
     without any has one row that counts for nothing. None where nobody asked for them."""
+    accepted: int | None = None
+    """Groups of all ranks that the accuracy filter kept, where others with higher numbers came in beside them, which
+    earn by the process reward alone. None where all were kept."""
 
     def __len__(self) -> int:
         """Number of responses."""
@@ -162,6 +165,13 @@ class Batch:
         """The same rows, none of which counts: for a rank that has none left while others have."""
         return replace(self, mask_BT=self.mask_BT & False, valid_B=self.valid_B & False, rollouts=[])
 
+    def of_accepted(self) -> Batch:
+        """The same rows, of which only those count that the accuracy filter kept."""
+        if self.accepted is None:
+            return self
+        kept_B = self.group_B < self.accepted
+        return replace(self, valid_B=self.valid_B & kept_B, mask_BT=self.mask_BT & kept_B[:, None])
+
     def minibatches(self, count: int, generator: torch.Generator, groups: int | None = None) -> list[Tensor]:
         """Shuffle the groups of all ranks into `count` equal parts; returns this rank's rows of each, on the host.
 
@@ -238,6 +248,12 @@ def join(parts: Sequence[Batch], like: Batch) -> Batch:
     }
     rollouts = [rollout for part in parts for rollout in part.rollouts]
     return replace(like, **tensors, rollouts=rollouts, rejected=None)
+
+
+def renumbered(batch: Batch, numbers: list[int], first: int) -> Batch:
+    """The same rows, whose group is `first` and on by its place among these numbers."""
+    place_B = torch.searchsorted(torch.tensor(numbers, device=batch.group_B.device), batch.group_B)
+    return replace(batch, group_B=first + place_B)
 
 
 def padded_cat(parts: Sequence[Tensor]) -> Tensor:

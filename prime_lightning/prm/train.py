@@ -28,10 +28,11 @@ from prime_lightning.prm.responses import grouped, read_rollouts, tokenized, wit
 from prime_lightning.prompts.dataset import permutation
 from prime_lightning.rollout import Group, Rollout
 from prime_lightning.training.options import Update
-from prime_lightning.training.run_metadata import import_path
+from prime_lightning.training.prm_learning import optimise_prm
+from prime_lightning.training.run_metadata import import_path, run_facts
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.sft import LessonLoader, cosine
-from prime_lightning.training.stepping import SteppingModule
+from prime_lightning.training.stepping import Stepper, check_devices
 
 VALIDATION_LAP = 2**31  # a pass of the seeded order that training never comes to
 
@@ -136,7 +137,7 @@ class LabelledDataModule(pl.LightningDataModule):
         return Batch.of_groups([[tokenized(one, self.tokenizer) for one in group] for group in groups])
 
 
-class PRMModule(SteppingModule):
+class PRMModule(pl.LightningModule):
     """An implicit PRM that learns outcomes offline (ImplicitPRM, arXiv 2412.01981).
 
     `r(y) = beta * sum_t log(prm(y_t) / reference(y_t))`, with any loss of `algorithms.prm_loss` on the labels.
@@ -155,6 +156,8 @@ class PRMModule(SteppingModule):
     """
 
     policy_role = "prm"
+    command = ""
+    """What started the run, for the model's card."""
 
     def __init__(
         self,
@@ -169,13 +172,16 @@ class PRMModule(SteppingModule):
         warmup: float = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
+        super().__init__()
+        self.stepper = Stepper(self, {"prm": update}, shared_prompts=loading.shares_prompts, seed=seed)
         self.names: dict[str, str | None] = {"prm": prm, "reference": reference or prm}
         self.loading, self.beta, self.step_separator, self.prm_loss = loading, beta, step_separator, prm_loss
-        self.updates = {"prm": update, "policy": update}  # `score` takes its micro-batches from the policy's
         self.optimizer, self.warmup = optimizer, warmup
-        self.trained = ["prm"]
         self.rewards, self.outcomes, self.pairs = CatMetric(), CatMetric(), MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot train."""
+        check_devices(self.trainer)
 
     def configure_model(self) -> None:
         """Load the models, once."""
@@ -184,8 +190,8 @@ class PRMModule(SteppingModule):
         name, reference = str(self.names["prm"]), str(self.names["reference"])
         check_same_vocabulary("reference", reference, "PRM", name)
         self.tokenizer = load_tokenizer(name)
-        self.prm = load_scoring(name, self.loading, self.devices)
-        self.reference = load_scoring(reference, self.loading, self.devices).requires_grad_(False)
+        self.prm = load_scoring(name, self.loading, self.stepper.devices)
+        self.reference = load_scoring(reference, self.loading, self.stepper.devices).requires_grad_(False)
 
     def on_train_start(self) -> None:
         """Say so if a loss that compares responses to one prompt has nothing to compare."""
@@ -199,15 +205,17 @@ class PRMModule(SteppingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One update on the labels of a batch of prompts."""
-        with self.one_step():
-            self.optimise_prm(batch, self.score(self.reference, batch), self.prm_loss, self.beta)
-        numbers = self.measures.means(self.all_reduce)
-        numbers |= {"loss": numbers.get("prm/loss", 0.0), "prm/lr": self.optimizer_of["prm"].param_groups[0]["lr"]}
+        stepper, measures = self.stepper, self.stepper.measures
+        measures.clear()  # of what validation scored
+        with stepper.one_step(["prm"]):
+            optimise_prm(stepper, batch, stepper.score("reference", batch), self.prm_loss, self.beta)
+        numbers = measures.means(stepper.all_reduce)
+        numbers |= {"loss": numbers.get("prm/loss", 0.0), **stepper.learning_rates()}
         self.log_dict(numbers, prog_bar=False, batch_size=len(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect rewards and labels."""
-        prm_BT, reference_BT = self.score(self.prm, batch), self.score(self.reference, batch)
+        prm_BT, reference_BT = self.stepper.score("prm", batch), self.stepper.score("reference", batch)
         reward_B = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.beta).sum(1)
         self.rewards.update(reward_B[batch.valid_B])
         self.outcomes.update(batch.outcome_B[batch.valid_B])
@@ -247,3 +255,11 @@ class PRMModule(SteppingModule):
             "normalise": "none",
             "prm_loss": import_path(self.prm_loss),
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in what a resumed run needs besides weights and optimizer, and what a reader has to know."""
+        self.stepper.save(checkpoint, {"facts": run_facts(self)})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        self.stepper.restore(checkpoint)

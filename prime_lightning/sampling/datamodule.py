@@ -181,6 +181,10 @@ class RolloutDataModule(pl.LightningDataModule):
         """Let batches bring the groups that the filter rejected, at most so many for each accepted one."""
         self.most_rejected = most
 
+    def masked(self, sampling: Sampling) -> Sampling:
+        """A sampling under the mask of `mask_padding`, where training has it."""
+        return replace(sampling, mask_padding=True) if self.sampling.mask_padding else sampling
+
     def source(self, prompts: Prompts) -> RolloutSource:
         """These prompts through this module's engine and verifiers."""
         assert self.tokenizer is not None

@@ -8,10 +8,13 @@ Shapes: B responses, T response tokens, b and t those of a micro-batch.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -25,17 +28,20 @@ from prime_lightning.models.options import Loading, Lora
 from prime_lightning.models.pretrained import check_same_vocabulary, embedding_rows, ids_without_token, load_tokenizer
 from prime_lightning.sampling.sync import PolicyWeights, check_takes_weights
 from prime_lightning.training.options import Credit, PolicyLoss, Probe, ProcessReward, Update
-from prime_lightning.training.prm_learning import LearningModule
+from prime_lightning.training.panel import Iteration, Panel
+from prime_lightning.training.passes import Passes
+from prime_lightning.training.policy_learning import PolicyLearner, with_process_only
+from prime_lightning.training.prm_learning import PRMLearner
 from prime_lightning.training.probe import check_greedy
-from prime_lightning.training.replay import Replay, share
-from prime_lightning.training.run_metadata import import_path
+from prime_lightning.training.run_metadata import import_path, run_facts
 from prime_lightning.training.scoring import load_scoring
+from prime_lightning.training.stepping import Stepper, check_devices
 from prime_lightning.training.together import check_together
 
 ROLES = ("prm", "policy", "critic")
 
 
-class PrimeModule(LearningModule):
+class PrimeModule(pl.LightningModule):
     """Process reinforcement through implicit rewards (PRIME, arXiv 2502.01456, Algorithm 1).
 
     Args:
@@ -70,6 +76,9 @@ class PrimeModule(LearningModule):
         ValueError: if a model is missing, or the options contradict each other.
     """
 
+    command = ""
+    """What started the run, for the cards of its models."""
+
     def __init__(
         self,
         policy: str,
@@ -97,65 +106,80 @@ class PrimeModule(LearningModule):
         probe: Probe = Probe(),
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
+        super().__init__()
         self.names: dict[str, str | None] = {"policy": policy, "prm": prm, "reference": reference, "critic": critic}
-        self.loading, self.adapters = loading, {"policy": policy_lora, "prm": prm_lora}
+        self.loading, self.adapters, self.seed = loading, {"policy": policy_lora, "prm": prm_lora}, seed
         self.share_base, rules = share_base, {"loss": policy_loss, "reward": process_reward, "credit": credit}
         check_together(self.names, self.adapters, share_base=share_base, **rules)  # type: ignore[arg-type]
         self.reward, self.gate = process_reward, gate or alg.ProcessGate()
-        self.prm_loss, self.advantage, self.weights, self.loss = prm_loss, advantage, credit, policy_loss
-        self.updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
+        self.advantage, self.weights, self.loss = advantage, credit, policy_loss
         self.makers = {"policy": policy_optimizer, "prm": prm_optimizer, "critic": critic_optimizer}
         self.schedule, self.probe, self.shaping = schedule, probe, outcome_shaping
-        self.replay, self.base_rate = Replay(process_reward.replay), alg.BaseRate()
+        updates = {"policy": policy_update, "prm": prm_update, "critic": critic_update}
+        self.stepper = Stepper(self, updates, shared_prompts=loading.shares_prompts, seed=seed)
+        self.panel = Panel(self.stepper, policy_loss)
+        self.passes = Passes(self.stepper, self.names, policy_loss, process_reward)
+        self.prm_learner = PRMLearner(self.passes, self.panel, prm_loss, self.gate)
+        self.policy_learner = PolicyLearner(self.stepper, self.panel, policy_loss)
+        self.measures = self.stepper.measures
         self.pass_rate = MeanMetric()
+        self.trained: list[str] = []  # roles that have an optimizer, in the order of `ROLES`
         self.probed: int | None = None  # the iteration of the last look
         self._step_ends: Tensor | None = None
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Iteration]:
         """One iteration of Algorithm 1, from its rollouts on, until the engine has the new policy."""
         self.rest()
-        with self.one_step():
-            batch = self.with_process_only(batch)
-            proximal_BT = self.proximal_logprobs(batch)
-            reference_BT = self.reference_logprobs(batch, proximal_BT)
-            anchor_BT = self.anchor_logprobs(batch, reference_BT)
-            batch = self.finite(batch, proximal_BT, reference_BT, anchor_BT)
+        with self.stepper.one_step(self.trained):
+            batch = with_process_only(batch, self.reward.process_only, self.gate, self.stepper)
+            proximal_BT = self.passes.proximal(batch)
+            reference_BT = self.passes.reference(batch, proximal_BT)
+            anchor_BT = self.passes.anchor(batch, reference_BT)
+            batch = self.panel.finite(batch, proximal_BT, reference_BT, anchor_BT)
 
-            before = self.update_prm(batch, reference_BT) if self.prm_goes_first else None
-            process_BT = self.process_reward(batch, reference_BT, proximal_BT, before)
-            if not self.prm_goes_first:
-                self.update_prm(batch, reference_BT)
+            prm_BT = self.prm_learner.before_reward(batch, reference_BT)
+            prm_BT = self.judge_prm(batch, prm_BT, reference_BT)
+            process_BT = self.process_reward(batch, prm_BT, reference_BT, proximal_BT)
+            self.prm_learner.after_reward(batch, reference_BT)
 
-            batch = self.trusted(batch)
-            values_BT = self.score(self.critic, batch) if self.critic else None
+            batch = batch if self.gate.weight > 0 else batch.of_accepted()
+            values_BT = self.stepper.score("critic", batch) if self.critic else None
             advantage_BT = self.credit(batch, process_BT, values_BT, proximal_BT, anchor_BT)
-            self.update_critic(batch, values_BT, advantage_BT)
+            self.policy_learner.update_critic(batch, values_BT, advantage_BT)
             advantage_BT = self.whitened(batch, advantage_BT)
-            self.update_policy(batch, advantage_BT, proximal_BT, anchor_BT)
-        numbers = self.log_iteration(batch)
+            self.policy_learner.update(batch, advantage_BT, proximal_BT, anchor_BT)
+        iteration = self.logged(Iteration(self.stepper.iteration - 1, batch, process_BT, advantage_BT))
         self.send_weights()
-        return {"batch": batch, "process_BT": process_BT, "advantage_BT": advantage_BT, "metrics": numbers}
+        return {"iteration": iteration}
+
+    def judge_prm(self, batch: Batch, prm_BT: Tensor | None, reference_BT: Tensor | None) -> Tensor | None:
+        """Measure the PRM by the groups that the filter kept, and move the gate by it.
+
+        Returns its log-probs; None of a PRM that gives a number that is not finite, to any rank.
+        """
+        if prm_BT is None or reference_BT is None:
+            return None
+        reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
+        ce, accuracy = self.panel.judge_prm(batch.of_accepted(), reward_BT, self.prm_learner.intercept)
+        self.gate.update(ce, accuracy)
+        for name in ("weight", "ce", "accuracy"):
+            if getattr(self.gate, name) is not None:
+                self.measures.add(f"gate/{name}", getattr(self.gate, name))
+        return None if math.isnan(ce) else prm_BT
 
     def process_reward(
-        self, batch: Batch, reference_BT: Tensor | None, proximal_BT: Tensor | None, prm_BT: Tensor | None = None
+        self, batch: Batch, prm_BT: Tensor | None, reference_BT: Tensor | None, proximal_BT: Tensor | None
     ) -> Tensor | None:
-        """Eq. 3 for each token, normalised; None of a PRM that gives a number that is not finite, to any rank.
-
-        The PRM's health is measured on the way, and the gate moves. Its log-probs are computed unless they are given.
-        """
-        if self.prm is None or reference_BT is None:
-            return None
-        prm_BT = self.score(self.prm, batch) if prm_BT is None else prm_BT
-        reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
-        if not self.judge_prm(batch, reward_BT):
+        """Eq. 3 for each token or step, normalised; None without log-probs of a PRM."""
+        if prm_BT is None or reference_BT is None:
             return None
         if self.reward.against == "policy":
             known = proximal_BT if batch.plain else None
-            policy_BT = self.score(self.policy, batch) if known is None else known
-            reward_BT = alg.process_reward(prm_BT, policy_BT, batch.mask_BT, beta=self.reward.beta)
+            reference_BT = self.stepper.score("policy", batch) if known is None else known
+        reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
         reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
-        reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, self.reward.normalise, all_reduce=self.all_reduce)
+        rule, all_reduce = self.reward.normalise, self.stepper.all_reduce
+        reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, rule, all_reduce=all_reduce)
         self.measures.add("process/scale", scale)
         return reward_BT
 
@@ -180,7 +204,8 @@ class PrimeModule(LearningModule):
             lam=weights.lam,
         )
         outcome_BT, paid_BT = alg.mixed(credit, outcome_weight=weights.outcome_weight, process_weight=weight)
-        outcome_BT = self.of_accepted(batch, outcome_BT)
+        if batch.accepted is not None:
+            outcome_BT = torch.where((batch.group_B < batch.accepted)[:, None], outcome_BT, 0.0)
         if weights.process_per == "step" and (step_ids := self.step_ids(batch)) is not None:
             paid_BT = alg.per_step(paid_BT, batch.mask_BT & batch.valid_B[:, None], step_ids)
         if self.prm is not None:
@@ -197,71 +222,27 @@ class PrimeModule(LearningModule):
             baseline=self.critic is None,  # a critic has learned the penalty
         )
 
+    def shaped(self, batch: Batch) -> Tensor:
+        """Outcome rewards as the policy earns them."""
+        if self.shaping is None:
+            return batch.outcome_B
+        reward_B: Tensor = self.shaping(batch.outcome_B, batch.response_length_B)
+        kept_B = batch.of_accepted().valid_B
+        self.measures.add("train/shaping", (reward_B - batch.outcome_B)[kept_B].sum(), kept_B.sum())
+        return reward_B
+
     def whitened(self, batch: Batch, advantage_BT: Tensor) -> Tensor:
         """Advantages of mean 0 and variance 1 over all ranks, where that is asked for."""
         wanted = self.weights.whiten
-        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.all_reduce) if wanted else advantage_BT
+        return alg.whiten(advantage_BT, batch.mask_BT, all_reduce=self.stepper.all_reduce) if wanted else advantage_BT
 
-    def update_policy(
-        self, batch: Batch, advantage_BT: Tensor, proximal_BT: Tensor | None, anchor_BT: Tensor | None
-    ) -> None:
-        """Eq. 6, the clipped surrogate or another, with the optional KL, entropy and importance terms.
-
-        Without `proximal_BT` the policy's log-probs of this very pass stand for it: `exp(logp - logp.detach())`.
-        """
-        options = self.loss
-        weight_BT = None if proximal_BT is None else self.measure_policy(batch, proximal_BT, anchor_BT)
-
-        def terms(micro: Batch, rows: Tensor) -> Tensor:
-            policy_bt, entropy_bt = self.logprobs(self.policy, micro, options.entropy, as_sampled=True)
-            assert entropy_bt is not None
-            t = micro.mask_BT.shape[1]
-            proximal_bt, anchor_bt, weight_bt = (
-                None if x_BT is None else x_BT[rows, :t] for x_BT in (proximal_BT, anchor_BT, weight_BT)
-            )
-            if proximal_bt is None:
-                micro, proximal_bt = self.finite(micro, policy_bt), policy_bt.detach()
-                weight_bt = self.measure_policy(micro, proximal_bt, anchor_bt)
-            mask_bt = micro.mask_BT
-            total, measured = options.surrogate(
-                policy_bt,
-                proximal_bt,
-                advantage_BT[rows, :t],
-                mask_bt,
-                clip_low=options.clip_low,
-                clip_high=options.clip_high,
-                weight_BT=None if options.importance_cap is None else weight_bt,
-                aggregate=options.aggregate,
-                constant_length=options.constant_length,
-            )
-            extras = [-options.entropy_weight * entropy_bt] if options.entropy_weight else []
-            if options.kl == "loss" and anchor_bt is not None:
-                extras.append(options.kl_weight * alg.kl(policy_bt, anchor_bt, options.kl_estimator))
-            for extra_bt in extras:
-                total = total + alg.aggregate(extra_bt, mask_bt, options.aggregate, options.constant_length)
-            self.measures.add("policy/loss", total, alg.denominator(mask_bt, options.aggregate))
-            self.measures.add("policy/entropy", alg.masked_sum(entropy_bt.detach(), mask_bt), mask_bt.sum())
-            self.measures.add_all(measured, mask_bt.sum())
-            return total
-
-        self.optimise("policy", batch, terms, lambda rows: alg.denominator(batch.mask_BT[rows], options.aggregate))
-
-    def update_critic(self, batch: Batch, values_BT: Tensor | None, advantage_BT: Tensor) -> None:
-        """The critic's clipped regression towards the returns of GAE."""
-        if values_BT is None:
-            return
-        returns_BT = alg.gae_returns(advantage_BT, values_BT, batch.mask_BT)
-
-        def terms(micro: Batch, rows: Tensor) -> Tensor:
-            mask_bt, t = micro.mask_BT, micro.mask_BT.shape[1]
-            new_bt, _ = self.logprobs(self.critic, micro)
-            total, measured = alg.value_loss(
-                new_bt, values_BT[rows, :t], returns_BT[rows, :t], mask_bt, clip=self.loss.value_clip
-            )
-            self.measures.add_all(measured, mask_bt.sum())
-            return total
-
-        self.optimise("critic", batch, terms, lambda rows: batch.mask_BT[rows].sum())
+    def logged(self, iteration: Iteration) -> Iteration:
+        """The iteration with all that was measured, which loggers get; the same numbers on all ranks."""
+        numbers = self.panel.numbers(iteration)
+        for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
+            logger.log_metrics(numbers, step=iteration.number)
+        self.log_dict(numbers, logger=False, batch_size=len(iteration.batch))
+        return replace(iteration, metrics=numbers)
 
     def step_ids(self, batch: Batch) -> Tensor | None:
         """Number of the step that each response token belongs to, where rewards are per step."""
@@ -277,8 +258,8 @@ class PrimeModule(LearningModule):
     # ---- what samples
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module that would go on sampling with the weights it began with, and ask it for lessons."""
-        super().setup(stage)
+        """Refuse what cannot train, and a data module that takes no weights; ask it for lessons."""
+        check_devices(self.trainer)
         datamodule = getattr(self.trainer, "datamodule", None)
         check_takes_weights(datamodule)
         reads = self.reward.update != "none" or self.reward.process_only != "none"
@@ -288,16 +269,16 @@ class PrimeModule(LearningModule):
 
     def send_weights(self) -> None:
         """Let the next rollouts be the present policy's; its version is the number of finished iterations."""
-        weights = PolicyWeights(self.policy.model, self.devices.whole)
-        with self.timed_between("sync"):
+        weights = PolicyWeights(self.policy.model, self.stepper.devices.whole)
+        with self.stepper.timed("sync"):
             self.trainer.datamodule.sync(weights, self.trainer.global_step)  # type: ignore[attr-defined]
             if self.trainer.training and self.probe.due(self.trainer.global_step, self.probed):
                 self.probed = self.trainer.global_step
-                check_greedy(self, self.trainer.datamodule, self.probe)  # type: ignore[attr-defined]
+                check_greedy(self.stepper, self.trainer.datamodule, self.probe)  # type: ignore[attr-defined]
 
     def rest(self) -> None:
         """The rollouts are there: memory is the trainer's for now."""
-        with self.timed_between("sync"):
+        with self.stepper.timed("sync"):
             self.trainer.datamodule.rest()  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
@@ -305,9 +286,13 @@ class PrimeModule(LearningModule):
         self.send_weights()
 
     def on_validation_start(self) -> None:
-        """Outside of `fit`, too."""
-        super().on_validation_start()
+        """Outside of `fit`, too; and start the clock of `time/evaluation`."""
+        self._evaluating = time.perf_counter()
         self.send_weights()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log it beside what the evaluation found."""
+        self.log("time/evaluation", time.perf_counter() - self._evaluating, reduce_fx="max", sync_dist=True)
 
     on_test_start = on_predict_start = on_train_start
 
@@ -322,16 +307,13 @@ class PrimeModule(LearningModule):
             self.log(f"val/{name}", measured[f"rollout/{name}"], batch_size=len(batch.rollouts), sync_dist=True)
         self.log("val/long_prompts", measured["rollout/long_prompts"], reduce_fx="sum", batch_size=1, sync_dist=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same as in validation."""
-        self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Rollouts with their process rewards (unnormalised)."""
-        reference_BT = self.reference_logprobs(batch, None)
-        if self.prm is None or reference_BT is None:
+        reference_BT, prm_BT = self.passes.reference(batch, None), self.passes.prm(batch)
+        if prm_BT is None or reference_BT is None:
             return {"batch": batch}
-        prm_BT = self.score(self.prm, batch)
         process_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
         return {"batch": batch, "process_BT": process_BT}
 
@@ -346,7 +328,7 @@ class PrimeModule(LearningModule):
             name, lora = self.names[role], self.adapters.get(role)
             if name and role in ("policy", "reference"):  # the roles that are scored as the engine samples
                 options["unused"] = ids_without_token(name, self.tokenizer)
-            return name and load_scoring(name, self.loading, self.devices, lora=lora, seed=self.seed, **options)
+            return name and load_scoring(name, self.loading, self.stepper.devices, lora=lora, seed=self.seed, **options)
 
         self.tokenizer = load_tokenizer(str(self.names["policy"]))
         self.policy = load("policy")
@@ -379,21 +361,17 @@ class PrimeModule(LearningModule):
             "granularity": self.reward.granularity,
             "step_separator": self.reward.step_separator,
             "normalise": self.reward.normalise,
-            "prm_loss": import_path(self.prm_loss),
+            "prm_loss": import_path(self.prm_learner.loss),
             "lora": {role: asdict(lora) for role, lora in self.adapters.items() if lora is not None},
         }
 
-    def extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights and optimizers."""
-        return {"gate": self.gate.state_dict(), "rate": self.base_rate.state_dict(), "seen_right": self.seen_right}
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in what a resumed run needs besides weights and optimizers, and what a reader has to know."""
+        state = {"gate": self.gate.state_dict(), **self.prm_learner.state_dict(), "facts": run_facts(self)}
+        self.stepper.save(checkpoint, state, of_rank=self.prm_learner.replay.state_dict())
 
-    def rank_state(self) -> list[dict[str, Any]]:
-        """Past batches of this rank."""
-        return self.replay.state_dict()
-
-    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
-        """Take up that state."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        state = self.stepper.restore(checkpoint)
         self.gate.load_state_dict(state["gate"])
-        self.base_rate.load_state_dict(state.get("rate", {"rate": None}))
-        self.seen_right = state.get("seen_right", 0.0)
-        self.replay.load_state_dict(share(of_ranks, self.global_rank, self.trainer.world_size))
+        self.prm_learner.load_state_dict(state, state["ranks"])

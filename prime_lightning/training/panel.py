@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,23 +16,39 @@ from torch import Tensor
 from prime_lightning import algorithms as alg
 from prime_lightning.algorithms.measures import Measures
 from prime_lightning.models.batch import Batch
-from prime_lightning.training.options import PolicyLoss, ProcessReward
-from prime_lightning.training.stepping import SKIPS_IN_A_ROW, SteppingModule
+from prime_lightning.training.options import PolicyLoss
+from prime_lightning.training.stepping import Stepper
 
 
-class PanelModule(SteppingModule):
-    """The side of `PrimeModule` that measures and logs."""
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration on one rank, once it is over. Callbacks get it as `outputs["iteration"]`.
 
-    prm: Any
-    reference: Any
-    reward: ProcessReward
-    loss: PolicyLoss
-    gate: alg.ProcessGate
+    Shapes: B responses, T response tokens.
+    """
 
-    @property
-    def intercept(self) -> float:
-        """What the PRM's loss adds to response rewards."""
-        return 0.0
+    number: int
+    """Iterations before it, which is the version of the policy that was trained."""
+    batch: Batch
+    """What was trained on; the mask is without tokens whose log-probs were not finite."""
+    process_BT: Tensor | None
+    """Normalised process rewards, not weighted; None without a PRM, or of one whose numbers were not finite."""
+    advantage_BT: Tensor
+    """What the policy was trained with."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """All that was measured, over all ranks, by the names of docs/metrics.md."""
+
+
+class Panel:
+    """Measures and judges.
+
+    Args:
+        stepper: Has the measures, and the other ranks.
+        loss: Of the policy.
+    """
+
+    def __init__(self, stepper: Stepper, loss: PolicyLoss) -> None:
+        self.stepper, self.measures, self.loss = stepper, stepper.measures, loss
 
     def finite(self, batch: Batch, *logprobs_BT: Tensor | None) -> Batch:
         """The batch without tokens whose log-probs are not finite, which are counted."""
@@ -47,64 +62,40 @@ class PanelModule(SteppingModule):
         behaviour_BT = batch.behaviour_logprobs_BT
         corrected_BT, measured = alg.importance_weight(proximal_BT, behaviour_BT, batch.mask_BT, **self.loss.correction)
         self.measures.add_all(measured, batch.mask_BT.sum())
-        if self.reference is not None and anchor_BT is not None:
+        if anchor_BT is not None:
             kl_BT = alg.kl(proximal_BT, anchor_BT, "k3")
             self.measures.add("policy/reference_kl", alg.masked_sum(kl_BT, batch.mask_BT), batch.mask_BT.sum())
         return corrected_BT
 
-    def judge_prm(self, batch: Batch, reward_BT: Tensor) -> bool:
-        """Measure how well the PRM's rewards tell right from wrong, tell the gate, and say if all ranks' are finite."""
+    def judge_prm(self, batch: Batch, reward_BT: Tensor, intercept: float) -> tuple[float, float | None]:
+        """Measure how well the PRM's rewards tell right from wrong.
+
+        Returns:
+            Over all ranks, cross entropy, NaN where a reward is not finite; and pairwise accuracy, None without pairs.
+        """
         broken = (~reward_BT.isfinite()).sum()
         self.measures.add("prm/nonfinite_tokens", broken, 0.0)
-        sums = torch.cat([self.measure_prm(batch, reward_BT.sum(1)), broken.double()[None]])
-        self.measures.update(judge_rewards(reward_BT, batch, self.gather, self.intercept))
-        ce_sum, ce_count, hits, pair_count, broken_tokens = self.all_reduce(sums, "sum").tolist()
+        sums = torch.cat([self.measure_prm(batch, reward_BT.sum(1), intercept), broken.double()[None]])
+        self.measures.update(judge_rewards(reward_BT, batch, self.stepper.gather, intercept))
+        ce_sum, ce_count, hits, pairs, broken_tokens = self.stepper.all_reduce(sums, "sum").tolist()
         ce = ce_sum / max(ce_count, 1) if broken_tokens == 0 else math.nan
-        self.gate.update(ce, hits / pair_count if pair_count else None)
-        for name in ("weight", "ce", "accuracy"):
-            if getattr(self.gate, name) is not None:
-                self.measures.add(f"gate/{name}", getattr(self.gate, name))
-        return bool(broken_tokens == 0)
+        return ce, hits / pairs if pairs else None
 
-    def give_up(self, role: str) -> None:
-        """A PRM whose gradients stay broken does not end the run, which goes on by outcomes."""
-        if role != "prm":
-            super().give_up(role)
-        if not self.gate.closed and self.trainer.is_global_zero:
-            warnings.warn(
-                f"The PRM's gradient was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
-                f"{self.trainer.global_step}: its reward is off from now on. Lower its learning rate.",
-                stacklevel=2,
-            )
-        self.gate.close()
-
-    def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
-        """Measure the PRM on the other side of its update, too; its rewards there are not used."""
-        every = self.reward.second_look
-        if every and self.trainer.global_step % every == 0:
-            reward_BT = alg.process_reward(
-                self.score(self.prm, batch), reference_BT, batch.mask_BT, beta=self.reward.beta
-            )
-            self.measure_prm(batch, reward_BT.sum(1), "_after" if self.reward.update == "after" else "_before")
-
-    def measure_prm(self, batch: Batch, reward_B: Tensor, when: str = "") -> Tensor:
+    def measure_prm(self, batch: Batch, reward_B: Tensor, intercept: float, when: str = "") -> Tensor:
         """Cross entropy and pairwise accuracy; returns their sums and counts on this rank."""
         labels = batch.outcome_B, batch.group_B, batch.valid_B
-        ce, pairs = alg.ce(reward_B + self.intercept, *labels), alg.pairwise_accuracy(reward_B, *labels)
+        ce, pairs = alg.ce(reward_B + intercept, *labels), alg.pairwise_accuracy(reward_B, *labels)
         self.measures.add(f"prm/ce{when}", *ce)
         self.measures.add(f"prm/accuracy{when}", *pairs)
         return torch.stack([*ce, *pairs]).double()
 
-    def log_iteration(self, batch: Batch) -> dict[str, float]:
-        """One line of numbers an iteration, the same on all ranks."""
-        self.measures.update(judge_responses(batch, self.trainer.global_step - 1))
-        self.measures.update(batch.metrics)
-        numbers = self.measures.means(self.all_reduce, lambda names: set().union(*self.gather(names)))
-        numbers |= {f"{role}/lr": self.optimizer_of[role].param_groups[0]["lr"] for role in self.trained}
-        for logger in self.loggers:  # not by `self.log`, which repeats old values of names that come and go
-            logger.log_metrics(numbers, step=self.trainer.global_step - 1)
-        self.log_dict(numbers, logger=False, batch_size=len(batch))
-        return numbers
+    def numbers(self, iteration: Iteration) -> dict[str, float]:
+        """All that was measured in an iteration, the same on all ranks; the next one begins anew."""
+        self.measures.update(judge_responses(iteration.batch.of_accepted(), iteration.number))
+        self.measures.update(iteration.batch.metrics)
+        numbers = self.measures.means(self.stepper.all_reduce, self.stepper.gather)
+        self.measures.clear()
+        return numbers | self.stepper.learning_rates()
 
 
 def judge_rewards(

@@ -6,6 +6,7 @@ are ours; `docs/prm_learning.md` has their equations.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,31 +15,29 @@ import torch
 from torch import Tensor
 
 from prime_lightning import algorithms as alg
-from prime_lightning.models.batch import Batch, join, padded_cat
-from prime_lightning.training.panel import PanelModule
-from prime_lightning.training.passes import PassesModule
-from prime_lightning.training.replay import Lessons, Replay
+from prime_lightning.models.batch import Batch, join, padded_cat, renumbered
+from prime_lightning.training.panel import Panel
+from prime_lightning.training.passes import Passes
+from prime_lightning.training.replay import Lessons, Replay, share
+from prime_lightning.training.stepping import SKIPS_IN_A_ROW, Stepper
 
 
-class LearningModule(PanelModule, PassesModule):
-    """The side of `PrimeModule` that trains the PRM."""
+class PRMLearner:
+    """Trains the PRM.
 
-    prm_loss: Callable[..., Any]
-    replay: Replay
-    shaping: Callable[..., Any] | None
-    base_rate: alg.BaseRate
-    seen_right: float = 0.0
-    """Right answers of all lessons so far, over all ranks."""
-    accepted: int | None = None
-    """Groups of the batch that the filter accepted, where others follow them that have a process reward alone."""
-    _labels: tuple[int, float] = (-1, 0.0)
-    """Iteration whose labels were counted last, and the intercept before."""
+    Args:
+        passes: Score what the PRM is compared with; their reward says from what, how often and when it learns.
+        panel: Measures the PRM on the far side of its update.
+        loss: See `algorithms.prm_loss`.
+        gate: Closed where the PRM cannot learn any more.
+    """
 
-    @property
-    def intercept(self) -> float:
-        """What the PRM's loss added to response rewards before this iteration's labels."""
-        iteration, before = self._labels
-        return before if iteration == self.trainer.global_step else self.present_intercept
+    def __init__(self, passes: Passes, panel: Panel, loss: Callable[..., Any], gate: alg.ProcessGate) -> None:
+        self.passes, self.panel, self.loss, self.gate = passes, panel, loss, gate
+        self.stepper, self.reward, self.measures = passes.stepper, passes.reward, panel.measures
+        self.replay, self.base_rate = Replay(self.reward.replay), alg.BaseRate()
+        self.seen_right = 0.0  # right answers of all lessons so far, over all ranks
+        self.intercept = 0.0  # what the PRM's loss added to response rewards before this iteration's labels
 
     @property
     def present_intercept(self) -> float:
@@ -50,49 +49,89 @@ class LearningModule(PanelModule, PassesModule):
         """Whether too few right answers were seen yet for the PRM to learn."""
         return self.seen_right < self.reward.replay.wait_right
 
-    def update_prm(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
-        """`L_CE` (or another PRM loss) on the outcome labels: this iteration's lessons, then replayed ones.
+    @property
+    def goes_first(self) -> bool:
+        """Whether the PRM is updated before its rewards are computed.
+
+        Under `after`, too, where one step is all: its own forward has the log-probs from before it (single forward).
+        """
+        one_step = self.stepper.updates["prm"].one_step
+        return self.reward.update == "before" or (self.reward.update == "after" and one_step)
+
+    def before_reward(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
+        """The PRM's log-probs that its rewards are of, once it has learned if it `goes_first`; None without a PRM."""
+        self.intercept = self.present_intercept
+        prm_BT = self.update(batch, reference_BT) if self.goes_first else None
+        return self.passes.prm(batch) if prm_BT is None else prm_BT
+
+    def after_reward(self, batch: Batch, reference_BT: Tensor | None) -> None:
+        """Learn, if that is not done yet."""
+        if not self.goes_first:
+            self.update(batch, reference_BT)
+
+    def update(self, batch: Batch, reference_BT: Tensor | None) -> Tensor | None:
+        """The PRM's loss on the outcome labels: this iteration's lessons, then replayed ones.
 
         Returns the log-probs of the batch from before the update, where it has them and rewards are of them.
         """
-        if self.prm is None or reference_BT is None or self.reward.update == "none":
+        if not self.passes.has_prm or reference_BT is None or self.reward.update == "none":
             return None
         before, waited, prm_BT = self.reward.update == "before", self.waiting, None
         if before:
             self.second_look(batch, reference_BT)
         lessons = self.counted(self.lessons(batch, reference_BT))
         if not self.waiting:
-            prm_BT = self.optimise_prm(*lessons.given, self.prm_loss, self.reward.beta, lessons.intercept_B)
-            unread = prm_BT is None and self.prm_goes_first and not before  # there was nothing to learn in these
-            if unread and len(self.replay):
-                prm_BT = self.score(self.prm, batch)
+            prm_BT = self.optimise(lessons)
+            if prm_BT is None and self.goes_first and not before:  # nothing to learn in these; in replayed ones, maybe
+                prm_BT = self.stepper.score("prm", batch)
             self.relearn(lessons.groups, self.reward.replay.first_passes if waited else self.reward.replay.passes)
         self.replay.add(lessons)
         if not before:
             self.second_look(batch, reference_BT)
         return None if before or prm_BT is None else prm_BT[: len(batch), : batch.mask_BT.shape[1]]
 
+    def optimise(self, lessons: Lessons) -> Tensor | None:
+        """One update, see `optimise_prm`."""
+        given = lessons.batch, lessons.reference_logprobs_BT, self.loss, self.reward.beta, lessons.intercept_B
+        return optimise_prm(self.stepper, *given, self.give_up)
+
+    def give_up(self, role: str) -> None:
+        """A PRM whose gradients stay broken does not end the run, which goes on by outcomes."""
+        if not self.gate.closed and self.stepper.module.trainer.is_global_zero:
+            warnings.warn(
+                f"The PRM's gradient was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
+                f"{self.stepper.iteration}: its reward is off from now on. Lower its learning rate.",
+                stacklevel=2,
+            )
+        self.gate.close()
+
+    def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
+        """Measure the PRM on the other side of its update, too; its rewards there are not used."""
+        every = self.reward.second_look
+        if not every or self.stepper.iteration % every:
+            return
+        batch, when = batch.of_accepted(), "_after" if self.reward.update == "after" else "_before"
+        prm_BT = self.stepper.score("prm", batch)
+        reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
+        self.panel.measure_prm(batch, reward_BT.sum(1), self.intercept, when)
+
     def relearn(self, groups: int, passes: int) -> None:
         """Passes over replayed lessons, of so many groups where groups are drawn."""
-        generator = self.generator("replay")
+        generator = self.stepper.generator("replay")
         for _ in range(passes):
-            past = self.replay.draw(groups, generator, self.device)
+            past = self.replay.draw(groups, generator, self.stepper.module.device)
             if past is None:
                 return
-            self.optimise_prm(*self.seen_again(past), self.prm_loss, self.reward.beta, past.intercept_B)
-            age_BT = self.trainer.global_step - past.batch.version_BT
+            if self.reward.replay.reference == "present":
+                past = replace(past, reference_logprobs_BT=self.stepper.score("policy", past.batch))
+            self.optimise(past)
+            age_BT = self.stepper.iteration - past.batch.version_BT
             self.measures.add("prm/replay_age", age_BT[past.batch.mask_BT].sum(), past.batch.mask_BT.sum())
-
-    def seen_again(self, past: Lessons) -> tuple[Batch, Tensor]:
-        """Replayed responses and what they are scored against."""
-        if self.reward.replay.reference == "stored":
-            return past.given
-        return past.batch, self.score(self.policy, past.batch)
 
     def lessons(self, batch: Batch, reference_BT: Tensor) -> Lessons:
         """What this iteration has to teach: its accepted groups, and with `learn_from: all` the rejected ones."""
         rejected = batch.rejected if self.reward.learn_from == "all" else None
-        told = self.gather((batch.groups, [] if rejected is None else rejected.numbers()))
+        told = self.stepper.gather((batch.groups, [] if rejected is None else rejected.numbers()))
         accepted, others = sum(groups for groups, _ in told), sorted(n for _, numbers in told for n in numbers)
         if rejected is not None and others:  # all ranks take part, those too that have none
             batch, reference_BT = self.joined(batch, reference_BT, rejected, others, accepted)
@@ -104,10 +143,10 @@ class LearningModule(PanelModule, PassesModule):
         self, batch: Batch, reference_BT: Tensor, rejected: Batch, numbers: list[int], first: int
     ) -> tuple[Batch, Tensor]:
         """Accepted and rejected rows with their reference; the n-th of `numbers` becomes `first + n`."""
-        start_BT = rejected.behaviour_logprobs_BT if self.loss.proximal == "engine" else None
-        other_BT = self.reference_logprobs(rejected, start_BT)
+        start_BT = rejected.behaviour_logprobs_BT if self.passes.loss.proximal == "engine" else None
+        other_BT = self.passes.reference(rejected, start_BT)
         assert other_BT is not None
-        rejected = self.finite(rejected, other_BT)
+        rejected = self.panel.finite(rejected, other_BT)
         if rejected.groups == 0:
             return batch, reference_BT
         other = replace(renumbered(rejected, numbers, first), rollouts=[])
@@ -119,76 +158,67 @@ class LearningModule(PanelModule, PassesModule):
             return lessons
         known_B = lessons.batch.valid_B
         sums = torch.stack([lessons.batch.outcome_B[known_B].sum(), known_B.sum()])
-        right, count = self.all_reduce(sums, "sum").tolist()
-        most = self.all_reduce(torch.tensor(lessons.megabytes), "max")
-        self._labels = self.trainer.global_step, self.present_intercept
+        right, count = self.stepper.all_reduce(sums, "sum").tolist()
+        most = self.stepper.all_reduce(torch.tensor(lessons.megabytes), "max")
         self.base_rate.update(right, count)
         self.seen_right += right
         if self.reward.intercept != "none":
             self.measures.add("prm/intercept", self.present_intercept)
         return replace(lessons, intercept_B=lessons.intercept_B + self.present_intercept, most_megabytes=float(most))
 
-    # ---- groups that train the policy by the process reward alone
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on all ranks; past lessons are in `replay`."""
+        return {"rate": self.base_rate.state_dict(), "seen_right": self.seen_right}
 
-    def with_process_only(self, batch: Batch) -> Batch:
-        """The batch and, where process rewards count by now, the rejected groups that nothing else tells apart."""
-        self.accepted, rejected, which = None, batch.rejected, self.reward.process_only
-        if which == "none" or rejected is None or self.gate.weight == 0:
-            return batch
-        silent_B = alg.without_signal(rejected.outcome_B, rejected.group_B, rejected.valid_B, which)
-        rows, others = (mask_B.cpu().nonzero().squeeze(-1) for mask_B in (silent_B, ~silent_B))
-        mine = rejected.select(rows) if len(rows) else rejected.nothing()
-        told = self.gather((batch.groups, mine.numbers()))
-        numbers = sorted(number for _, found in told for number in found)
-        self.measures.add("train/process_only", mine.groups, 0.0)
-        if not numbers:
-            return batch
-        self.accepted = sum(groups for groups, _ in told)
-        if not mine.groups:
-            return batch
-        rest = rejected.select(others) if len(others) else rejected.nothing()
-        return replace(join([batch, renumbered(mine, numbers, self.accepted)], batch), rejected=rest)
-
-    def with_signal(self, batch: Batch) -> Batch:
-        """The same rows, of which those count that the filter accepted."""
-        if self.accepted is None:
-            return batch
-        accepted_B = batch.group_B < self.accepted
-        return replace(batch, valid_B=batch.valid_B & accepted_B, mask_BT=batch.mask_BT & accepted_B[:, None])
-
-    def trusted(self, batch: Batch) -> Batch:
-        """Without groups of a process reward alone, if the gate has closed since they joined."""
-        return batch if self.gate.weight > 0 else self.with_signal(batch)
-
-    def of_accepted(self, batch: Batch, outcome_BT: Tensor) -> Tensor:
-        """Outcome credit of accepted groups only."""
-        if self.accepted is None:
-            return outcome_BT
-        return torch.where((batch.group_B < self.accepted)[:, None], outcome_BT, 0.0)
-
-    def shaped(self, batch: Batch) -> Tensor:
-        """Outcome rewards as the policy earns them."""
-        if self.shaping is None:
-            return batch.outcome_B
-        reward_B: Tensor = self.shaping(batch.outcome_B, batch.response_length_B)
-        accepted_B = self.with_signal(batch).valid_B
-        self.measures.add("train/shaping", (reward_B - batch.outcome_B)[accepted_B].sum(), accepted_B.sum())
-        return reward_B
-
-    def judge_prm(self, batch: Batch, reward_BT: Tensor) -> bool:
-        """By accepted groups, whatever else is in the batch."""
-        return super().judge_prm(self.with_signal(batch), reward_BT)
-
-    def second_look(self, batch: Batch, reference_BT: Tensor) -> None:
-        """By accepted groups, too."""
-        super().second_look(self.with_signal(batch), reference_BT)
-
-    def log_iteration(self, batch: Batch) -> dict[str, float]:
-        """Responses are judged by accepted groups; the others are counted apart."""
-        return super().log_iteration(self.with_signal(batch))
+    def load_state_dict(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
+        """Take up that state, and the past lessons of all ranks."""
+        self.base_rate.load_state_dict(state.get("rate", {"rate": None}))
+        self.seen_right = state.get("seen_right", 0.0)
+        trainer = self.stepper.module.trainer
+        self.replay.load_state_dict(share(of_ranks, trainer.global_rank, trainer.world_size))
 
 
-def renumbered(batch: Batch, numbers: list[int], first: int) -> Batch:
-    """The same rows, whose group is `first` and on by its place among these numbers."""
-    place_B = torch.searchsorted(torch.tensor(numbers, device=batch.group_B.device), batch.group_B)
-    return replace(batch, group_B=first + place_B)
+def optimise_prm(
+    stepper: Stepper,
+    batch: Batch,
+    reference_BT: Tensor,
+    loss: Callable[..., Any],
+    beta: float,
+    intercept_B: Tensor | None = None,
+    give_up: Callable[[str], None] | None = None,
+) -> Tensor | None:
+    """Train the PRM on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3.
+
+    Args:
+        stepper: With a model `prm`.
+        batch: Responses with outcomes.
+        reference_BT: `log pi_ref` of their tokens.
+        loss: See `algorithms.prm_loss`.
+        beta: Reward per nat.
+        intercept_B: Added to `r`, see `algorithms.BaseRate`.
+        give_up: See `Stepper.optimise`.
+
+    Returns:
+        Its log-probs `[B, T]` under the mask as they were before; None unless one step over all responses was all.
+    """
+    labels = batch.outcome_B, batch.group_B, batch.valid_B
+    seen_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
+
+    def terms(micro: Batch, rows: Tensor) -> Tensor:
+        prm_bt, _ = stepper.logprobs("prm", micro)
+        t = prm_bt.shape[1]
+        seen_BT[rows, :t] = torch.where(micro.mask_BT, prm_bt.detach(), seen_BT[rows, :t])  # no row that only pads
+        reference_bt = reference_BT[rows, :t]
+        reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=beta)
+        logit_b = reward_bt.sum(1) if intercept_B is None else reward_bt.sum(1) + intercept_B[rows]
+        total, count = loss(logit_b, micro.outcome_B, micro.group_B, micro.valid_B)
+        stepper.measures.add("prm/loss", total, count)
+        return total  # type: ignore[no-any-return]
+
+    def count(rows: Tensor) -> Tensor:
+        nothing = torch.zeros(len(rows), device=stepper.module.device)
+        return loss(nothing, *(x[rows] for x in labels))[1]  # type: ignore[no-any-return]
+
+    whole_groups = getattr(loss, "whole_groups", True)
+    learned = stepper.optimise("prm", batch, terms, count, whole_groups=whole_groups, give_up=give_up)
+    return seen_BT if learned and stepper.updates["prm"].one_step else None

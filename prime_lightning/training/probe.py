@@ -19,7 +19,7 @@ from prime_lightning.engines.ranks import rank, together
 from prime_lightning.models.batch import Batch
 from prime_lightning.rollout import Completion, Prompt, Rollout, Verdict
 from prime_lightning.training.options import Probe
-from prime_lightning.training.stepping import SteppingModule
+from prime_lightning.training.stepping import Stepper
 
 Answers = list[tuple[Prompt, Completion]]
 
@@ -33,7 +33,7 @@ class GreedyData(Protocol):
         ...
 
 
-def check_greedy(module: SteppingModule, data: Any, probe: Probe) -> Tensor:
+def check_greedy(stepper: Stepper, data: Any, probe: Probe) -> Tensor:
     """Compare engine and policy; all ranks together, each with its own engine.
 
     Returns:
@@ -48,17 +48,18 @@ def check_greedy(module: SteppingModule, data: Any, probe: Probe) -> Tensor:
     answers = together(lambda: data.greedy(probe.prompts, probe.tokens))[rank()]
     if not answers:  # on all ranks, which asked the same prompts
         return torch.zeros(0)
-    logprobs_BT, likeliest_BT = teacher_forced(module, answers)
+    logprobs_BT, likeliest_BT = teacher_forced(stepper, answers)
     together(lambda: judge(answers, logprobs_BT, likeliest_BT, probe.margin))
     return torch.cat([(likeliest_BT - logprobs_BT)[i, : len(done.token_ids)] for i, (_, done) in enumerate(answers)])
 
 
-def teacher_forced(module: SteppingModule, answers: Answers) -> tuple[Tensor, Tensor]:
+def teacher_forced(stepper: Stepper, answers: Answers) -> tuple[Tensor, Tensor]:
     """Log-probs `[B, T]` of the answers' tokens and of the likeliest ones, by one forward pass of the policy."""
     unknown = Verdict.unknown("nobody asked")
     batch = Batch.of_groups([[Rollout(prompt=prompt, completion=done, verdict=unknown)] for prompt, done in answers])
+    module = stepper.module
     with torch.no_grad(), isolate_rng(), module.trainer.precision_plugin.forward_context():
-        logprobs_BT, likeliest_BT = module.logprobs(module.policy, batch.to(module.device), entropy="likeliest")  # type: ignore[arg-type]
+        logprobs_BT, likeliest_BT = stepper.logprobs("policy", batch.to(module.device), entropy="likeliest")
     assert likeliest_BT is not None
     return logprobs_BT.cpu(), likeliest_BT.cpu()
 

@@ -15,7 +15,7 @@ from prime_lightning.models.batch import Batch, join, padded_cat
 from prime_lightning.training.options import Replaying
 
 COLUMNS = ("reference_logprobs_BT", "intercept_B", "groups", "most_megabytes")
-NOT_KEPT = ("rollouts", "metrics", "rejected")
+NOT_KEPT = ("rollouts", "metrics", "rejected", "accepted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,6 @@ class Lessons:
     """Of all ranks; their numbers are 0 to this."""
     most_megabytes: float = 0.0
     """`megabytes` of the rank that has the most."""
-
-    @property
-    def given(self) -> tuple[Batch, Tensor]:
-        """Responses and reference, as they are."""
-        return self.batch, self.reference_logprobs_BT
 
     @property
     def megabytes(self) -> float:
@@ -75,15 +70,11 @@ class Replay:
         self.options = options
         self._kept: deque[Lessons] = deque(maxlen=options.iterations)
 
-    def __len__(self) -> int:
-        """Iterations that are kept."""
-        return len(self._kept)
-
     def add(self, lessons: Lessons) -> None:
         """Keep these and forget the oldest, by number and by size."""
         if not self.options.iterations:
             return
-        lean = replace(lessons.batch, rollouts=[], metrics=Measures(), rejected=None)
+        lean = replace(lessons.batch, rollouts=[], metrics=Measures(), rejected=None, accepted=None)
         self._kept.append(replace(lessons, batch=lean).to("cpu"))
         while sum(one.most_megabytes for one in self._kept) > self.options.megabytes:
             self._kept.popleft()

@@ -1,8 +1,8 @@
 """Several optimizers, minibatches and micro-batches in one training step that Lightning counts as one.
 
-The Lightning plumbing below `PrimeModule`, so that the module itself can read like the paper: optimizer steps over
+The Lightning plumbing of a module, so that the module itself can read like the paper: optimizer steps over
 token-budgeted micro-batches with one global denominator, gradients that are not finite, sums over ranks, step counting,
-and the state that makes a resumed run equal to one that was never stopped.
+and what makes a resumed run equal to one that was never stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_clos
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prime_lightning import algorithms as alg
 from prime_lightning.algorithms.measures import Measures
 from prime_lightning.engines.host_group import of_all_ranks, reduced
 from prime_lightning.models.batch import Batch
 from prime_lightning.models.head import Entropy, Scores
-from prime_lightning.models.options import Loading, precision_of
+from prime_lightning.models.options import precision_of
 from prime_lightning.training.options import Update
-from prime_lightning.training.run_metadata import run_facts
 
 Terms = Callable[[Batch, Tensor], Tensor]
 """`(micro-batch, its rows in the batch) -> sum of the loss terms`."""
@@ -36,7 +34,7 @@ SKIPS_IN_A_ROW = 5
 
 
 class RoleStrategy:
-    """What a strategy does with each model of a `SteppingModule`. This is for whole models on each device."""
+    """What a strategy does with each model that a `Stepper` runs. This is for whole models on each device."""
 
     shares_weights = True
     """Whether two models may have weights in common."""
@@ -66,69 +64,83 @@ def devices(trainer: pl.Trainer | None) -> RoleStrategy:
     return strategy if isinstance(strategy, RoleStrategy) else RoleStrategy()
 
 
+def check_devices(trainer: pl.Trainer) -> None:
+    """Refuse strategies that take all models for one, and precisions that cast what must stay float32.
+
+    Raises:
+        ValueError: on several devices under a strategy of Lightning's own, or for such a precision.
+    """
+    precision_of(trainer.precision)
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, RoleStrategy):
+        raise ValueError(
+            "Expected a strategy that keeps several models apart on several devices, got "
+            f"{type(trainer.strategy).__name__}. Add one of conf/strategy/*.yaml, such as ddp.yaml."
+        )
+
+
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """All that an optimizer updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-class SteppingModule(pl.LightningModule):
-    """Manual optimization of named models ("roles"), each with its own optimizer and `Update`."""
+class Stepper:
+    """Manual optimization of the models of a Lightning module, each with its own optimizer and `Update`.
 
-    trained: list[str]
-    """Roles that have an optimizer, in the order of `configure_optimizers`."""
-    updates: dict[str, Update]
-    """How each role is updated."""
-    loading: Loading
-    """How the models are run."""
-    command = ""
-    """What started the run, for the cards of its models."""
+    A model is known by its *role*, the name that it has as a submodule.
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints leave the frozen reference out; see `load_state_dict`
-        self.seed = seed
+    Args:
+        module: Whose models they are; nothing is asked of it but what every Lightning module has.
+        updates: How each role is updated; passes without gradient have the micro-batches of the first one.
+        shared_prompts: Whether responses to one prompt share its tokens.
+        seed: Of the minibatches.
+    """
+
+    def __init__(
+        self, module: pl.LightningModule, updates: Mapping[str, Update], *, shared_prompts: bool, seed: int
+    ) -> None:
+        module.automatic_optimization = False
+        module.strict_loading = False  # checkpoints leave the frozen reference out; see `restore`
+        self.module, self.updates, self.shared_prompts, self.seed = module, updates, shared_prompts, seed
+        self.optimizer_of: dict[str, LightningOptimizer] = {}
         self.skipped_in_a_row: Counter[str] = Counter()
-        self.measures, self.between = Measures(), Measures()
+        self.measures = Measures()  # of this iteration, or of the next one where this one was logged
         self.doing = ""  # the phase that is timed now, for the progress bar
+
+    @property
+    def iteration(self) -> int:
+        """How many iterations are done, which is the number of the present one."""
+        return self.module.trainer.global_step
 
     @property
     def devices(self) -> RoleStrategy:
         """How the models are spread over devices."""
-        return devices(self._trainer)
-
-    def setup(self, stage: str) -> None:
-        """Refuse strategies that take all models for one, and precisions that cast what must stay float32.
-
-        Raises:
-            ValueError: on several devices under a strategy of Lightning's own, or for such a precision.
-        """
-        precision_of(self.trainer.precision)
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, RoleStrategy):
-            raise ValueError(
-                "Expected a strategy that keeps several models apart on several devices, got "
-                f"{type(self.trainer.strategy).__name__}. Add one of conf/strategy/*.yaml, such as ddp.yaml."
-            )
+        return devices(self.module._trainer)
 
     @contextmanager
-    def one_step(self) -> Iterator[None]:
+    def one_step(self, roles: Sequence[str]) -> Iterator[None]:
         """Make all optimizer steps inside count as one step of the trainer, and step the schedules once at its end.
 
         `max_steps`, checkpoints and loggers then count iterations.
+
+        Args:
+            roles: Of the optimizers, in the order of `configure_optimizers`.
         """
-        self.measures, self.between = self.between, Measures()
-        optimizers = self.optimizers()
+        optimizers = self.module.optimizers()
         listed = optimizers if isinstance(optimizers, list) else [optimizers]
-        self.optimizer_of: dict[str, LightningOptimizer] = dict(zip(self.trained, listed, strict=True))
+        self.optimizer_of = dict(zip(roles, listed, strict=True))
         for optimizer in listed:
             optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
         yield
-        schedulers = self.lr_schedulers() or []
+        schedulers = self.module.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()  # type: ignore[call-arg]
-        loop = self.trainer.fit_loop.epoch_loop.manual_optimization
+        loop = self.module.trainer.fit_loop.epoch_loop.manual_optimization
         loop._on_before_step()
         loop._on_after_step()
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of each role, as they are logged."""
+        return {f"{role}/lr": one.param_groups[0]["lr"] for role, one in self.optimizer_of.items()}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -136,58 +148,42 @@ class SteppingModule(pl.LightningModule):
         start, self.doing = time.perf_counter(), phase
         yield
         self.doing = ""
-        if self.device.type == "cuda":  # what was asked for is not done yet
-            torch.cuda.synchronize(self.device)
+        if self.module.device.type == "cuda":  # what was asked for is not done yet
+            torch.cuda.synchronize(self.module.device)
         self.measures.total(f"time/{phase}", time.perf_counter() - start)
 
-    @contextmanager
-    def timed_between(self, phase: str) -> Iterator[None]:
-        """The same for work between two iterations; it counts to the next one."""
-        start = time.perf_counter()
-        yield
-        self.between.total(f"time/{phase}", time.perf_counter() - start)
+    # ---- forward passes
 
-    def on_validation_start(self) -> None:
-        """Start the clock of `time/evaluation`."""
-        self._evaluating = time.perf_counter()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log it beside what the evaluation found."""
-        self.log("time/evaluation", time.perf_counter() - self._evaluating, reduce_fx="max", sync_dist=True)
-
-    def logprobs(
-        self, model: nn.Module | None, batch: Batch, entropy: Entropy = "none", *, as_sampled: bool = False
-    ) -> Scores:
+    def logprobs(self, role: str, batch: Batch, entropy: Entropy = "none", *, as_sampled: bool = False) -> Scores:
         """Log-probs (or values) of each response token, `[b, t]`, and their entropy where it is asked for.
 
         As the engine sampled, at its temperature and under its mask, or of the model's own distribution.
         """
-        assert model is not None
         law = (batch.temperature, entropy, batch.masked) if as_sampled else (1.0, entropy, False)
-        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, *law)  # type: ignore
+        model = self.module.get_submodule(role)
+        return model(batch.tokens_BL, batch.prompt_length_B, batch.response_length_B, *law)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def score(self, model: nn.Module | None, batch: Batch, *, as_sampled: bool = False) -> Tensor:
+    def score(self, role: str, batch: Batch, *, as_sampled: bool = False) -> Tensor:
         """Log-probs (or values) of all response tokens, `[B, T]`, in micro-batches without gradient."""
         out_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
-        everything = torch.arange(len(batch))
+        everything, update = torch.arange(len(batch)), next(iter(self.updates.values()))
         with self.timed("score"):
-            for rows in self.level(self.microbatches("policy", batch, everything)):
+            for rows in self.level(self.microbatches(update, batch, everything)):
                 if rows is None:
-                    self.logprobs(model, batch.nothing())
+                    self.logprobs(role, batch.nothing())
                 else:
-                    scored_bt, _ = self.logprobs(model, batch.select(rows), as_sampled=as_sampled)
+                    scored_bt, _ = self.logprobs(role, batch.select(rows), as_sampled=as_sampled)
                     out_BT[self.placed(rows), : scored_bt.shape[1]] = scored_bt
         return out_BT
 
-    def microbatches(self, role: str, batch: Batch, rows: Tensor, *, whole_groups: bool = False) -> Iterator[Tensor]:
-        """Rows in parts of as many tokens as a role may have at a time."""
-        budget, shared = self.updates[role].micro_tokens, self.loading.shares_prompts
-        return batch.microbatches(rows, budget, whole_groups=whole_groups, shared_prompts=shared)
+    def microbatches(self, update: Update, batch: Batch, rows: Tensor, **options: bool) -> Iterator[Tensor]:
+        """Rows in parts of as many tokens as an update may have at a time."""
+        return batch.microbatches(rows, update.micro_tokens, shared_prompts=self.shared_prompts, **options)
 
     def placed(self, rows: Tensor) -> Tensor:
         """Numbers of rows on the device; the host does not wait until they are there."""
-        return rows.to(self.device, non_blocking=True)
+        return rows.to(self.module.device, non_blocking=True)
 
     def level(self, micros: Iterable[Tensor]) -> list[Tensor | None]:
         """These micro-batches, and None for each that another rank has more: all ranks do as many forwards."""
@@ -195,8 +191,17 @@ class SteppingModule(pl.LightningModule):
         most = int(self.all_reduce(torch.tensor(float(len(here))), "max"))
         return [*here, *[None] * (most - len(here))]
 
+    # ---- updates
+
     def optimise(
-        self, role: str, batch: Batch, terms: Terms, count: Callable[[Tensor], Tensor], *, whole_groups: bool = False
+        self,
+        role: str,
+        batch: Batch,
+        terms: Terms,
+        count: Callable[[Tensor], Tensor],
+        *,
+        whole_groups: bool = False,
+        give_up: Callable[[str], None] | None = None,
     ) -> bool:
         """Optimizer steps over shuffled minibatches of whole groups; a step's loss is `sum of terms / global count`.
 
@@ -206,9 +211,13 @@ class SteppingModule(pl.LightningModule):
             terms: Sum of the loss terms of a micro-batch.
             count: Number of terms of a minibatch, from its rows.
             whole_groups: Do not split groups between micro-batches.
+            give_up: Called where the gradient was not finite many times in a row, instead of ending the run.
 
         Returns:
             Whether there was anything to learn from, on any rank.
+
+        Raises:
+            FloatingPointError: of a gradient that is not finite many times in a row, with what to look at.
         """
         learned = False
         update, generator = self.updates[role], self.generator(role)
@@ -219,120 +228,71 @@ class SteppingModule(pl.LightningModule):
                 total = self.all_reduce(count(rows).float(), "sum")
                 if total == 0:  # on all ranks; weight decay and momentum alone must not move the model
                     continue
-                for micro in self.level(self.microbatches(role, batch, rows, whole_groups=whole_groups)):
+                for micro in self.level(self.microbatches(update, batch, rows, whole_groups=whole_groups)):
                     if micro is None:  # by the same computation, which sharding strategies compare over ranks
                         loss = terms(batch.nothing(), self.placed(torch.zeros(1, dtype=torch.long)))
                     else:
                         loss = terms(batch.select(micro), self.placed(micro))
-                    self.manual_backward(loss * (self.trainer.world_size / total))
+                    self.module.manual_backward(loss * (self.module.trainer.world_size / total))
                 self.step(role, update.grad_clip)
+                if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
+                    (give_up or self.give_up)(role)
                 learned = True
         return learned
 
-    def optimise_prm(
-        self,
-        batch: Batch,
-        reference_BT: Tensor,
-        loss: Callable[..., Any],
-        beta: float,
-        intercept_B: Tensor | None = None,
-    ) -> Tensor | None:
-        """Train `self.prm` on the outcomes: `loss` of `r = beta * sum_t log(prm / reference)`, PRIME's Eq. 3.
-
-        Args:
-            batch: Responses with outcomes.
-            reference_BT: `log pi_ref` of their tokens.
-            loss: See `algorithms.prm_loss`.
-            beta: Reward per nat.
-            intercept_B: Added to `r`, see `algorithms.BaseRate`.
-
-        Returns:
-            Its log-probs `[B, T]` under the mask as they were before; None unless one step over all responses was all.
-        """
-        labels = batch.outcome_B, batch.group_B, batch.valid_B
-        seen_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
-
-        def terms(micro: Batch, rows: Tensor) -> Tensor:
-            prm_bt, _ = self.logprobs(self.prm, micro)  # type: ignore[arg-type]
-            t = prm_bt.shape[1]
-            seen_BT[rows, :t] = torch.where(micro.mask_BT, prm_bt.detach(), seen_BT[rows, :t])  # no row that only pads
-            reference_bt = reference_BT[rows, :t]
-            reward_bt = alg.process_reward(prm_bt, reference_bt, micro.mask_BT, beta=beta)
-            logit_b = reward_bt.sum(1) if intercept_B is None else reward_bt.sum(1) + intercept_B[rows]
-            total, count = loss(logit_b, micro.outcome_B, micro.group_B, micro.valid_B)
-            self.measures.add("prm/loss", total, count)
-            return total  # type: ignore[no-any-return]
-
-        def count(rows: Tensor) -> Tensor:
-            return loss(torch.zeros(len(rows), device=self.device), *(x[rows] for x in labels))[1]  # type: ignore
-
-        learned = self.optimise("prm", batch, terms, count, whole_groups=getattr(loss, "whole_groups", True))
-        return seen_BT if learned and self.updates["prm"].one_step else None
-
     def step(self, role: str, grad_clip: float) -> None:
-        """Clip and step; a gradient that is not finite skips the step on all ranks, and many in a row end the run."""
+        """Clip and step; a gradient that is not finite skips the step on all ranks."""
         norm = self.devices.clipped_step(self.optimizer_of[role], grad_clip)
         broken = not norm.isfinite()
         self.measures.total(f"{role}/skipped_steps", float(broken))
         self.skipped_in_a_row[role] = self.skipped_in_a_row[role] + 1 if broken else 0
         if not broken:
             self.measures.add(f"{role}/grad_norm", norm)
-        if self.skipped_in_a_row[role] >= SKIPS_IN_A_ROW:
-            self.give_up(role)
 
     def give_up(self, role: str) -> None:
-        """A model that cannot learn any more ends the run.
-
-        Raises:
-            FloatingPointError: with what to look at.
-        """
+        """A model that cannot learn any more ends the run."""
         raise FloatingPointError(
             f"The gradient of the {role} was not finite {SKIPS_IN_A_ROW} times in a row, at iteration "
-            f"{self.trainer.global_step}. Look at {role}/grad_norm and importance/abs_diff_max of the iterations "
-            f"before, lower the learning rate of the {role}, and check the weights that it starts from."
+            f"{self.iteration}. Look at {role}/grad_norm and importance/abs_diff_max of the iterations before, lower "
+            f"the learning rate of the {role}, and check the weights that it starts from."
         )
+
+    # ---- ranks
 
     def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
         """Sum or maximum over all ranks."""
-        if self.trainer.world_size == 1:
+        trainer = self.module.trainer
+        if trainer.world_size == 1:
             return tensor
         if tensor.device.type == "cpu":
             return reduced(tensor, how)
-        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op=how)  # it reduces in place
+        return trainer.strategy.reduce(tensor.to(self.module.device, copy=True), reduce_op=how)  # it reduces in place
 
     def gather(self, thing: Any) -> list[Any]:
         """What each rank has, in the order of the ranks; for small things."""
-        return of_all_ranks(thing) if self.trainer.world_size > 1 else [thing]
+        return of_all_ranks(thing) if self.module.trainer.world_size > 1 else [thing]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that depends on the seed, the iteration and the purpose, so that none has to be saved."""
-        key = f"{self.seed}/{self.trainer.global_step}/{purpose}"
+        key = f"{self.seed}/{self.iteration}/{purpose}"
         return torch.Generator().manual_seed(zlib.crc32(key.encode()))
 
-    def extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights, optimizers and schedules; the same on all ranks."""
-        return {}
+    # ---- checkpoints
 
-    def rank_state(self) -> Any:
-        """What it needs that is another on each rank; tensors and plain values."""
-        return None
+    def save(self, checkpoint: dict[str, Any], state: Mapping[str, Any], of_rank: Any = None) -> None:
+        """Leave the frozen reference out of a checkpoint, and put the state of all ranks in.
 
-    def load_extra_state(self, state: dict[str, Any], of_ranks: list[Any]) -> None:
-        """Take up what `extra_state` gave, and `rank_state` on each rank of the run that was saved."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the trained models has to know: `names` of the models they start from, and options."""
-        return {}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen reference out, and put the state of all ranks in."""
+        Args:
+            checkpoint: As Lightning made it; it is changed.
+            state: What else a resumed run, and a reader of the models, needs; the same on all ranks.
+            of_rank: What is another on each rank; tensors and plain values.
+        """
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith("reference.")}
         checkpoint["prime"] = {
-            **self.extra_state(),
+            **state,
             "skipped_in_a_row": dict(self.skipped_in_a_row),
-            "facts": run_facts(self),
-            "ranks": self.gather(self.rank_state()),
+            "ranks": self.gather(of_rank),
             "torch_rng": self.gather(torch.get_rng_state()),
         }
         loop = checkpoint["loops"]["fit_loop"]["state_dict"]  # has the data loader's state of one rank
@@ -340,9 +300,14 @@ class SteppingModule(pl.LightningModule):
             states = self.gather(loop["combined_loader"])
             loop["combined_loader"] = [{"ranks": list(of_ranks)} for of_ranks in zip(*states, strict=True)]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other models, then take up the extra state."""
-        names = self.trainer.strategy.lightning_module_state_dict()
+    def restore(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a checkpoint of other models; returns the `state` that was saved, what the ranks gave as `ranks`.
+
+        Raises:
+            ValueError: and which weights are not the same.
+        """
+        trainer = self.module.trainer
+        names = trainer.strategy.lightning_module_state_dict()
         mine = {name for name in names if not name.startswith("reference.")}
         differing = sorted(mine ^ checkpoint["state_dict"].keys())
         if differing:
@@ -350,8 +315,8 @@ class SteppingModule(pl.LightningModule):
                 f"Expected a checkpoint of the same models, got one that differs in {len(differing)} weights "
                 f"({', '.join(differing[:3])} ...). Start it with the config that wrote it."
             )
-        state = checkpoint["prime"]
+        state: dict[str, Any] = checkpoint["prime"]
         self.skipped_in_a_row = Counter(state["skipped_in_a_row"])
-        if len(state["torch_rng"]) == self.trainer.world_size:
-            torch.set_rng_state(state["torch_rng"][self.global_rank])
-        self.load_extra_state(state, state["ranks"])
+        if len(state["torch_rng"]) == trainer.world_size:
+            torch.set_rng_state(state["torch_rng"][trainer.global_rank])
+        return state

@@ -72,7 +72,7 @@ def test_the_papers_numbers(warm_model, rows, tmp_path):
     assert (data.prompts_per_batch, data.sampling.samples) == (256, 4)
     assert (data.accuracy_filter.low, data.accuracy_filter.high) == (0.2, 0.8)
     assert module.reward.beta == 0.05
-    assert (module.updates["policy"].grad_clip, module.updates["prm"].grad_clip) == (1.0, 10.0)
+    assert tuple(module.stepper.updates[role].grad_clip for role in ("policy", "prm")) == (1.0, 10.0)
     module.configure_model()
     optimizers = [made["optimizer"] for made in module.configure_optimizers()]
     assert module.trained == ["prm", "policy"]

@@ -103,7 +103,7 @@ def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> 
         callbacks=[tiny.Outputs(), *([] if after else [saving])], enable_checkpointing=not after,
     )  # fmt: skip
     trainer.fit(prime, rollouts, ckpt_path=after)
-    draws = prime.gather([[row.prompt.draw for row in out["batch"].rollouts] for out in history.outputs])
+    draws = prime.stepper.gather([[row.prompt.draw for row in out.batch.rollouts] for out in history.outputs])
     whole, gap = weights(prime), engine_gap(prime, rollouts)
     found = {"rows": list(history.rows), "weights": whole, "draws": draws, "gap": gap}
     [found["validated"]] = trainer.validate(prime, rollouts, verbose=False)  # by the models that were trained
@@ -114,7 +114,7 @@ def train(folder: Path, name: str, after: Path | None = None, out: str = "") -> 
 def engine_gap(prime: tiny.PrimeModule, rollouts: tiny.RolloutDataModule) -> float:
     """Greatest difference between a weight of the policy and of the engine that samples from it."""
     own, before, gap = dict(rollouts.engine.model.named_parameters()), None, 0.0
-    for name, weight in PolicyWeights(prime.policy.model, prime.devices.whole).merged():
+    for name, weight in PolicyWeights(prime.policy.model, prime.stepper.devices.whole).merged():
         gap = max(gap, float((own[name] - weight).abs().max()))
         if isinstance(prime.trainer.strategy, Sharded):
             assert before is None or before() is None, "two gathered weights at a time"
@@ -219,9 +219,9 @@ def prm(folder: Path, scene: str) -> None:
         folder, 4, history=history, callbacks=[], devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy(name)
     )
     trainer.fit(learner, rows)
-    batches = learner.gather(len(rows.val_dataloader()))
+    batches = learner.stepper.gather(len(rows.val_dataloader()))
     [validated] = trainer.validate(learner, rows, verbose=False)
-    whole = learner.gather({n: p.cpu() for n, p in weights(learner).items()})
+    whole = learner.stepper.gather({n: p.cpu() for n, p in weights(learner).items()})
     if learner.global_rank == 0:
         found = {"rows": history.rows, "weights": whole, "validated": validated, "batches": batches}
         torch.save(found, folder / f"{scene}.pt")
@@ -313,7 +313,7 @@ def spoil(prime: tiny.PrimeModule) -> None:
 
     def spoilt(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         last = prime.global_rank == prime.trainer.world_size - 1
-        bad = last and prime.doing == "policy" and prime.trainer.global_step == 0
+        bad = last and prime.stepper.doing == "policy" and prime.trainer.global_step == 0
         backward(loss * float("nan") if bad else loss, *args, **kwargs)
 
     prime.manual_backward = spoilt  # type: ignore[method-assign]

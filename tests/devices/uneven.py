@@ -124,7 +124,7 @@ def module(folder: Path, kind: str, models: str) -> Any:
         gate=alg.ProcessGate(max_ce=None, min_accuracy=0.0),
         policy_update=update, prm_update=update, policy_optimizer=sgd, prm_optimizer=sgd,
     )  # fmt: skip
-    prime.engine_checked = True  # nothing sampled these responses
+    prime.passes.engine_checked = True  # nothing sampled these responses
     return prime
 
 

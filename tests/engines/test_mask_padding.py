@@ -114,10 +114,10 @@ def test_a_run_under_the_mask(padded, tmp_path, options):
         warnings.filterwarnings("error", message=".*have no token")
         history = tiny.fit(tmp_path, tiny.module(padded, **options), rollouts, 2)
     for row, out in zip(history.rows, history.outputs, strict=True):
-        tokens_BT = out["batch"].response_tokens()[out["batch"].mask_BT]
+        tokens_BT = out.batch.response_tokens()[out.batch.mask_BT]
         assert int(tokens_BT.max()) < TOKENS
         assert row["importance/abs_diff"] < 1e-5
-    assert float(history.outputs[0]["process_BT"].abs().max()) < 1e-5  # the PRM is the reference still
+    assert float(history.outputs[0].process_BT.abs().max()) < 1e-5  # the PRM is the reference still
     assert all(math.isfinite(value) for row in history.rows for value in row.values())
     if options["reference"]:
         assert abs(history.rows[0]["policy/reference_kl"]) < 1e-6
@@ -127,7 +127,7 @@ def test_without_the_mask_ids_of_no_token_are_trained_on_and_the_warning_names_t
     steps = ProcessReward(granularity="step", step_separator=";")  # which decodes each of them
     with pytest.warns(UserWarning, match=r"23 of the 64 ids .* `mask_padding: true` \(`data.sampling`"):
         history = tiny.fit(tmp_path, tiny.module(padded, process_reward=steps), tiny.data(padded), 1)
-    batch = history.outputs[0]["batch"]
+    batch = history.outputs[0].batch
     assert int(batch.response_tokens()[batch.mask_BT].max()) >= TOKENS
     assert history.rows[0]["importance/abs_diff"] < 1e-5
 

@@ -44,7 +44,7 @@ def main(model: str, folder: Path, urls: list[str]) -> None:
     rollouts = tiny.data(model, engine=engine, train=ArithmeticPrompts(seed=3, operations=2))
     trainer = tiny.trainer(folder, 2, Blow(), history=history, devices=2, strategy=strategy)
     trainer.fit(tiny.module(model, policy_optimizer=tiny.adam(1e-2)), rollouts)
-    batches = [out["batch"] for out in history.outputs]
+    batches = [out.batch for out in history.outputs]
     found = {
         "draws": [[rollout.prompt.draw for rollout in batch.rollouts] for batch in batches],
         "versions": [sorted(set(batch.version_BT[batch.mask_BT].tolist())) for batch in batches],

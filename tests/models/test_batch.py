@@ -1,6 +1,7 @@
 """Batches from groups, and their cuts: every row once, budgets kept, groups whole."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_of_groups_says_of_each_token_what_its_rollout_says(shape, keep_truncate
         assert batch.group_B[i] == number
     assert batch.rollouts == [r for _, r in rows]
     assert batch.metrics is measures
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.none() | st.integers(0, 8))
+def test_of_accepted_leaves_all_rows_and_counts_the_first_groups(shape, accepted):
+    batch = replace(Batch.of_groups(groups_of(shape)), accepted=accepted)
+    kept = batch.of_accepted()
+    assert torch.equal(kept.tokens_BL, batch.tokens_BL)
+    assert torch.equal(kept.outcome_B, batch.outcome_B)
+    for i, number in enumerate(batch.group_B.tolist()):
+        counts = accepted is None or number < accepted
+        assert kept.valid_B[i] == (batch.valid_B[i] and counts)
+        assert kept.mask_BT[i].tolist() == [bool(m) and counts for m in batch.mask_BT[i]]
 
 
 def test_a_greedy_batch_is_scored_at_temperature_one():

@@ -228,7 +228,7 @@ def test_a_reference_of_the_same_name_is_the_policy_without_adapters(warm_model,
     history = tiny.fit(tmp_path, prime, rollouts, 2)
     assert not list(prime.reference.parameters())
     assert all(p.requires_grad == ("lora_" in name) for name, p in prime.policy.named_parameters())
-    batch = history.outputs[-1]["batch"]
+    batch = history.outputs[-1].batch
     other = tiny.module(warm_model, reference=str(warm_model))
     other.configure_model()
     inputs = batch.tokens_BL, batch.prompt_length_B, batch.response_length_B

@@ -95,7 +95,7 @@ def test_a_run_resumes_bit_equal(warm_model, path, tmp_path):
         prime, history = tiny.module(warm_model), tiny.History()
         saving = pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         tiny.trainer(folder, steps, saving, history=history).fit(prime, rollouts, **options)
-        draws = [[r.prompt.draw for r in out["batch"].rollouts] for out in history.outputs]
+        draws = [[r.prompt.draw for r in out.batch.rollouts] for out in history.outputs]
         return history.rows, draws, dict(prime.state_dict())
 
     rows, draws, weights = run(tmp_path / "whole", 4)

@@ -25,7 +25,7 @@ def test_no_token_is_older_than_allowed(warm_model, tmp_path, staleness, oversam
     _, history = fit(warm_model, tmp_path, 8, max_staleness=staleness, oversample=oversample, engine=engine)
     lags = []
     for iteration, out in enumerate(history.outputs):
-        batch = out["batch"]
+        batch = out.batch
         versions = batch.version_BT[batch.mask_BT]
         assert int(versions.min()) >= 0
         assert int(versions.max()) <= iteration
@@ -34,7 +34,7 @@ def test_no_token_is_older_than_allowed(warm_model, tmp_path, staleness, oversam
             assert rollout.completion.versions == sorted(rollout.completion.versions)
     assert max(lags) <= staleness
     assert max(lags) > 0  # it did run ahead
-    draws = [r.prompt.draw for out in history.outputs for r in out["batch"].rollouts[::4]]
+    draws = [r.prompt.draw for out in history.outputs for r in out.batch.rollouts[::4]]
     assert draws == sorted(set(draws))
 
 
@@ -49,7 +49,7 @@ def test_resume_samples_again_what_was_not_trained_on(warm_model, tmp_path):
     save = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3)
     _, history = fit(warm_model, tmp_path, 3, save, max_staleness=2)
     _, more = fit(warm_model, tmp_path, 5, max_staleness=2, ckpt_path=tmp_path / "step=3.ckpt")
-    draws = [r.prompt.draw for out in history.outputs + more.outputs for r in out["batch"].rollouts[::4]]
+    draws = [r.prompt.draw for out in history.outputs + more.outputs for r in out.batch.rollouts[::4]]
     assert draws == list(range(5 * 4))  # the filter is off: each prompt once, none left out
 
 

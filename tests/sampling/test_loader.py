@@ -153,7 +153,7 @@ def test_the_importance_weight_of_top_p_is_the_mass_that_it_keeps(model_folder, 
     """`policy / behaviour = Z`, the policy's probability of the top-p set: in [top_p, 1] where set and policy agree."""
     data = tiny.data(model_folder, sampling=Sampling(samples=4, max_tokens=8, top_p=top_p))
     history = tiny.fit(tmp_path, tiny.module(model_folder), data, 1)
-    row, batch = history.rows[0], history.outputs[0]["batch"]
+    row, batch = history.rows[0], history.outputs[0].batch
     assert batch.truncation == pytest.approx(-torch.tensor(top_p).log().item())
     assert top_p - 1e-3 < row["importance/weight"] <= 1 + 1e-5
     assert row["importance/abs_diff_max"] <= batch.truncation + 1e-4

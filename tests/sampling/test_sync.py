@@ -16,7 +16,7 @@ def test_a_run_without_callbacks_samples_from_its_policy(warm_model, tmp_path, s
     prime, data = tiny.module(warm_model), tiny.data(warm_model, max_staleness=staleness)
     history = tiny.fit(tmp_path, prime, data, 4, callbacks=[])
     assert [row["rollout/policy_lag_max"] for row in history.rows] == [min(i, staleness) for i in range(4)]
-    assert prime.engine_checked
+    assert prime.passes.engine_checked
     assert data.engine.version == 4
     assert engine_gap(prime, data.engine) == 0
 

@@ -16,6 +16,7 @@ from prime_lightning.algorithms.measures import Measures
 from prime_lightning.models.batch import Batch
 from prime_lightning.models.options import Loading
 from prime_lightning.training.options import PolicyLoss, Update
+from prime_lightning.training.prm_learning import optimise_prm
 
 META = torch.device("meta")
 
@@ -41,10 +42,11 @@ def prime(model_folder, monkeypatch):
         made.configure_model()
         monkeypatch.setattr(type(made), "device", META)
         made.policy.to(META), made.prm.to(META)
-        made.microbatches = lambda role, there, rows, **_: here.microbatches(rows, 12)
+        stepper = made.stepper
+        stepper.microbatches = lambda update, there, rows, **_: here.microbatches(rows, 12)
         made.manual_backward = lambda loss: made.counted.append(loss.backward())
-        made.step = lambda *_: None
-        made.all_reduce = lambda tensor, how: torch.ones(tensor.shape) if tensor.is_meta else tensor
+        stepper.step = lambda *_: None
+        stepper.all_reduce = lambda tensor, how: torch.ones(tensor.shape) if tensor.is_meta else tensor
         made.counted = []
         return made, here.to(META)
 
@@ -57,11 +59,11 @@ def test_scores_and_updates_ask_the_device_for_nothing(prime, packed, monkeypatc
         monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
     loading = Loading(packed=packed, attention="varlen" if packed else "sdpa", shared_prompts="off")
     module, there = prime(loading=loading, policy_loss=PolicyLoss(entropy_weight=0.1))
-    scored_BT = module.score(module.policy, there)
+    scored_BT = module.stepper.score("policy", there)
     assert scored_BT.shape == there.mask_BT.shape
     for proximal_BT in (scored_BT, None):
-        module.update_policy(there, scored_BT, proximal_BT, scored_BT)
-    module.optimise_prm(there, scored_BT, alg.ce, 0.05)
+        module.policy_learner.update(there, scored_BT, proximal_BT, scored_BT)
+    optimise_prm(module.stepper, there, scored_BT, alg.ce, 0.05)
     assert len(module.counted) > 9
     assert module.measures._sums["policy/loss"].is_meta
 

@@ -35,7 +35,7 @@ def data(model, train, **options):
 
 
 def draws(history):
-    return [[r.prompt.draw for r in out["batch"].rollouts[::4]] for out in history.outputs]
+    return [[r.prompt.draw for r in out.batch.rollouts[::4]] for out in history.outputs]
 
 
 @pytest.mark.parametrize("options", [{}, {"surplus": "keep", "oversample": 2.0}, {"max_staleness": 1}])

@@ -34,7 +34,7 @@ def advantage(model, folder, estimate, gate=OPEN, **options):
     """Of the first iteration, whose rollouts and process rewards do not depend on the weights."""
     critic = {"critic": str(model)} if estimate is alg.gae else {}
     _, history = fit(model, folder, gate=gate, advantage=estimate, **critic, **options)
-    return history.outputs[0]["advantage_BT"]
+    return history.outputs[0].advantage_BT
 
 
 @everyone
@@ -78,7 +78,7 @@ def test_the_critic_learns_the_return_of_the_mixed_reward(model_folder, tmp_path
         credit = Credit(outcome_weight=2.0, process_weight=0.5)
         _, history = fit(model_folder, tmp_path, 2, credit=credit, critic_optimizer=tiny.adam(1e-2), **options)
     out = history.outputs[1]  # the critic has learned something by then
-    batch, process_BT = out["batch"], out["process_BT"]
+    batch, process_BT = out.batch, out.process_BT
     expected_BT = 2.0 * batch.outcome_B[:, None] + 0.5 * process_BT.flip(1).cumsum(1).flip(1)
     assert_close(targets[1][batch.mask_BT], expected_BT[batch.mask_BT], rtol=1e-4, atol=1e-5)
 
@@ -118,10 +118,10 @@ def test_a_broken_prm_pays_nothing_and_the_run_goes_on_by_outcomes(model_folder,
     assert "broken_prm" in alarms.rung
     assert prime.gate.closed == math.isnan(worth)  # then its gradient was never finite again
     for out in history.outputs[1:]:
-        batch = out["batch"]
+        batch = out.batch
         rows_ = batch.mask_BT, batch.group_B, batch.valid_B
-        assert torch.equal(out["advantage_BT"], alg.rloo(batch.outcome_B, None, *rows_)[0])
-        assert out["process_BT"] is None
+        assert torch.equal(out.advantage_BT, alg.rloo(batch.outcome_B, None, *rows_)[0])
+        assert out.process_BT is None
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -131,6 +131,6 @@ def test_a_policy_that_is_its_reference_has_no_kl_at_any_temperature(sharp_folde
     options = {"reference": str(sharp_folder), "policy_loss": loss, "policy_update": Update(minibatches=1)}
     _, history = fit(sharp_folder, tmp_path, temperature=temperature, credit=Credit(process_weight=0.0), **options)
     assert abs(history.rows[0]["policy/reference_kl"]) < 1e-6
-    batch = history.outputs[0]["batch"]
+    batch = history.outputs[0].batch
     plain_BT, _ = alg.rloo(batch.outcome_B, None, batch.mask_BT, batch.group_B, batch.valid_B)
-    assert_close(history.outputs[0]["advantage_BT"], plain_BT, rtol=0, atol=1e-5)
+    assert_close(history.outputs[0].advantage_BT, plain_BT, rtol=0, atol=1e-5)

@@ -71,7 +71,7 @@ def test_three_kinds_in_one_run(chat_model, tmp_path, monkeypatch):
     assert row["verdict/maths/correct"] == row["verdict/code/correct"] == row["verdict/code/partial"] == 2
     assert row["verdict/maths/wrong"] == 6
     assert row["rollout/unknown"] == 0
-    batch = history.outputs[0]["batch"]
+    batch = history.outputs[0].batch
     scores = {r.prompt.source: [] for r in batch.rollouts}
     for rollout in batch.rollouts:
         assert isinstance(rollout.prompt, Prompt)

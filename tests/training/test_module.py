@@ -41,13 +41,13 @@ def test_without_prm_the_advantage_is_plain_rloo(warm_model, tmp_path):
     prime = tiny.module(warm_model, prm=None)
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
     out = history.outputs[0]
-    batch = out["batch"]
+    batch = out.batch
     for i in range(len(batch)):  # Eq. 4, written out
         others = [j for j in range(len(batch)) if j != i and batch.group_B[j] == batch.group_B[i]]
         expected = batch.outcome_B[i] - sum(batch.outcome_B[j] for j in others) / len(others)
         n = int(batch.response_length_B[i])
-        torch.testing.assert_close(out["advantage_BT"][i, :n], expected.expand(n))
-    assert out["process_BT"] is None
+        torch.testing.assert_close(out.advantage_BT[i, :n], expected.expand(n))
+    assert out.process_BT is None
 
 
 def test_single_forward_rewards_come_from_one_prm_version(warm_model, tmp_path):
@@ -61,7 +61,7 @@ def test_single_forward_rewards_come_from_one_prm_version(warm_model, tmp_path):
         )
         out = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1).outputs[0]
         # the PRM starts as the reference, so before any update every reward is zero
-        assert (float(out["process_BT"].abs().max()) < 1e-6) is same_as_start
+        assert (float(out.process_BT.abs().max()) < 1e-6) is same_as_start
     assert raw.update == "after"
 
 
@@ -124,18 +124,18 @@ def test_unknown_verdicts_teach_nothing(warm_model, tmp_path):
     prime = tiny.module(warm_model, process_reward=reward, gate=gate)
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model, verifiers=Failing()), 1)
     out = history.outputs[0]
-    unknown_B = ~out["batch"].valid_B
+    unknown_B = ~out.batch.valid_B
     assert unknown_B.tolist() == [False, True] * 8
-    for name in ("process_BT", "advantage_BT"):
-        assert float(out[name][unknown_B].abs().max()) == 0
-        assert float(out[name][~unknown_B].abs().max()) > 0
+    for earned_BT in (out.process_BT, out.advantage_BT):
+        assert float(earned_BT[unknown_B].abs().max()) == 0
+        assert float(earned_BT[~unknown_B].abs().max()) > 0
     assert history.rows[0]["rollout/unknown"] == 0.5
-    outcome_B = out["batch"].outcome_B
+    outcome_B = out.batch.outcome_B
     for i in range(0, 16, 4):  # two known members a group: each is the other's baseline
-        mine, other = out["process_BT"][i].sum(), out["process_BT"][i + 2].sum()
-        length_B = out["batch"].response_length_B
+        mine, other = out.process_BT[i].sum(), out.process_BT[i + 2].sum()
+        length_B = out.batch.response_length_B
         expected = outcome_B[i] - outcome_B[i + 2] + mine - other / length_B[i + 2] * length_B[i]
-        torch.testing.assert_close(out["advantage_BT"][i, 0], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out.advantage_BT[i, 0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_users_verifier_that_fails_is_unknown(warm_model, tmp_path):
@@ -179,7 +179,7 @@ def test_tokens_with_non_finite_logprobs_are_dropped_and_counted(warm_model, tmp
 
     history = tiny.fit(tmp_path, tiny.module(warm_model), tiny.data(warm_model, engine=Broken()), 1)
     assert history.rows[0]["policy/nonfinite_tokens"] == 4  # one of each group
-    assert not history.outputs[0]["batch"].mask_BT[0, 0]
+    assert not history.outputs[0].batch.mask_BT[0, 0]
     assert all(math.isfinite(v) for v in history.rows[0].values())
 
 
@@ -217,14 +217,14 @@ def test_every_option_trains(warm_model, tmp_path, options):
 
 def watched_entropy(prime, value):
     """Which entropy each pass asks for, by its phase; the policy's is multiplied by this value."""
-    asked, logprobs = Counter(), prime.logprobs
+    asked, logprobs = Counter(), prime.stepper.logprobs
 
-    def asking(model, batch, entropy="none", *, as_sampled=False):
-        asked[prime.doing, entropy] += 1
-        scores, entropy_bt = logprobs(model, batch, entropy, as_sampled=as_sampled)
+    def asking(role, batch, entropy="none", *, as_sampled=False):
+        asked[prime.stepper.doing, entropy] += 1
+        scores, entropy_bt = logprobs(role, batch, entropy, as_sampled=as_sampled)
         return scores, None if entropy_bt is None else value * entropy_bt
 
-    prime.logprobs = asking
+    prime.stepper.logprobs = asking
     return asked
 
 
@@ -247,7 +247,7 @@ def test_the_logged_entropy_is_the_policys(warm_model, tmp_path, weight):
     still = {"policy_optimizer": tiny.adam(0.0), "policy_loss": PolicyLoss(entropy_weight=weight)}
     prime = tiny.module(warm_model, **still)
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1)
-    batch = history.outputs[0]["batch"]
+    batch = history.outputs[0].batch
     total = 0.0
     for i in range(len(batch)):
         p, r = int(batch.prompt_length_B[i]), int(batch.response_length_B[i])
@@ -263,16 +263,16 @@ def test_scores_after_an_optimizer_step_are_the_new_weights(warm_model, tmp_path
         keeping = lambda self: torch.autocast("cpu", torch.bfloat16, cache_enabled=True)  # noqa: E731
         monkeypatch.setattr(MixedPrecision, "autocast_context_manager", keeping)
     prime = tiny.module(warm_model, policy_optimizer=tiny.adam(1e-2))
-    scores, update_policy = [], prime.update_policy
+    scores, update_policy = [], prime.policy_learner.update
 
     def watched(batch, *rest):
-        scores.append(prime.score(prime.policy, batch))
+        scores.append(prime.stepper.score("policy", batch))
         update_policy(batch, *rest)
-        scores.append(prime.score(prime.policy, batch))
+        scores.append(prime.stepper.score("policy", batch))
         torch.clear_autocast_cache()
-        scores.append(prime.score(prime.policy, batch))
+        scores.append(prime.stepper.score("policy", batch))
 
-    prime.update_policy = watched
+    prime.policy_learner.update = watched
     tiny.fit(tmp_path, prime, tiny.data(warm_model), 1, precision="bf16-mixed")
     before_BT, after_BT, fresh_BT = scores
     assert (fresh_BT - before_BT).abs().max() > 0.01
@@ -330,7 +330,7 @@ def test_step_rewards_stand_on_the_separator(warm_model, tmp_path):
     reward = ProcessReward(granularity="step", step_separator=";", normalise="none", update="before", beta=1.0)
     prime = tiny.module(warm_model, process_reward=reward)
     out = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1).outputs[0]
-    batch, process_BT = out["batch"], out["process_BT"]
+    batch, process_BT = out.batch, out.process_BT
     separator = prime.tokenizer.convert_tokens_to_ids(";")
     for i, rollout in enumerate(batch.rollouts):
         tokens = rollout.completion.token_ids

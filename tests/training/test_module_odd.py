@@ -60,10 +60,10 @@ def test_empty_completions_are_responses_without_tokens(model_folder, tmp_path, 
     options = {"policy_update": update, "prm_update": update, "loading": Loading(packed=packed)}
     history = tiny.fit(tmp_path, tiny.module(model_folder, reference=model_folder, **options), rollouts, 3)
     out = history.outputs[0]
-    empty_B = out["batch"].response_length_B == 0
+    empty_B = out.batch.response_length_B == 0
     assert int(empty_B.sum()) == 8
-    assert not out["batch"].mask_BT[empty_B].any()
-    assert out["advantage_BT"].isfinite().all()
+    assert not out.batch.mask_BT[empty_B].any()
+    assert out.advantage_BT.isfinite().all()
     assert history.rows[0]["policy/grad_norm"] > 0
 
 

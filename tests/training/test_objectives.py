@@ -81,17 +81,17 @@ def test_a_penalty_reaches_advantages_and_no_label(warm_model, tmp_path):
         learned.append(weights(prime.prm))
         outputs.append(history.outputs[0])
     plain, shaped = outputs
-    batch = shaped["batch"]
+    batch = shaped.batch
     assert all(torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
-    assert torch.equal(plain["batch"].outcome_B, batch.outcome_B)
+    assert torch.equal(plain.batch.outcome_B, batch.outcome_B)
     assert set(batch.outcome_B.tolist()) == {0.0, 1.0}
     reward = [float(o) - 0.5 * int(n) / 8 for o, n in zip(batch.outcome_B, batch.response_length_B, strict=True)]
     for i in range(len(batch)):
         others = [reward[j] for j in range(len(batch)) if j != i and batch.group_B[j] == batch.group_B[i]]
         expected = reward[i] - sum(others) / len(others)
-        assert float(shaped["advantage_BT"][i, 0]) == pytest.approx(expected, abs=1e-5)
+        assert float(shaped.advantage_BT[i, 0]) == pytest.approx(expected, abs=1e-5)
     mean = sum(r - float(o) for r, o in zip(reward, batch.outcome_B, strict=True)) / len(batch)
-    assert shaped["metrics"]["train/shaping"] == pytest.approx(mean, abs=1e-6)
+    assert shaped.metrics["train/shaping"] == pytest.approx(mean, abs=1e-6)
 
 
 @pytest.mark.parametrize(

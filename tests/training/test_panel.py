@@ -64,7 +64,7 @@ def run(warm_model, sharp_folder, tmp_path_factory):
     }
     after = AutoModelForCausalLM.from_pretrained(warm_model)
     after.load_state_dict(snapshots[0])
-    batch = history.outputs[0]["batch"]
+    batch = history.outputs[0].batch
     assert batch.valid_B.all()
     assert 0 < batch.outcome_B.mean() < 1
     return history.rows, batch, {name: slow(model, batch) for name, model in (plain | {"after": after}).items()}

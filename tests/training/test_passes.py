@@ -10,6 +10,7 @@ from prime_lightning import algorithms as alg
 from prime_lightning.models.options import Loading
 from prime_lightning.rollout import Sampling, Verdict
 from prime_lightning.training.options import PolicyLoss, Probe, ProcessReward, Replaying, Update
+from prime_lightning.training.prm_learning import PRMLearner
 from prime_lightning.verifiers import Verifiers
 
 FULL = {"policy without gradient": 1, "prm without gradient": 1, "reference without gradient": 1, "policy": 1, "prm": 1}
@@ -40,7 +41,7 @@ def passes(model, tmp_path, minibatches=2, data=None, iteration=1, **options):
     before = []
     start = tiny.pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: before.append(seen.copy()))
     history = tiny.fit(tmp_path, prime, data or tiny.data(model), iteration + 1, callbacks=[tiny.Outputs(), start])
-    rows = len(history.outputs[-1]["batch"])
+    rows = len(history.outputs[-1].batch)
     return {role: count / rows for role, count in (seen - before[-1]).items()}
 
 
@@ -132,7 +133,7 @@ def rows_and_weights(model, folder, own, monkeypatch, until=99, **options):
     with monkeypatch.context() as patched:
         if not own:
             patched.setattr(PolicyLoss, "in_one_pass", lambda *_: False)
-            patched.setattr(tiny.PrimeModule, "prm_goes_first", False)
+            patched.setattr(PRMLearner, "goes_first", False)
         update = Update(minibatches=1, micro_tokens=128)
         torch.manual_seed(0)
         prime = tiny.module(model, reference=str(model), policy_update=update, prm_update=update, **options)

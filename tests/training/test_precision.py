@@ -97,17 +97,17 @@ def test_what_is_summed_and_learnt_from_stays_float32(way, warm_model, tmp_path)
     """Labels, log-probs, rewards and advantages; masks stay bool."""
     mixed = way == "bf16-mixed"
     prime = tiny.module(warm_model, loading=Loading(dtype="float32" if mixed else "bfloat16"))
-    scored, inner = [], prime.score
+    scored, inner = [], prime.stepper.score
 
     def score(*args, **options):
         scored.append(inner(*args, **options))
         return scored[-1]
 
-    prime.score = score
+    prime.stepper.score = score
     history = tiny.fit(tmp_path, prime, tiny.data(warm_model), 1, precision="bf16-mixed" if mixed else "32-true")
     [out] = history.outputs
-    batch = out["batch"]
-    floats = [batch.outcome_B, batch.behaviour_logprobs_BT, out["process_BT"], out["advantage_BT"], *scored]
+    batch = out.batch
+    floats = [batch.outcome_B, batch.behaviour_logprobs_BT, out.process_BT, out.advantage_BT, *scored]
     assert {x.dtype for x in floats} == {torch.float32}
     assert batch.mask_BT.dtype == batch.valid_B.dtype == torch.bool
     assert {p.dtype for p in prime.parameters()} == {torch.float32 if mixed else torch.bfloat16}

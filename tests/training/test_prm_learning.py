@@ -13,6 +13,7 @@ from prime_lightning import algorithms as alg
 from prime_lightning.models.batch import Batch
 from prime_lightning.sampling.acceptance import AccuracyFilter
 from prime_lightning.training.options import PolicyLoss, ProcessReward, Replaying, Update
+from prime_lightning.training.prm_learning import PRMLearner
 
 STRICT = AccuracyFilter(low=0.3, high=0.8)
 
@@ -30,14 +31,15 @@ def slow(model, batch, temperature=1.0):
 
 def spied(prime):
     """What each PRM pass is given, with the policy's weights at that time, as a list that grows."""
-    given, optimise = [], prime.optimise_prm
+    given, optimise = [], prime.prm_learner.optimise
 
-    def spying(batch, reference_BT, loss, beta, intercept_B=None):
+    def spying(lessons):
         weights = {name: weight.clone() for name, weight in prime.policy.model.state_dict().items()}
-        given.append((prime.trainer.global_step, batch, reference_BT.clone(), intercept_B, weights))
-        return optimise(batch, reference_BT, loss, beta, intercept_B)
+        reference_BT = lessons.reference_logprobs_BT.clone()
+        given.append((prime.trainer.global_step, lessons.batch, reference_BT, lessons.intercept_B, weights))
+        return optimise(lessons)
 
-    prime.optimise_prm = spying
+    prime.prm_learner.optimise = spying
     return given
 
 
@@ -91,7 +93,7 @@ def test_the_prm_learns_from_all_and_the_policy_from_accepted_groups(warm_model,
     reward = ProcessReward(beta=0.5, learn_from="all")
     frozen = {"reference": str(sharp_folder)} if reference else {}
     history, given, _ = run(tmp_path, warm_model, 1, reward, **frozen)
-    [(_, lessons, reference_BT, intercept_B, _)], batch = given, history.outputs[0]["batch"]
+    [(_, lessons, reference_BT, intercept_B, _)], batch = given, history.outputs[0].batch
     others = batch.rejected
     assert history.rows[0]["rollout/handed_on"] == others.groups > 0
     assert lessons.outcome_B.tolist() == batch.outcome_B.tolist() + others.outcome_B.tolist()
@@ -104,7 +106,7 @@ def test_the_prm_learns_from_all_and_the_policy_from_accepted_groups(warm_model,
     plain = slow(AutoModelForCausalLM.from_pretrained(sharp_folder if reference else warm_model), lessons)
     for row, expected in zip(reference_BT, plain, strict=True):
         torch.testing.assert_close(row[: len(expected)], torch.tensor(expected), rtol=0, atol=1e-4)
-    assert history.outputs[0]["advantage_BT"].shape[0] == len(batch) == 16  # four groups of four, as without
+    assert history.outputs[0].advantage_BT.shape[0] == len(batch) == 16  # four groups of four, as without
 
 
 def test_the_intercept_is_the_log_odds_of_right_answers_lately(warm_model, tmp_path):
@@ -112,7 +114,7 @@ def test_the_intercept_is_the_log_odds_of_right_answers_lately(warm_model, tmp_p
     history, given, prime = run(tmp_path, warm_model, 3, reward)
     rate, before = None, 0.0
     for row, out, (_, lessons, _, intercept_B, _) in zip(history.rows, history.outputs, given, strict=True):
-        outcome, batch = lessons.outcome_B.tolist(), out["batch"]
+        outcome, batch = lessons.outcome_B.tolist(), out.batch
         mean = (sum(outcome) + 0.5) / (len(outcome) + 1)
         rate = mean if rate is None else 0.7 * rate + 0.3 * mean
         expected = math.log(rate / (1 - rate))
@@ -124,7 +126,7 @@ def test_the_intercept_is_the_log_odds_of_right_answers_lately(warm_model, tmp_p
             ce = -(right * math.log(0.5) + (1 - right) * math.log(0.5))
             assert (before, row["prm/ce"]) == (0.0, pytest.approx(ce, abs=1e-5))
         before = expected
-    assert prime.intercept == pytest.approx(before)
+    assert prime.prm_learner.present_intercept == pytest.approx(before)
 
 
 def test_the_loss_has_the_intercept(warm_model, tmp_path):
@@ -143,12 +145,12 @@ def test_the_prm_waits_for_right_answers_and_then_fits_what_it_kept(warm_model, 
     history, given, prime = run(tmp_path, warm_model, 5, ProcessReward(beta=0.5, replay=replay))
     right, expected = 0.0, []
     for step, out in enumerate(history.outputs):
-        waited, right = right < 20, right + float(out["batch"].outcome_B.sum())
+        waited, right = right < 20, right + float(out.batch.outcome_B.sum())
         if right >= 20:  # the lessons of now, then replayed ones
             expected += [step] * (1 + (5 if waited else 1))
     assert [step for step, *_ in given] == expected
     assert 1 <= expected[0] < 4
-    assert prime.seen_right == right
+    assert prime.prm_learner.seen_right == right
     assert "prm/loss" not in history.rows[0]
 
 
@@ -182,7 +184,7 @@ def test_the_reward_is_paid_against_the_policy_and_the_loss_keeps_its_reference(
         n = len(prm)
         torch.testing.assert_close(reference_BT[i, :n], torch.tensor(prm), rtol=0, atol=1e-4)
         expected = 0.5 * (torch.tensor(prm) - torch.tensor(policy))
-        torch.testing.assert_close(out["process_BT"][i, :n], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(out.process_BT[i, :n], expected, rtol=0, atol=1e-4)
     assert history.rows[0]["prm/ce"] == pytest.approx(math.log(2), abs=1e-5)  # judged by what the loss is about
 
 
@@ -206,7 +208,10 @@ def test_a_resumed_run_has_learned_the_same(warm_model, tmp_path):
     assert sum(row.get("rollout/handed_on", 0) for row in again.rows) > 0
     assert_equal(again.rows, whole.rows[2:])
     assert_equal(state(resumed), state(undisturbed))
-    facts = [(t.lightning_module.base_rate.rate, t.lightning_module.seen_right) for t in (resumed, undisturbed)]
+    facts = [
+        (t.lightning_module.prm_learner.base_rate.rate, t.lightning_module.prm_learner.seen_right)
+        for t in (resumed, undisturbed)
+    ]
     assert facts[0] == facts[1]
 
 
@@ -224,7 +229,7 @@ def test_options_that_contradict_each_other_are_refused(warm_model, tmp_path, op
             tiny.module(warm_model, **settings)
     else:  # without a PRM nobody learns from rejected groups, and nobody asks for them
         history = tiny.fit(tmp_path, tiny.module(warm_model, **settings | {"prm": None}), tiny.data(warm_model), 1)
-        assert history.outputs[0]["batch"].rejected is None
+        assert history.outputs[0].batch.rejected is None
 
 
 @pytest.mark.parametrize(
@@ -246,7 +251,7 @@ def test_rejected_groups_are_learned_from_with_the_engines_logprobs(warm_model, 
     reward = ProcessReward(beta=0.5, learn_from="all")
     loss = PolicyLoss(proximal="engine")
     history, given, _ = run(tmp_path, warm_model, 2, reward, policy_loss=loss)
-    batch, lessons, reference_BT = history.outputs[1]["batch"], given[1][1], given[1][2]
+    batch, lessons, reference_BT = history.outputs[1].batch, given[1][1], given[1][2]
     others = reference_BT[len(batch) :, : batch.rejected.mask_BT.shape[1]]
     assert torch.equal(others, batch.rejected.behaviour_logprobs_BT)
     assert len(lessons) == len(batch) + len(batch.rejected)
@@ -260,7 +265,7 @@ def test_one_step_over_all_lessons_gives_rewards_of_before(warm_model, sharp_fol
     for own in (True, False):
         with monkeypatch.context() as patched:
             if not own:
-                patched.setattr(tiny.PrimeModule, "prm_goes_first", False)
+                patched.setattr(PRMLearner, "goes_first", False)
             one = Update(minibatches=1, micro_tokens=128)
             options = {"reference": str(sharp_folder), "prm_update": one, "policy_update": one}
             rows.append(run(tmp_path / str(own), warm_model, 3, reward, **options)[0].rows)

@@ -49,7 +49,7 @@ def test_regrets_of_a_right_engine_are_those_of_a_plain_forward(warm_model, tmp_
     prime, data = tiny.module(warm_model), tiny.data(warm_model, **options)
     found = []
     look = tiny.pl.callbacks.LambdaCallback(
-        on_train_batch_end=lambda *_: found.append(check_greedy(prime, data, Probe(prompts=3, tokens=6)))
+        on_train_batch_end=lambda *_: found.append(check_greedy(prime.stepper, data, Probe(prompts=3, tokens=6)))
     )
     tiny.fit(tmp_path, prime, data, 1, callbacks=[look])
     regrets = []

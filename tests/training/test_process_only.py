@@ -69,10 +69,10 @@ def test_silent_groups_join_once_the_gate_is_open(warm_model, sharp_folder, tmp_
         reference=str(warm_model), prm_update=update, policy_update=update,
     )  # fmt: skip
     assert "train/process_only" not in history.rows[0]  # the gate opens with the first look at the PRM
-    assert len(history.outputs[0]["batch"]) == 16
+    assert len(history.outputs[0].batch) == 16
     joined = 0
     for row, out, (_, lessons, *_) in list(zip(history.rows, history.outputs, given_, strict=True))[1:]:
-        batch = out["batch"]
+        batch = out.batch
         extra = [i for i in range(len(batch)) if batch.group_B[i] >= 4]
         joined += len(extra)
         assert row["train/process_only"] == len(extra) / 4
@@ -81,8 +81,8 @@ def test_silent_groups_join_once_the_gate_is_open(warm_model, sharp_folder, tmp_
         for i in extra:
             outcomes = batch.outcome_B[batch.group_B == batch.group_B[i]].tolist()
             assert set(outcomes) in ([{0.0}] if which == "all_wrong" else [{0.0}, {1.0}])
-        for i, expected in leave_one_out(out["process_BT"], batch, extra):
-            got = out["advantage_BT"][i, : len(expected)]
+        for i, expected in leave_one_out(out.process_BT, batch, extra):
+            got = out.advantage_BT[i, : len(expected)]
             torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-4)
         texts = [str(tokens.tolist()) for tokens in lessons.tokens_BL]
         others = int(batch.rejected.valid_B.sum())
@@ -102,11 +102,11 @@ def test_a_gate_that_closes_meanwhile_leaves_them_out(warm_model, tmp_path):
             return self.weight
 
     history, _, _ = run(tmp_path, warm_model, 3, reward, gate=Gate(**OPEN))
-    batch, advantage_BT = (history.outputs[1][name] for name in ("batch", "advantage_BT"))
+    batch, advantage_BT = history.outputs[1].batch, history.outputs[1].advantage_BT
     assert len(batch) > 16
     assert not batch.mask_BT[16:].any()
     assert not advantage_BT[16:].any()
-    assert len(history.outputs[2]["batch"]) == 16
+    assert len(history.outputs[2].batch) == 16
 
 
 def test_a_prm_that_is_not_trained_can_rank_them_too(warm_model, sharp_folder, tmp_path):
@@ -132,7 +132,7 @@ def test_every_token_of_a_step_gets_its_credit(warm_model, sharp_folder, tmp_pat
     options = {"reference": str(warm_model), "prm": str(sharp_folder), "gate": alg.ProcessGate(**OPEN)}
     history, _, prime = run(tmp_path, warm_model, 1, reward, credit=credit, **options)
     out = history.outputs[0]
-    batch, process_BT = out["batch"], out["process_BT"]
+    batch, process_BT = out.batch, out.process_BT
     length = batch.response_length_B.tolist()
     mean = [float(process_BT[i, : length[i]].mean()) for i in range(len(batch))]
     separator = prime.tokenizer.convert_tokens_to_ids(";")
@@ -149,6 +149,6 @@ def test_every_token_of_a_step_gets_its_credit(warm_model, sharp_folder, tmp_pat
         for inside in steps:
             total = sum(float(process_BT[i, t]) - baseline for t in inside)
             for t in inside:
-                assert float(out["advantage_BT"][i, t]) == pytest.approx(outcome + 2 * total, abs=1e-4)
+                assert float(out.advantage_BT[i, t]) == pytest.approx(outcome + 2 * total, abs=1e-4)
     with pytest.raises(ValueError, match=r"`credit\.gamma_process: 0` with `process_per: step`, got 1\.0"):
         Credit(process_per="step")

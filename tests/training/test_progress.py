@@ -51,12 +51,12 @@ def test_a_terminal_sees_bars_of_all_phases(model_folder, tmp_path, monkeypatch,
 
     monkeypatch.setattr(PrimeProgress, "_open", eagerly)
     from prime_lightning.sampling.tally import Tally
-    from prime_lightning.training.stepping import SteppingModule
+    from prime_lightning.training.stepping import Stepper
 
     bars = []
     opened = PrimeProgress._open
     monkeypatch.setattr(PrimeProgress, "_open", lambda self, *a: (opened(self, *a), bars.append(self._bar))[0])
-    for kind in (Tally, SteppingModule):
+    for kind in (Tally, Stepper):
         original = kind.timed
 
         def timed(self, phase, original=original):
@@ -77,7 +77,8 @@ def test_a_terminal_sees_bars_of_all_phases(model_folder, tmp_path, monkeypatch,
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
     run(tmp_path, model_folder, 2, Benchmarks(str(tmp_path), ["arithmetic"], limit=4, after=False))
     shown = screen.getvalue()
-    for words in ("sampling", "verifying", "scoring", "training the PRM", "training the policy", "2/2"):
+    phases = ("sampling", "verifying", "scoring", "training the PRM", "training the policy", "sending weights")
+    for words in (*phases, "2/2"):
         assert words in shown, words
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert re.search(r"iteration [^\n]*━[^\n]* 1/2", plain)  # on a narrow terminal, too

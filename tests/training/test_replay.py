@@ -71,7 +71,7 @@ def test_the_oldest_go_when_there_are_too_many_megabytes():
         replay.add(lessons(number, megabytes=0.4))
     assert set(drawn_numbers(replay)) == {4, 5}
     replay.add(lessons(6, megabytes=2.0))  # larger than all there is room for
-    assert len(replay) == 0
+    assert replay.state_dict() == []
 
 
 def test_megabytes_are_those_of_the_tensors(tmp_path):

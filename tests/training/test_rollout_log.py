@@ -1,6 +1,7 @@
 """The log of rollouts on disk."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from prime_lightning.models.batch import Batch
 from prime_lightning.prompts.arithmetic import build_tokenizer
 from prime_lightning.rollout import Finish
 from prime_lightning.training.callbacks.files import RolloutLog
+from prime_lightning.training.panel import Iteration
 
 MODULE = SimpleNamespace(tokenizer=build_tokenizer(), reward=SimpleNamespace(beta=0.5))
 HOSTILE = [
@@ -22,7 +24,7 @@ HOSTILE = [
 ]
 
 
-def outputs(texts=("7;#7",) * 4, *, process=True):
+def iteration(number, texts=("7;#7",) * 4, *, process=True, **changes):
     """An iteration of groups of two; scores are right, unknown, right, unknown, ..."""
     lengths = [2 + i % 3 for i in range(len(texts))]
     rows = [
@@ -31,13 +33,14 @@ def outputs(texts=("7;#7",) * 4, *, process=True):
     ]
     batch = Batch.of_groups([rows[i : i + 2] for i in range(0, len(rows), 2)])
     numbers_BT = torch.arange(batch.mask_BT.numel()).reshape(batch.mask_BT.shape) / 7
-    return {"batch": batch, "process_BT": numbers_BT if process else None, "advantage_BT": -numbers_BT}
+    scale = {"process/scale": 0.25} if process else {}
+    made = Iteration(number, batch, numbers_BT if process else None, -numbers_BT, scale)
+    return {"iteration": replace(made, **changes)}
 
 
 def at(step, rank_zero=True):
     """What the callback asks of a trainer."""
-    metrics = {"process/scale": torch.tensor(0.25)}
-    return SimpleNamespace(global_step=step, is_global_zero=rank_zero, callback_metrics=metrics)
+    return SimpleNamespace(global_step=step, is_global_zero=rank_zero)
 
 
 def written(log):
@@ -46,7 +49,7 @@ def written(log):
 
 def iterate(log, steps, **options):
     for step in steps:
-        log.on_train_batch_end(at(step), MODULE, outputs(**options), None, 0)
+        log.on_train_batch_end(at(step), MODULE, iteration(step - 1, **options), None, 0)
 
 
 def test_a_line_says_all_of_a_response(tmp_path):
@@ -54,9 +57,9 @@ def test_a_line_says_all_of_a_response(tmp_path):
     iterate(log, [3])
     lines = written(log)
     assert len(lines) == 4
-    expected = outputs()
+    expected = iteration(2)["iteration"]
     for i, line in enumerate(lines):
-        source = expected["batch"].rollouts[i]
+        source = expected.batch.rollouts[i]
         n = len(source.completion.token_ids)
         assert (line["iteration"], line["draw"], line["source"]) == (2, i // 2, "sums")
         assert (line["prompt"], line["answer"], line["completion"]) == ("^1+6=", "7", "7;#7")
@@ -64,8 +67,8 @@ def test_a_line_says_all_of_a_response(tmp_path):
         assert (line["finish"], line["verdict"]) == ("stop", "unknown" if i % 2 else "correct")
         assert line["score"] == (None if i % 2 else 1.0)
         assert (line["beta"], line["scale"]) == (0.5, 0.25)
-        assert line["process_reward"] == pytest.approx(expected["process_BT"][i, :n].tolist(), rel=1e-4)
-        assert line["advantage"] == pytest.approx(expected["advantage_BT"][i, :n].tolist(), rel=1e-4)
+        assert line["process_reward"] == pytest.approx(expected.process_BT[i, :n].tolist(), rel=1e-4)
+        assert line["advantage"] == pytest.approx(expected.advantage_BT[i, :n].tolist(), rel=1e-4)
 
 
 def test_groups_and_iterations_are_thinned(tmp_path):
@@ -76,8 +79,8 @@ def test_groups_and_iterations_are_thinned(tmp_path):
 
 def test_groups_are_counted_on_a_rank_that_has_none_of_the_first(tmp_path):
     log = RolloutLog(str(tmp_path), groups=2)
-    made = outputs(texts=("7;#7",) * 6)
-    made["batch"].group_B = torch.tensor([3, 3, 17, 17, 40, 40])  # as groups are dealt to several ranks
+    made = iteration(0, texts=("7;#7",) * 6)
+    made["iteration"].batch.group_B = torch.tensor([3, 3, 17, 17, 40, 40])  # as groups are dealt to several ranks
     log.on_train_batch_end(at(1), MODULE, made, None, 0)
     assert [line["draw"] for line in written(log)] == [0, 0, 1, 1]
 
@@ -85,12 +88,12 @@ def test_groups_are_counted_on_a_rank_that_has_none_of_the_first(tmp_path):
 def test_without_a_prm_there_are_no_process_rewards(tmp_path):
     log = RolloutLog(str(tmp_path))
     iterate(log, [1], process=False)
-    assert all("process_reward" not in line and "advantage" in line for line in written(log))
+    assert all(not {"process_reward", "scale"} & line.keys() and "advantage" in line for line in written(log))
 
 
 def test_only_rank_zero_writes(tmp_path):
     log = RolloutLog(str(tmp_path))
-    log.on_train_batch_end(at(1, rank_zero=False), MODULE, outputs(), None, 0)
+    log.on_train_batch_end(at(1, rank_zero=False), MODULE, iteration(0), None, 0)
     assert not log.path.exists()
 
 
@@ -126,7 +129,7 @@ def test_a_run_from_the_start_begins_a_new_log(tmp_path):
 
 
 def test_a_truncated_response_is_logged_as_such(tmp_path):
-    cut = {**outputs(), "batch": Batch.of_groups([[rollout(finish=Finish.LENGTH, score=0.25)]])}
+    cut = iteration(0, batch=Batch.of_groups([[rollout(finish=Finish.LENGTH, score=0.25)]]))
     log = RolloutLog(str(tmp_path))
     log.on_train_batch_end(at(1), MODULE, cut, None, 0)
     [line] = written(log)

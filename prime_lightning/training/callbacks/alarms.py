@@ -224,7 +224,7 @@ class Alarms(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at this iteration; its numbers are the same on all ranks, and so is what is done."""
-        for name in self.look(outputs["metrics"]):
+        for name in self.look(outputs["iteration"].metrics):
             for logger in trainer.loggers:
                 logger.log_metrics({f"alarm/{name}": 1.0}, step=trainer.global_step - 1)
             if trainer.is_global_zero:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from prime_lightning.models.batch import Batch
 from prime_lightning.models.logprobs import causal_lm
 from prime_lightning.models.lora import merged_parameters
 from prime_lightning.models.pretrained import save
 from prime_lightning.models.prm_folder import describe
 from prime_lightning.rollout import Rollout
 from prime_lightning.rollout.files import Row, append_rows, replace_rows, whole_rows
+from prime_lightning.training.panel import Iteration
 from prime_lightning.training.run_metadata import run_facts
 from prime_lightning.training.stepping import devices
 
@@ -50,20 +50,18 @@ class RolloutLog(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write this iteration."""
-        iteration = trainer.global_step - 1
-        if not trainer.is_global_zero or iteration % self.every:
+        iteration: Iteration = outputs["iteration"]
+        if not trainer.is_global_zero or iteration.number % self.every:
             return
-        scale = trainer.callback_metrics.get("process/scale")
-        unit = {} if scale is None else {"beta": pl_module.reward.beta, "scale": _short(float(scale))}  # type: ignore[union-attr]
-        rows = rollout_rows(outputs, iteration, self.groups, pl_module.tokenizer, self.steps)  # type: ignore[arg-type]
+        scale = iteration.metrics.get("process/scale")
+        unit = {} if scale is None else {"beta": pl_module.reward.beta, "scale": _short(scale)}  # type: ignore[union-attr]
+        rows = rollout_rows(iteration, self.groups, pl_module.tokenizer, self.steps)  # type: ignore[arg-type]
         append_rows(self.path, (row | unit for row in rows))
 
 
-def rollout_rows(
-    outputs: Mapping[str, Any], iteration: int, groups: int, tokenizer: Any, steps: Steps | None = None
-) -> Iterator[Row]:
+def rollout_rows(iteration: Iteration, groups: int, tokenizer: Any, steps: Steps | None = None) -> Iterator[Row]:
     """The responses of the first groups of an iteration, with rewards and advantages token by token."""
-    batch: Batch = outputs["batch"]
+    batch = iteration.batch
     first = batch.group_B.unique()[:groups]  # numbered among those of all ranks
     for i, rollout in enumerate(batch.rollouts):
         if batch.group_B[i] not in first:
@@ -71,12 +69,12 @@ def rollout_rows(
         ids = rollout.completion.token_ids
         tokens = [tokenizer.decode([token]) for token in ids]
         per_token = {
-            name: [_short(x) for x in outputs[key][i, : len(ids)].tolist()]
-            for name, key in (("process_reward", "process_BT"), ("advantage", "advantage_BT"))
-            if outputs.get(key) is not None
+            name: [_short(x) for x in number_BT[i, : len(ids)].tolist()]
+            for name, number_BT in (("process_reward", iteration.process_BT), ("advantage", iteration.advantage_BT))
+            if number_BT is not None
         }
         yield {
-            "iteration": iteration,
+            "iteration": iteration.number,
             **rollout.to_row(),
             "tokens": tokens,
             **({"steps": steps(rollout, tokens)} if steps else {}),

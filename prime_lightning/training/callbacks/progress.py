@@ -188,7 +188,7 @@ class PrimeProgress(ProgressBar):
 
         def poll(bars: Bars) -> None:
             tally = _tally(trainer)
-            doing = getattr(trainer.lightning_module, "doing", "")
+            doing = _phase(trainer)
             bars.show(self._phase, doing, description=DOING.get(doing, doing), visible=bool(doing))
             bars.show(self._rollouts, tally, visible=tally is not None)
             if tally is not None:
@@ -234,13 +234,18 @@ def _tally(trainer: pl.Trainer) -> Tally | None:
     return next(filter(None, (getattr(place, "tally", None) for place in places)), None)
 
 
+def _phase(trainer: pl.Trainer) -> str:
+    """What a module with a stepper does; empty for others, and between two phases."""
+    return getattr(getattr(trainer.lightning_module, "stepper", None), "doing", "")
+
+
 def _rollouts(tally: Tally) -> str:
     return DOING.get(tally.doing, tally.doing) + (f", accuracy {tally.accuracy:.2f}" if tally.known else "")
 
 
 def _doing(trainer: pl.Trainer, word: str) -> str:
     """What a plain log says of an iteration that takes long."""
-    tally, doing = _tally(trainer), getattr(trainer.lightning_module, "doing", "")
+    tally, doing = _tally(trainer), _phase(trainer)
     parts = [DOING.get(doing, doing)] if doing else []
     if tally is not None:
         groups = f"{tally.accepted} of {tally.wanted} prompts" if tally.wanted else f"{tally.groups} prompts"

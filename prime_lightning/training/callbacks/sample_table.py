@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from prime_lightning.training.panel import Iteration
+
 COLUMNS = ["iteration", "prompt", "completion", "answer", "verdict", "process return", "tokens"]
 
 
@@ -31,23 +33,23 @@ class SampleTable(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log this iteration's."""
-        iteration = trainer.global_step - 1
-        if not trainer.is_global_zero or iteration % self.every:
+        iteration: Iteration = outputs["iteration"]
+        if not trainer.is_global_zero or iteration.number % self.every:
             return
-        table = self.table(outputs, iteration)
+        table = self.table(iteration)
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
-                logger.log_table(key="samples", columns=COLUMNS, data=table, step=iteration)
+                logger.log_table(key="samples", columns=COLUMNS, data=table, step=iteration.number)
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", as_text(table), iteration)
+                logger.experiment.add_text("samples", as_text(table), iteration.number)
 
-    def table(self, outputs: Any, iteration: int) -> list[list[Any]]:
+    def table(self, iteration: Iteration) -> list[list[Any]]:
         """Rows of the table; `process return` is the sum of the response's normalised process reward."""
-        rollouts, process_BT = outputs["batch"].rollouts, outputs["process_BT"]
+        rollouts, process_BT = iteration.batch.rollouts, iteration.process_BT
         count = min(self.rows, len(rollouts))
         return [
             [
-                iteration,
+                iteration.number,
                 visible(rollouts[i].prompt.text),
                 visible(rollouts[i].completion.text),
                 visible(rollouts[i].prompt.answer),

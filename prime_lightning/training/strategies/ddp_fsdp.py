@@ -1,6 +1,6 @@
 """Strategies for several devices: replicas of the models, or FSDP2 shards of them. DeepSpeed is in `deepspeed.py`.
 
-A `SteppingModule` runs forward passes of several models in one training step and accumulates over micro-batches.
+A module with a `Stepper` runs forward passes of several models in one training step and accumulates over micro-batches.
 DistributedDataParallel around the whole module would take each of its models for unused in each backward pass of
 another one, and send all gradients with every micro-batch. So models are treated one by one here.
 """
