@@ -75,7 +75,7 @@ def grade(predictions: Sequence[Sequence[str]], references: Sequence[str], kind:
     pairs = [(prompt, text) for prompt, texts in zip(prompts, predictions, strict=True) for text in texts]
     with Verifiers() as verifiers:
         verdicts = verifiers.map(pairs)
-        return [[v.score if v.known else None for _, v in zip(texts, verdicts, strict=False)] for texts in predictions]
+        return [[v.known_score for _, v in zip(texts, verdicts, strict=False)] for texts in predictions]
 
 
 def load_metric(name: str, kind: str | None = None, answer: str = "boxed") -> ProblemMetric:
