@@ -1,7 +1,7 @@
 """What HTTP costs beside a pipe: `ServerEngine` with a `vllm serve` process of its own, against `VLLMEngine`.
 
     python benchmarks/transports.py --out transports.json
-    python benchmarks/transports.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts 8
+    python benchmarks/transports.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts 8 --max_model_len 512
 
 Both engines have the same model, dtype, cache, batch size and number of threads; they sample the same prompts with the
 same seeds, and take the same weights, in turns, so that a busy machine slows both alike. A ratio
@@ -44,8 +44,10 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hidden, layers = SHAPES[1]
         model = options.model or str(write_model(Path(folder) / "model", hidden_size=hidden, layers=layers))
-        pipe = VLLMEngine(dtype="float32", max_sequences=options.batch, threads=options.threads)
+        sizes = {"max_sequences": options.batch, "max_model_len": options.max_model_len, "threads": options.threads}
+        pipe = VLLMEngine(dtype="float32", **sizes)
         pipe.start(model)
+        pipe.ready()
         port = free_port()
         server = serving(pipe, port, Path(folder) / "server.log")
         http = ServerEngine([f"http://127.0.0.1:{port}"], in_flight=options.batch)
@@ -70,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--samples", type=int, default=4, help="of a prompt")
     made.add_argument("--max_tokens", type=int, default=64)
     made.add_argument("--batch", type=int, default=64, help="samples that an engine computes at a time")
+    made.add_argument("--max_model_len", type=int, help="of both engines; the model's own limit by default")
     made.add_argument("--turns", type=int, default=5, help="behind one that is not measured")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--out")
