@@ -194,8 +194,9 @@ class Rollout:
 
     Example:
         >>> found = Rollout.from_row({"prompt": "1+1=", "response": "2", "label": 1}, "line 1")
-        >>> [found.to_row()[key] for key in ("prompt", "completion", "verdict", "score")]
-        ['1+1=', '2', 'correct', 1.0]
+        >>> row = found.to_row()
+        >>> row["completion"], row["verdict"], row["score"]
+        ('2', 'correct', 1.0)
     """
 
     prompt: Prompt
