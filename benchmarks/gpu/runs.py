@@ -172,6 +172,6 @@ def greedy(module: Any, data: RolloutDataModule) -> dict[str, float]:
     Returns:
         Share of equal tokens, and the greatest `regret`: nats between the trainer's likeliest token and the engine's.
     """
-    regret = check_greedy(module, data, Probe(prompts=PROBES, tokens=PROBE_TOKENS, margin=math.inf))
+    regret = check_greedy(module.stepper, data, Probe(prompts=PROBES, tokens=PROBE_TOKENS, margin=math.inf))
     equal = float((regret == 0).float().mean())
     return {"tokens": len(regret), "equal": equal, "regret": float(regret.max())}

@@ -242,12 +242,12 @@ def test_a_mistake_in_a_layer_of_the_quickstart_shows_before_it_works(tmp_path, 
 def test_layers_of_the_quickstart_come_behind_its_own(monkeypatch, tmp_path):
     asked = []
 
-    def told(args):
+    def noted(args):
         asked.append([args[0], *(Path(args[i + 1]).name for i, word in enumerate(args) if word == "--config")])
         trainer = SimpleNamespace(callback_metrics={"val/pass1": 0.5}, global_step=40)
         return SimpleNamespace(trainer=trainer, datamodule=SimpleNamespace(validation_prompts=9))
 
-    monkeypatch.setattr(quickstart, "told", told)
+    monkeypatch.setattr(quickstart, "run_command", noted)
     monkeypatch.setattr(quickstart.credit, "of_run", lambda folder: None)
     quickstart.run(tmp_path, quickstart.parser().parse_args(["--config", "conf/engine/vllm.yaml"]))
     assert asked == [

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from prime_lightning.prompts.arithmetic import write_model
 
-SCRIPT = str(Path(__file__).with_name("two_ranks.py"))
+SCRIPT = str(Path(__file__).with_name("call_ranks.py"))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

@@ -101,7 +101,7 @@ def test_a_log_file_gets_one_line_an_iteration(model_folder, tmp_path, capsys):
 
 
 def test_a_log_file_is_never_silent_for_long(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(heartbeat, "SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.005)  # several to a phase
     run(tmp_path, model_folder, 2, validate=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"iteration \d/2: ", line)]
     assert any(re.search(r": (sampling|verifying|scoring|training|sending)", line) for line in lines)

@@ -1,4 +1,4 @@
-"""A user's script, which tests/cli/test_ranks.py starts on several ranks: `two_ranks.py MODEL FOLDER RANKS`."""
+"""A user's script, which tests/cli/test_ranks.py starts on several ranks: `call_ranks.py MODEL FOLDER RANKS`."""
 
 from __future__ import annotations
 
