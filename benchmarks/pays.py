@@ -43,7 +43,7 @@ def main(args: Sequence[str]) -> None:
     options = parser().parse_args(args)
     settings, out = yaml.safe_load(Path(options.settings).read_text()), Path(options.out)
     if options.what == "summary":
-        print(summary(whole_rows(out / "cells.jsonl"), settings["thresholds"]))
+        print(summary(list(whole_rows(out / "cells.jsonl")), settings["thresholds"]))
         return
     quiet()
     torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> None:
             key["settings"] = digest(settings, task, method)
             if not any(key.items() <= cell.items() for cell in whole_rows(file)):
                 append_rows(file, [key | cell(settings, out, task, method, seed, chosen)])
-    cells = whole_rows(file)
+    cells = list(whole_rows(file))
     print(ranking(cells, settings["thresholds"]) if tuning else summary(cells, settings["thresholds"]))
 
 

@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
         out.mkdir(parents=True, exist_ok=True)
         STAGES[options.stage](options, settings, out)
-    print(summary(whole_rows(out / "stages.jsonl")))
+    print(summary(list(whole_rows(out / "stages.jsonl"))))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ def test_rows_come_back(tmp_path_factory, first, more):
     path = tmp_path_factory.mktemp("rows") / "deep" / "rows.jsonl"
     replace_rows(path, first)
     append_rows(path, more)
-    assert [row for _, row in read_rows(path)] == whole_rows(path) == first + more
+    assert [row for _, row in read_rows(path)] == list(whole_rows(path)) == first + more
     assert path.read_bytes().isascii()
 
 
@@ -36,7 +36,7 @@ def test_whatever_a_crash_cuts_off_the_rows_before_it_and_after_it_are_whole(tmp
     replace_rows(path, rows)
     text = path.read_bytes()
     path.write_bytes(text[: len(text) - min(cut, len(text))])
-    left = whole_rows(path)
+    left = list(whole_rows(path))
     assert left == rows[: len(left)]
     append_rows(path, [{"next": 1}])
     assert [row for _, row in read_rows(path)] == [*left, {"next": 1}]
@@ -65,7 +65,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, text, words):
         list(read_rows(path))
     with pytest.raises(ValueError, match="Expected a jsonl file, got 'nowhere', which does not exist"):
         list(read_rows("nowhere"))
-    assert whole_rows(tmp_path / "nowhere") == []
+    assert list(whole_rows(tmp_path / "nowhere")) == []
 
 
 def test_a_byte_order_mark_and_long_numbers_are_read(tmp_path):

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import prime_lightning
 UNKNOWN = re.compile(r"unrecognized arguments: --([\w.+-]+)|does not accept option '([\w.]+)'")
 NESTED = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 KEY = re.compile(r'Parser key "([\w.]+)":\s*')
+TRIED = re.compile(r"- (Problem with given class_path .*?)(?:\n\s*- |\nGiven value type: |\Z)", re.DOTALL)
 GROUP_HELP = ("-h", "--help")
 ITSELF = "--its-parser"
 """The argument of a command by which its parser is handed on instead of used."""
@@ -121,8 +123,9 @@ def explained(parser: Any, message: str, given: Sequence[str]) -> Iterator[str]:
 
 
 def _bare(message: str) -> str:
-    """A parser's words without the key, and without the configuration that jsonargparse prints behind them."""
-    return KEY.sub("", message, count=1).partition("\nGiven value type: ")[0]
+    """A parser's words without the key, the types beside a class that was meant, and the configuration behind them."""
+    meant = TRIED.search(message)
+    return meant[1] if meant else KEY.sub("", message, count=1).partition("\nGiven value type: ")[0]
 
 
 def nearest(name: str, names: Iterable[str]) -> Iterator[str]:
@@ -144,9 +147,17 @@ def elsewhere(message: str) -> Iterator[str]:
         found = homes(name)
         if found and path not in found:
             yield f"`{name}` is {' or '.join(found)}."
-        elif not found and module in sys.modules:
-            near = difflib.get_close_matches(name, getattr(sys.modules[module], "__all__", ()), n=3, cutoff=0.6)
+        elif not found and is_module(module):
+            near = difflib.get_close_matches(name, getattr(import_module(module), "__all__", ()), n=3, cutoff=0.6)
             yield from [f"Did you mean {' or '.join(f'`{module}.{n}`' for n in near)}?"] if near else []
+
+
+def is_module(path: str) -> bool:
+    """Whether there is a module of this name."""
+    try:
+        return find_spec(path) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def homes(name: str) -> list[str]:

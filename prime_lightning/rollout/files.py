@@ -60,12 +60,11 @@ def parse_row(line: str | bytes) -> Row | None:
         return None
 
 
-def whole_rows(path: Path) -> list[Row]:
-    """The rows of a jsonl file that a run writes, without lines that are none; no rows where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as lines:
-        return [row for row in map(parse_row, lines) if row is not None]
+def whole_rows(path: Path) -> Iterator[Row]:
+    """Each row of a jsonl file that a run writes, without lines that are none; no rows where there is no file."""
+    if path.is_file():
+        with path.open("rb") as lines:
+            yield from (row for row in map(parse_row, lines) if row is not None)
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

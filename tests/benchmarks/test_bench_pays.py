@@ -51,7 +51,7 @@ def test_the_smallest_form_runs_and_goes_on_where_it_was_stopped(small, tmp_path
     words = ["--settings", str(small), "--out", str(tmp_path), "--task", "tiny", "--seeds", "0"]
     pays.main(["run", *words, "--method", "rloo", "prime", "oracle"])
     file = tmp_path / "cells.jsonl"
-    cells = whole_rows(file)
+    cells = list(whole_rows(file))
     assert [cell["method"] for cell in cells] == ["rloo", "prime", "oracle"]
     assert len({cell["pass1_before"] for cell in cells}) == 1  # of one warm start
     for cell in cells:
@@ -81,7 +81,7 @@ def test_tuning_runs_every_candidate_and_ranks_them(small, tmp_path, capsys):
     few.write_text(yaml.safe_dump(settings))
     words = ["--settings", str(few), "--out", str(tmp_path), "--task", "tiny", "--seeds", "0", "--method", "rloo"]
     pays.main(["tune", *words])
-    cells = whole_rows(tmp_path / "tuning.jsonl")
+    cells = list(whole_rows(tmp_path / "tuning.jsonl"))
     assert [cell["chosen"]["model.policy_optimizer.init_args.lr"] for cell in cells] == [1e-3, 2e-3]
     assert capsys.readouterr().out.count("| tiny | rloo |") == 2
     pays.main(["summary", "--out", str(tmp_path)])  # of tuning nothing is reported
@@ -89,7 +89,7 @@ def test_tuning_runs_every_candidate_and_ranks_them(small, tmp_path, capsys):
     settings["problems"] = 8
     few.write_text(yaml.safe_dump(settings))
     pays.main(["tune", *words])  # cells of other settings are others
-    assert len(whole_rows(tmp_path / "tuning.jsonl")) == 4
+    assert len(list(whole_rows(tmp_path / "tuning.jsonl"))) == 4
 
 
 def test_the_best_candidate_stands_first():

@@ -1,7 +1,11 @@
 """What a shell offers, asked of a real bash; and that nothing that a command takes is left out."""
 
+import os
+import pty
+import select
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -80,8 +84,55 @@ def test_every_command_completes_every_option(tree, request):
     assert set(golden.read_text().split()) - given == {"data.model"}  # which is always `model.policy`
 
 
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """What an interactive zsh shows when a line and two tabs are typed."""
+    folder = tmp_path_factory.mktemp("zsh")
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        assert main(["completion", "zsh"]) == 0
+    (folder / "_prime-lightning").write_text("\n".join(printed) + "\n")
+    ready = f"stty columns 200; PS1='> '; LISTMAX=1000; fpath=({folder} $fpath); autoload -U compinit; compinit -D -u"
+
+    def of(line):
+        child, terminal = pty.fork()
+        if child == 0:
+            os.execvpe("zsh", ["zsh", "-f", "-i"], os.environ | {"TERM": "dumb"})
+        os.write(terminal, f"{ready}; print re''ady\n".encode())
+        shown_until("ready", terminal)
+        os.write(terminal, f"{line}\t\t".encode())
+        found = shown_until("\n> ", terminal)
+        os.close(terminal)  # which hangs up
+        os.waitpid(child, 0)
+        return found
+
+    return of
+
+
+def shown_until(text, terminal, seconds=30.0):
+    """What a terminal shows until it shows this."""
+    shown, end = "", time.monotonic() + seconds
+    while text not in shown and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 65536).decode(errors="replace").replace("\r", "")
+    return shown
+
+
 @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
-def test_zsh_reads_its_script(tmp_path, capsys):
-    assert main(["completion", "zsh"]) == 0
-    (tmp_path / "_prime-lightning").write_text(capsys.readouterr().out)
-    subprocess.run(["zsh", "-n", str(tmp_path / "_prime-lightning")], check=True)
+@pytest.mark.parametrize(
+    ("line", "among"),
+    [
+        ("prime-lightning ", ["completion", "train by PRIME"]),
+        (
+            "prime-lightning fit --model.policy_loss.cl",
+            ["--model.policy_loss.clip_high", "--model.policy_loss.clip_low"],
+        ),
+        ("prime-lightning fit --model.process_reward.update ", ["after", "before", "none"]),
+        ("prime-lightning evaluate --benchmark ", ["aime2024", "svamp"]),
+    ],
+)
+def test_zsh_offers_what_comes_next(line, among, typed):
+    shown = typed(line)
+    assert all(word in shown for word in among), shown
+    assert "None" not in shown  # an option without a description has none

@@ -50,6 +50,11 @@ MISTAKES = [
         "surrogate",
         "`prime_lightning.algorithms.gspo`",
     ),
+    (
+        ["--config", "trainer: {callbacks: [{class_path: prime_lightning.training.callbacks.RolloutLogs}]}"],
+        r"`trainer.callbacks` .*: Problem with given class_path 'prime_lightning.training.callbacks.RolloutLogs'",
+        "Did you mean `prime_lightning.training.callbacks.RolloutLog`?",
+    ),
     (["--model.advantage=prime_lightning.rloo"], "`model.advantage`", "`rloo` is prime_lightning.algorithms.rloo."),
 ]
 OTHERS = [

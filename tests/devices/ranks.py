@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import types
@@ -18,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import launching
 import lightning.pytorch as pl
 import tiny
 import torch
@@ -363,38 +363,9 @@ def run(folder: Path, scene: str) -> None:
         SCENES.get(kind, train)(folder, scene)
 
 
-def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
-    """Start the processes of all ranks; each prints into a file, since a pipe that nobody reads would stop it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), *scenes],
-            env=os.environ | {k: str(v) for k, v in shared.items()}
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} | environment,
-            stdout=printed(folder, rank).open("w"), stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-
-
-def printed(folder: Path, rank: int) -> Path:
-    """Where a rank prints."""
-    return folder / f"rank{rank}.log"
-
-
-def finish(folder: Path, processes: list[subprocess.Popen[str]], seconds: float = 1000) -> list[str]:
-    """What each rank printed; all ranks have to end well."""
-    try:
-        codes = [process.wait(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    said = [printed(folder, rank).read_text() for rank in range(len(processes))]
-    assert codes == [0] * len(processes), "\n".join(said)[-8000:]
-    return said
+def launch(folder: Path, *scenes: str, world: int = 2, **environment: str) -> list[subprocess.Popen[bytes]]:
+    """Start the processes of all ranks."""
+    return launching.start(__file__, folder, str(folder), *scenes, world=world, **environment)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import shutil
 
+import launching
 import pytest
 import ranks
 import torch
@@ -26,7 +27,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     prm.lm_head.weight = prm.model.embed_tokens.weight
     save(prm, load_tokenizer(model_folder), folder / "prm")
     ranks.train(folder, "one")
-    ranks.finish(folder, ranks.launch(folder, *STRATEGIES, *SAME, *OTHER))
+    launching.finish(folder, ranks.launch(folder, *STRATEGIES, *SAME, *OTHER))
     ranks.resume(folder, "resume:zero2:one")
     return folder
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import launching
 import pytest
 import ranks
 import torch
@@ -21,7 +22,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     shutil.copytree(warm_model, folder / "policy")
     shutil.copytree(model_folder, folder / "prm")
     ranks.run(folder, "variant:four:one")
-    ranks.finish(folder, ranks.launch(folder, *SCENES, world=4), seconds=500)
+    launching.finish(folder, ranks.launch(folder, *SCENES, world=4), seconds=500)
     return folder
 
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 import ranks
 import torch
@@ -24,7 +25,7 @@ def folder(tmp_path_factory, model_folder, sharp_folder):
     write_jsonl(folder / "labelled.jsonl", labelled_rows(problems=60))
     write_jsonl(folder / "held_out.jsonl", labelled_rows(problems=17, seed=1))  # 9 and 8 prompts, in batches of 8
     ranks.run(folder, "prm:one")
-    ranks.finish(folder, ranks.launch(folder, *(f"prm:{name}" for name in STRATEGIES)))
+    launching.finish(folder, ranks.launch(folder, *(f"prm:{name}" for name in STRATEGIES)))
     return folder
 
 
@@ -51,6 +52,6 @@ def test_validation_with_a_batch_more_on_one_rank_ends_and_measures_each_prompt_
 
 
 def test_a_model_that_nobody_placed_is_refused(folder):
-    ranks.finish(folder, ranks.launch(folder, "loose"))
+    launching.finish(folder, ranks.launch(folder, "loose"))
     for rank in range(2):
         assert "by the strategy's `place`, got" in (folder / f"loose{rank}.txt").read_text()

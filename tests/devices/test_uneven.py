@@ -1,5 +1,6 @@
 """Two ranks with 30 and with 2 tokens a response, two tokens a chunk: equal to one process, and to one another."""
 
+import launching
 import pytest
 import ranks
 import tiny
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     save(tied, load_tokenizer(str(folder / "untied")), folder / "tied")
     for kind in KINDS:
         ranks.run(folder, f"uneven:{kind}:one")
-    ranks.finish(folder, ranks.launch(folder, *(f"uneven:{scene}" for scene in SCENES)), seconds=500)
+    launching.finish(folder, ranks.launch(folder, *(f"uneven:{scene}" for scene in SCENES)), seconds=500)
     return folder
 
 

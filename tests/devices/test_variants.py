@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import launching
 import pytest
 import ranks
 import torch
@@ -30,7 +31,7 @@ def folder(tmp_path_factory, warm_model, model_folder):
     shutil.copytree(model_folder, folder / "prm")
     for option in OPTIONS:
         ranks.run(folder, f"variant:{option}:one")
-    ranks.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS, *EXPORTS, *SPOILT))
+    launching.finish(folder, ranks.launch(folder, *(f"variant:{scene}" for scene in SCENES), *SUMS, *EXPORTS, *SPOILT))
     return folder
 
 

@@ -68,7 +68,7 @@ def copy(parser: Any, into: argparse.ArgumentParser) -> None:
             for name, inner in action.choices.items():
                 copy(inner, below.add_parser(name, help=name, add_help=False))  # without a help it would be hidden
             continue
-        shown: dict[str, Any] = {"help": str(action.help).split("\n")[0].replace("%", "%%")}
+        shown: dict[str, Any] = {"help": str(action.help or "").split("\n")[0].replace("%", "%%")}
         if action.nargs == 0:
             into.add_argument(*action.option_strings, action="store_true", **shown)
             continue

@@ -44,7 +44,7 @@ class RolloutLog(Callback):
         if not trainer.is_global_zero or not self.path.is_file():
             return
         done = trainer.global_step
-        replace_rows(self.path, [row for row in whole_rows(self.path) if row.get("iteration", done) < done])
+        replace_rows(self.path, (row for row in whole_rows(self.path) if row.get("iteration", done) < done))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
