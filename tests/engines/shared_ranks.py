@@ -66,8 +66,8 @@ def visit(engine: Watched, model: str) -> dict:
         taken = iter(passed)
         engine.load_weights(taken, version)
         assert next(taken, None) is None  # every rank takes part in gathering all of them
+        time.sleep(rank() * 0.5)  # the other one is done long before, and waits with the next weights
         found[f"greedy{version}"] = samples(engine.stream(mine, GREEDY))
-        of_all_ranks()  # the next weights would reach a rank that still samples
     found["sampled"] = samples(engine.stream(mine, SAMPLING))
 
     # The process is killed by the rank that does not own it, while both sample.

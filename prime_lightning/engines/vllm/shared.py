@@ -84,6 +84,7 @@ class SharedVLLMEngine(VLLMEngine):
             RuntimeError: on all of them, if an engine does not have what was sent.
         """
         weights = iter(weights)
+        of_all_ranks()  # none of them still samples with the last ones
         together(lambda: self._send(weights, version))
         self.version, self._no_weights = version, False
         if self._can_sleep:
