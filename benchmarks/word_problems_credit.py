@@ -11,17 +11,19 @@ wrong, all words before it are right, and none behind it is judged.
 from __future__ import annotations
 
 import itertools
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from word_problems_lessons import checked, numbers
 
 from prime_lightning.engines.hf import HFEngine
+from prime_lightning.evaluation.statistics import bootstrap
 from prime_lightning.models.options import Loading
 from prime_lightning.models.steps import StepRule, steps_of_tokens
 from prime_lightning.prm.credit import step_auc
@@ -58,14 +60,14 @@ def credit(folder: Path, held_out: Path, template: Mapping[str, Any], wrong: int
     judged = list(until(answers(str(folder / "policy"), held_out, Template(**template), prm), wrong))
     of_wrong = [one for one in judged if not one.right]
     words = [one.words for one in of_wrong if len(one.words.truths) > 1 and not all(one.words.truths)]
-    falls = [float(one.rewards[len(one.truths) - 1] < mean(one.rewards[: len(one.truths) - 1])) for one in words]
+    falls = [float(one.rewards[len(one.truths) - 1] < fmean(one.rewards[: len(one.truths) - 1])) for one in words]
     return {
         "answers": len(judged),
         "wrong_answers": len(of_wrong),
         "lines": measured([one.lines for one in judged]),
         "lines_of_wrong": measured([one.lines for one in of_wrong]),
         "words_of_wrong": measured(words),
-        "falls": {"of": len(falls), "share": mean(falls) if falls else None},
+        "falls": {"of": len(falls), "share": fmean(falls) if falls else None},
     }
 
 
@@ -152,27 +154,15 @@ def near(value: Fraction, known: Sequence[Fraction]) -> bool:
 def measured(parts: Sequence[Parts]) -> dict[str, Any]:
     """AUC of the parts' rewards, with a 95 % interval by drawing answers anew."""
 
-    def auc(some: Sequence[Parts]) -> dict[str, Any]:
+    def auc(some: Iterable[Parts]) -> dict[str, Any]:
         return step_auc([one.rewards for one in some], [one.truths for one in some])
 
-    return auc(parts) | {"interval": bootstrap(parts, lambda some: auc(some)["auc"])}
+    found = auc(parts)
+    if found["auc"] is None:
+        return found | {"interval": None}
 
+    def drawn(some: np.ndarray) -> float:
+        value = auc(some)["auc"]
+        return np.nan if value is None else value
 
-def bootstrap(
-    values: Sequence[Any], measure: Callable[[Sequence[Any]], float | None], draws: int = 500
-) -> list[float] | None:
-    """Middle 95 % of a measure over samples drawn with repeats; None where it has no value.
-
-    Example:
-        >>> bootstrap([1.0, 1.0], mean)
-        [1.0, 1.0]
-    """
-    rng = random.Random(0)
-    found = [measure(rng.choices(values, k=len(values))) for _ in range(draws)] if values else []
-    known = sorted(value for value in found if value is not None)
-    return [known[int(0.025 * len(known))], known[int(0.975 * len(known))]] if known else None
-
-
-def mean(values: Sequence[float]) -> float:
-    """The usual one."""
-    return sum(values) / len(values)
+    return found | {"interval": list(bootstrap(drawn, np.array(parts, object), seed=0, resamples=500))}

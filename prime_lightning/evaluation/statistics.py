@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
@@ -103,6 +105,29 @@ def wilson(mean: float, error: float, problems: int, samples: int = 1) -> tuple[
     centre = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(spread / n + Z95**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(
+    statistic: Callable[..., float], *groups: np.ndarray, seed: int, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a statistic; the same seed draws the same observations.
+
+    Take `wilson` for a share of right answers: it has a width where all observations are equal.
+
+    Args:
+        statistic: Of as many arrays as there are groups; NaN where it has no value, which does not count.
+        groups: Observations of each kind, which are drawn with replacement, apart from those of other kinds.
+        seed: Of what is drawn.
+        resamples: How often.
+
+    Example:
+        >>> bootstrap(np.mean, np.ones(5), seed=0)
+        (1.0, 1.0)
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(*(g[rng.integers(0, len(g), len(g))] for g in groups)) for _ in range(resamples)]
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def powers_of_two(samples: int) -> list[int]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prime_lightning.evaluation.statistics import bootstrap
+
 
 def predict(scores: Sequence[float], threshold: float) -> int:
     """Number of the first step that scores below the threshold, from 0; -1 if there is none.
@@ -32,11 +34,24 @@ def f1(scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: floa
         >>> f1([[0.2, -0.3], [-0.1], [0.4]], [1, -1, -1], 0.0)
         {'error': 1.0, 'correct': 0.5, 'f1': 0.6666666666666666}
     """
+    error, correct = (float(hits.mean()) for hits in _hits(scores, labels, threshold))
+    return {"error": error, "correct": correct, "f1": _harmonic(error, correct)}
+
+
+def f1_interval(
+    scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: float, *, seed: int
+) -> tuple[float, float]:
+    """95 % interval of F1 by `bootstrap`, responses with and without an error drawn apart; the threshold stays."""
+    kinds = _hits(scores, labels, threshold)
+    return bootstrap(lambda error, correct: _harmonic(error.mean(), correct.mean()), *kinds, seed=seed)
+
+
+def _hits(scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each response with an error, and each one without, is predicted rightly."""
     hits = np.array([predict(s, threshold) == label for s, label in zip(scores, labels, strict=True)])
     has_error = np.array(labels) >= 0
     _both_kinds(has_error)
-    error, correct = float(hits[has_error].mean()), float(hits[~has_error].mean())
-    return {"error": error, "correct": correct, "f1": _harmonic(error, correct)}
+    return hits[has_error], hits[~has_error]
 
 
 def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> float:

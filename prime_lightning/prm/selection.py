@@ -3,7 +3,7 @@
 The average over sets has a closed form for the best by a score; for votes it is taken over all sets
 where they are few, and over seeded random ones where they are many.
 
-Shapes: N samples of a problem, S sets, P problems.
+Shapes: N samples of a problem, S sets.
 """
 
 from __future__ import annotations
@@ -77,16 +77,3 @@ def vote(answers: Sequence[Hashable | None], weight_N: np.ndarray, outcome_N: np
     outcome_SC = sets_SN.astype(float) @ (outcome_N[:, None] * same_NC) / np.maximum(count_SC, 1)
     best_SC = np.isclose(weight_SC, weight_SC.max(1, keepdims=True), rtol=1e-9, atol=0) & (count_SC > 0)
     return float(((best_SC * outcome_SC).sum(1) / np.maximum(best_SC.sum(1), 1)).mean())
-
-
-def interval(value_P: np.ndarray, seed: int, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap of the mean, problems drawn with replacement; the same seed draws the same problems.
-
-    Example:
-        >>> interval(np.ones(5), seed=0)
-        (1.0, 1.0)
-    """
-    rng = np.random.default_rng(seed)
-    means = [float(value_P[rng.integers(0, len(value_P), len(value_P))].mean()) for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -213,9 +213,12 @@ def test_rewards_of_words_are_the_sums_of_their_tokens():
     assert parts.rewards == [1, 2, 4 + 8 + 16, 32 + 64]
 
 
-def test_the_interval_of_a_mean_holds_it_and_narrows():
-    few, many = (blame.bootstrap([0.0, 1.0] * n, blame.mean) for n in (5, 500))
-    assert few[0] < many[0] < 0.5 < many[1] < few[1]
+def test_the_interval_of_an_auc_holds_it_and_narrows():
+    parts = [blame.Parts(truths=[True, True, False], rewards=[0.3, 0.1, r]) for r in (0.0, 0.2, 0.4, 0.2)]
+    few, many = (blame.measured(parts * n) for n in (1, 20))
+    assert few["auc"] == many["auc"] == 0.5
+    assert few["interval"][0] < many["interval"][0] < 0.5 < many["interval"][1] < few["interval"][1]
+    assert blame.measured([blame.Parts(truths=[True], rewards=[0.3])])["interval"] is None
 
 
 def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.evaluation.statistics import Z95, majority, mean_and_error, pass_at_k, powers_of_two, wilson
+from prime_lightning.evaluation.statistics import (
+    Z95,
+    bootstrap,
+    majority,
+    mean_and_error,
+    pass_at_k,
+    powers_of_two,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("n", "k"), [(n, k) for n in range(1, 8) for k in range(1, n + 1)])
@@ -85,6 +93,26 @@ def test_interval_holds_the_mean_and_more_samples_never_widen_it(mean, error, pr
     assert mean - 1e-12 <= high <= 1
     one = wilson(mean, error, problems, 1)
     assert high - low <= one[1] - one[0] + 1e-12
+
+
+def test_the_bootstrap_of_a_mean_is_as_wide_as_its_standard_error_says():
+    value_P = np.random.default_rng(1).normal(size=200)
+    low, high = bootstrap(np.mean, value_P, seed=3)
+    half = Z95 * mean_and_error(value_P.tolist())[1]
+    assert (low, high) == pytest.approx((value_P.mean() - half, value_P.mean() + half), abs=0.02)
+    assert bootstrap(np.mean, value_P, seed=3) == (low, high)
+
+
+def test_the_bootstrap_draws_each_group_apart_and_leaves_out_what_has_no_value():
+    sizes = set()
+
+    def ratio(a, b):
+        sizes.add((len(a), len(b), a.max() < 10 <= b.min()))
+        return a.mean() / b.mean() if 9 in a else np.nan
+
+    low, high = bootstrap(ratio, np.arange(10.0), np.full(3, 10.0), seed=0, resamples=200)
+    assert sizes == {(10, 3, True)}
+    assert 0 < low < 0.45 < high < 0.9
 
 
 def test_powers_of_two():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_lightning.evaluation.statistics import pass_at_k
-from prime_lightning.prm.selection import best_of_n, interval, sets_of, vote
+from prime_lightning.prm.selection import best_of_n, sets_of, vote
 
 SAMPLES = st.lists(
     st.tuples(*map(st.sampled_from, ([0.0, 0.5, 1.0], [-1.0, 0.0, 0.25, 2.0], ["4", "5", "6", None]))),
@@ -78,11 +78,3 @@ def test_random_sets_are_of_the_size_asked_for_and_come_close():
     close = vote(answers, np.ones(30), outcome_N, sets_SN)
     again = vote(answers, np.ones(30), outcome_N, sets_of(30, 5, 4000, np.random.default_rng(9)))
     assert close == pytest.approx(again, abs=0.03)
-
-
-def test_the_interval_is_a_percentile_bootstrap_of_the_mean():
-    value_P = np.random.default_rng(1).normal(size=200)
-    low, high = interval(value_P, seed=3)
-    half = 1.96 * value_P.std() / math.sqrt(200)
-    assert (low, high) == pytest.approx((value_P.mean() - half, value_P.mean() + half), abs=0.02)
-    assert interval(value_P, seed=3) == (low, high)

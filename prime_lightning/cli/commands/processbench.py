@@ -15,13 +15,12 @@ from jsonargparse import ArgumentParser
 
 from prime_lightning.cli.commands.score import add_prm, load_prm, new_file
 from prime_lightning.cli.usage import TypedParser
-from prime_lightning.prm.first_error import best_threshold, f1, predict
+from prime_lightning.prm.first_error import best_threshold, f1, f1_interval, predict
 from prime_lightning.prm.implicit import ImplicitPRM
 from prime_lightning.prompts.rows import located_rows
 from prime_lightning.rollout.files import dumps, replace_text
 
 COLUMNS = ("problem", "steps", "label")
-RESAMPLES = 1000
 
 
 def parser() -> ArgumentParser:
@@ -66,7 +65,7 @@ def main(args: list[str]) -> int:
     labels = [row["label"] for row in scored]
     result = {
         **f1(scores, labels, threshold),
-        "interval": list(f1_interval(scores, labels, threshold, options.seed)),
+        "interval": list(f1_interval(scores, labels, threshold, seed=options.seed)),
         "threshold": threshold,
         "scored": len(scored),
         "with_error": sum(label >= 0 for label in labels),
@@ -135,17 +134,3 @@ def step_scores(
     if how == "mean":
         return [[r / max(n, 1) for r, n in zip(s.step_rewards, s.step_tokens, strict=True)] for s in scored]
     return [np.cumsum(s.step_rewards).tolist() if how == "prefix" else s.step_rewards for s in scored]
-
-
-def f1_interval(
-    scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: float, seed: int
-) -> tuple[float, float]:
-    """Percentile bootstrap of F1, responses with and without an error drawn apart; the threshold stays."""
-    hits = np.array([predict(s, threshold) == label for s, label in zip(scores, labels, strict=True)], float)
-    kinds = [hits[np.array(labels) >= 0], hits[np.array(labels) < 0]]
-    rng = np.random.default_rng(seed)
-    drawn = np.array([[rng.choice(k, len(k)).mean() for k in kinds] for _ in range(RESAMPLES)])
-    product, total = drawn.prod(1), drawn.sum(1)
-    values = np.where(total > 0, 2 * product / np.maximum(total, 1e-12), 0.0)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)

@@ -18,10 +18,10 @@ from jsonargparse import ArgumentParser, Namespace
 from prime_lightning.cli.commands.score import add_prm, load_prm, score_all
 from prime_lightning.cli.usage import TypedParser
 from prime_lightning.engines import Engine
-from prime_lightning.evaluation.statistics import pass_at_k, powers_of_two
+from prime_lightning.evaluation.statistics import bootstrap, pass_at_k, powers_of_two
 from prime_lightning.models.prm_folder import claim
 from prime_lightning.prm.responses import LABELS, is_empty, read_rollouts, without_empty
-from prime_lightning.prm.selection import RULES, best_of_n, interval, sets_of, vote
+from prime_lightning.prm.selection import RULES, best_of_n, sets_of, vote
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Rollout, Sampling
 from prime_lightning.rollout.files import dumps, replace_rows, replace_text
@@ -228,12 +228,13 @@ def compare(
     methods = ["pass", *rules, *(["majority", *(VOTED + rule for rule in rules)] if voting else [])]
     value_P = {(m, n): np.array([p.at(m, n, sets=sets, seed=seed) for p in problems]) for m in methods for n in sizes}
 
+    def mean(value_P: np.ndarray) -> dict[str, Any]:
+        return {"mean": float(value_P.mean()), "interval": list(bootstrap(np.mean, value_P, seed=seed))}
+
     def row(method: str, n: int) -> dict[str, Any]:
-        values = value_P[method, n]
-        found: dict[str, Any] = {"n": n, "mean": float(values.mean()), "interval": list(interval(values, seed))}
+        found = {"n": n, **mean(value_P[method, n])}
         if voting and method not in ("pass", "majority"):
-            gain = values - value_P["majority", n]
-            found["minus_majority"] = {"mean": float(gain.mean()), "interval": list(interval(gain, seed))}
+            found["minus_majority"] = mean(value_P[method, n] - value_P["majority", n])
         return found
 
     samples = [len(p.outcomes) for p in problems]
