@@ -80,11 +80,13 @@ class Benchmarks(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the benchmarks, so that a missing file ends the run before it begins."""
-        if stage != "fit" or self.loaded:
+        if stage != "fit":
             return
-        if not isinstance(getattr(trainer, "datamodule", None), RolloutDataModule):
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, RolloutDataModule):
             raise ValueError("Expected a data module with an engine (RolloutDataModule) to run benchmarks, got none.")
-        for name in self.benchmarks:
+        self.data_module = data
+        for name in self.benchmarks if not self.loaded else ():
             benchmark = load_benchmark(name)
             local = self.data.get(benchmark.name)
             prompts = benchmark.load(
@@ -95,8 +97,7 @@ class Benchmarks(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget results that a resumed run will get again, take up the last one, and evaluate before training."""
         for benchmark, prompts in self.loaded:  # before it is their turn
-            source = trainer.datamodule.source(prompts)  # type: ignore[attr-defined]
-            source.longest_prompt(self._sampling(trainer, benchmark))
+            self.data_module.source(prompts).longest_prompt(self._sampling(benchmark))
         self._done = self._resume(trainer)
         if self.before and trainer.global_step == 0:
             self._run(trainer, pl_module)
@@ -139,15 +140,15 @@ class Benchmarks(Callback):
             for benchmark, prompts in self.loaded:
                 self._evaluate(trainer, pl_module, benchmark, prompts)
 
-    def _sampling(self, trainer: pl.Trainer, benchmark: Benchmark) -> Sampling:
+    def _sampling(self, benchmark: Benchmark) -> Sampling:
         """The benchmark's, with the mask that training has."""
-        return trainer.datamodule.masked(benchmark.sampled(max_tokens=self.max_tokens))  # type: ignore[attr-defined]
+        return self.data_module.masked(benchmark.sampled(max_tokens=self.max_tokens))
 
     def _evaluate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, benchmark: Benchmark, prompts: Prompts
     ) -> None:
-        begun, source = time.perf_counter(), trainer.datamodule.source(prompts)  # type: ignore[attr-defined]
-        sampling = self._sampling(trainer, benchmark)
+        begun, source = time.perf_counter(), self.data_module.source(prompts)
+        sampling = self._sampling(benchmark)
         place = benchmark.place(self.template)
         if place not in self.graders:
             self.graders[place] = source.verifiers.answering(place)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -115,7 +115,7 @@ class LabelledDataModule(pl.LightningDataModule):
                 f"Expected `data.prompts_per_batch` to be divisible by the number of ranks, got {self.batch_size} "
                 f"prompts on {self.trainer.world_size} ranks."
             )
-        return LessonLoader(self, self.trainer.global_rank, self.trainer.world_size)
+        return LessonLoader.inside(self.trainer, self)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the prompts that are validated on, in as many batches as all others have.
@@ -195,7 +195,7 @@ class PRMModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Say so if a loss that compares responses to one prompt has nothing to compare."""
-        groups = self.trainer.datamodule.lessons  # type: ignore[attr-defined]
+        groups = cast(LessonLoader, self.trainer.train_dataloader).lessons
         if getattr(self.prm_loss, "whole_groups", True) and all(len({r.verdict.score for r in g}) == 1 for g in groups):
             warnings.warn(
                 f"{import_path(self.prm_loss)} compares responses to one prompt, but no prompt here has right and "
@@ -240,10 +240,7 @@ class PRMModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Cosine schedule with warm-up over all batches of the run."""
-        optimizer, trainer = self.optimizer(self.prm.parameters()), self.trainer
-        batches = len(LessonLoader(trainer.datamodule, 0, 1)) * (trainer.max_epochs or 1)  # type: ignore[attr-defined]
-        steps = min(batches, trainer.max_steps) if trainer.max_steps > 0 else batches
-        return cosine(optimizer, self.warmup, steps)
+        return cosine(self.optimizer(self.prm.parameters()), self.warmup, self.trainer)
 
     def facts(self) -> dict[str, Any]:
         """What the PRM's JSON file says."""

@@ -58,17 +58,19 @@ class WeightReceiver(Protocol):
         ...
 
 
-def check_takes_weights(data: Any) -> None:
-    """See that a data module is a `WeightReceiver`.
+def weight_receiver(trainer: Any) -> Any:
+    """The data module of a trainer, which must be a `WeightReceiver`.
 
     Raises:
         ValueError: if it is not, for it would go on sampling with the weights that it began with.
     """
+    data = getattr(trainer, "datamodule", None)
     if not isinstance(data, WeightReceiver):
         raise ValueError(
             "Expected a data module that takes the policy's weights, by `sync(weights, version)` and `rest()` "
             f"(prime_lightning.sampling.sync), got {'none' if data is None else type(data).__name__}."
         )
+    return data
 
 
 def send(engine: Engine, weights: PolicyWeights, version: int) -> None:

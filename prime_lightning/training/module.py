@@ -26,7 +26,7 @@ from prime_lightning.models.logprobs import ValueLM
 from prime_lightning.models.lora import WithoutAdapters
 from prime_lightning.models.options import Loading, Lora
 from prime_lightning.models.pretrained import check_same_vocabulary, embedding_rows, ids_without_token, load_tokenizer
-from prime_lightning.sampling.sync import PolicyWeights, check_takes_weights
+from prime_lightning.sampling.sync import PolicyWeights, weight_receiver
 from prime_lightning.training.options import Credit, PolicyLoss, Probe, ProcessReward, Update
 from prime_lightning.training.panel import Iteration, Panel
 from prime_lightning.training.passes import Passes
@@ -125,6 +125,7 @@ class PrimeModule(pl.LightningModule):
         self.pass_rate = MeanMetric()
         self.trained: list[str] = []  # roles that have an optimizer, in the order of `ROLES`
         self.probed: int | None = None  # the iteration of the last look
+        self.data: Any = None  # the data module, from `setup` on: where weights go, and which samples by them
         self._step_ends: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Iteration]:
@@ -222,6 +223,10 @@ class PrimeModule(pl.LightningModule):
             baseline=self.critic is None,  # a critic has learned the penalty
         )
 
+    def cut_process_reward(self) -> None:
+        """Keep the process reward out for the rest of the run."""
+        self.gate.close()
+
     def shaped(self, batch: Batch) -> Tensor:
         """Outcome rewards as the policy earns them."""
         if self.shaping is None:
@@ -260,26 +265,24 @@ class PrimeModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot train, and a data module that takes no weights; ask it for lessons."""
         check_devices(self.trainer)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        check_takes_weights(datamodule)
+        self.data = weight_receiver(self.trainer)
         reads = self.reward.update != "none" or self.reward.process_only != "none"
         if stage == "fit" and self.names["prm"] is not None and reads and self.reward.learn_from == "all":
-            assert datamodule is not None
-            datamodule.hand_on_rejected(self.reward.most_rejected)
+            self.data.hand_on_rejected(self.reward.most_rejected)
 
     def send_weights(self) -> None:
         """Let the next rollouts be the present policy's; its version is the number of finished iterations."""
         weights = PolicyWeights(self.policy.model, self.stepper.devices.whole)
         with self.stepper.timed("sync"):
-            self.trainer.datamodule.sync(weights, self.trainer.global_step)  # type: ignore[attr-defined]
+            self.data.sync(weights, self.trainer.global_step)
             if self.trainer.training and self.probe.due(self.trainer.global_step, self.probed):
                 self.probed = self.trainer.global_step
-                check_greedy(self.stepper, self.trainer.datamodule, self.probe)  # type: ignore[attr-defined]
+                check_greedy(self.stepper, self.data, self.probe)
 
     def rest(self) -> None:
         """The rollouts are there: memory is the trainer's for now."""
         with self.stepper.timed("sync"):
-            self.trainer.datamodule.rest()  # type: ignore[attr-defined]
+            self.data.rest()
 
     def on_train_start(self) -> None:
         """Start, and resume, with the policy's weights."""

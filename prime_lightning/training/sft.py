@@ -8,7 +8,7 @@ Shapes: B responses, L prompt and response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -128,32 +128,40 @@ class Feed(Protocol):
 
 
 class LessonLoader:
-    """Batches in a seeded order of each epoch; its position is saved and restored."""
+    """Batches in a seeded order of each epoch, from where training has come to.
 
-    def __init__(self, options: Feed, rank: int, world: int) -> None:
-        self.options, self.rank, self.world = options, rank, world
-        self.position = 0  # batches taken in all epochs
+    Args:
+        options: What is dealt out.
+        rank: Which part of each batch.
+        world: How many parts.
+        done: How many batches were trained on, in all epochs; asked before an epoch.
+    """
+
+    def __init__(self, options: Feed, rank: int, world: int, done: Callable[[], int] = lambda: 0) -> None:
+        self.options, self.rank, self.world, self.done = options, rank, world, done
+
+    @classmethod
+    def inside(cls, trainer: pl.Trainer, options: Feed) -> LessonLoader:
+        """The loader of this rank; where a resumed run goes on, the trainer knows."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        return cls(options, trainer.global_rank, trainer.world_size, lambda: progress.total.processed)  # type: ignore[attr-defined]
+
+    @property
+    def lessons(self) -> Any:
+        """All of an epoch."""
+        return self.options.lessons
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return len(self.options.lessons) // self.options.batch_size
+        return len(self.lessons) // self.options.batch_size
 
     def __iter__(self) -> Iterator[Any]:
-        size, lessons = self.options.batch_size, self.options.lessons
-        for _ in range(len(self) - self.position % len(self)):
-            epoch, place = divmod(self.position, len(self))
-            order = permutation(len(lessons), self.options.seed, epoch)
-            indices = order[place * size : (place + 1) * size][self.rank :: self.world]
-            self.position += 1
+        size, lessons = self.options.batch_size, self.lessons
+        epoch, first = divmod(self.done(), len(self))
+        order = permutation(len(lessons), self.options.seed, epoch)
+        for start in range(first * size, len(self) * size, size):
+            indices = order[start : start + size][self.rank :: self.world]
             yield self.options.collate([lessons[int(i)] for i in indices])
-
-    def state_dict(self) -> dict[str, int]:
-        """Batches taken so far."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved position, which is the same on all ranks (`{"ranks": [state, ...]}`, or one state)."""
-        self.position = state.get("ranks", [state])[0]["position"]
 
 
 class LessonDataModule(pl.LightningDataModule):
@@ -184,7 +192,7 @@ class LessonDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> LessonLoader:
         """The loader of this rank."""
         assert self.trainer is not None
-        return LessonLoader(self, self.trainer.global_rank, self.trainer.world_size)
+        return LessonLoader.inside(self.trainer, self)
 
     def collate(self, rows: list[Mapping[str, Any]]) -> Lesson:
         """Tokenize rows; each response ends with the end token."""
@@ -257,16 +265,13 @@ class SFTModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Cosine schedule with warm-up over all steps of the run."""
-        optimizer = self.optimizer(self.policy.parameters())
-        trainer = self.trainer
-        loader = LessonLoader(trainer.datamodule, 0, 1)  # type: ignore[attr-defined]
-        steps = trainer.max_steps if trainer.max_steps > 0 else len(loader) * (trainer.max_epochs or 1)
-        return cosine(optimizer, self.warmup, steps)
+        return cosine(self.optimizer(self.policy.parameters()), self.warmup, self.trainer)
 
 
-def cosine(optimizer: Optimizer, warmup: float, steps: int) -> dict[str, Any]:
+def cosine(optimizer: Optimizer, warmup: float, trainer: pl.Trainer) -> dict[str, Any]:
     """For `configure_optimizers`: a cosine to 0 over all steps, after a linear rise over the share `warmup` of them."""
     from transformers import get_cosine_schedule_with_warmup  # here, because it brings transformers' trainer and peft
 
+    steps = int(trainer.estimated_stepping_batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps), steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -232,7 +232,7 @@ class Alarms(Callback):
             if self.alarms[name].action == "stop":
                 trainer.should_stop = True
             if self.alarms[name].action == "cut":
-                pl_module.gate.close()  # type: ignore[operator, union-attr]
+                pl_module.cut_process_reward()  # type: ignore[operator]
 
     def look(self, metrics: Mapping[str, float]) -> list[str]:
         """Take in one iteration's metrics; the alarms that ring now for the first time."""
