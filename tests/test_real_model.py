@@ -138,7 +138,7 @@ def slow_rewards(run, prompt, response):
 def test_an_answer_of_two_lines_has_two_step_rewards_that_add_up(run, tmp_path):
     prompt = json.loads((run / "rollouts.jsonl").open().readline())["prompt"]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "response": STEPS}])
-    words = ["--prm.folder", str(run / "prm"), "--input", str(rows), "--output", str(tmp_path / "scored.jsonl")]
+    words = ["--prm.folder", str(run / "prm"), "--input", str(rows), "--out", str(tmp_path / "scored.jsonl")]
     assert main(["score", *words]) == 0
     scored = json.loads((tmp_path / "scored.jsonl").read_text())
     expected = slow_rewards(run, prompt, STEPS)

@@ -201,7 +201,7 @@ def score(prm: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[d
     """
     with tempfile.TemporaryDirectory() as place:
         write_rows(Path(place) / "rows.jsonl", rows)
-        files = ["--input", f"{place}/rows.jsonl", "--output", f"{place}/scored.jsonl"]
+        files = ["--input", f"{place}/rows.jsonl", "--out", f"{place}/scored.jsonl"]
         _run("score", ["--prm.folder", prm, *files, *_words(options)], lambda args: scoring.main(args[1:]))
         return [row for _, row in read_rows(Path(place) / "scored.jsonl")]
 

@@ -13,7 +13,7 @@ from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutL
 
 COMMANDS = {
     "policy": "prime-lightning evaluate --model {path} --benchmark math500",
-    "prm": "prime-lightning score --prm.folder {path} --input ROWS.jsonl --output scored.jsonl",
+    "prm": "prime-lightning score --prm.folder {path} --input ROWS.jsonl --out scored.jsonl",
 }
 
 

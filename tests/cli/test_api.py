@@ -98,7 +98,7 @@ def test_the_last_lines_name_the_folders_and_the_next_commands(finished):
     assert lines[0] == f"Run: {run.folder}"
     assert f"  policy: {run.policy}" in lines
     assert f"    prime-lightning evaluate --model {run.policy} --benchmark math500" in lines
-    assert f"    prime-lightning score --prm.folder {run.prm} --input ROWS.jsonl --output scored.jsonl" in lines
+    assert f"    prime-lightning score --prm.folder {run.prm} --input ROWS.jsonl --out scored.jsonl" in lines
     assert f"    prime-lightning report {run.folder}" in lines
     (resumed,) = [line for line in lines if "--ckpt_path" in line]
     assert Path(shlex.split(resumed)[-1]).exists()

@@ -86,8 +86,8 @@ def test_the_sample_file_is_what_the_package_makes_and_its_labels_are_true():
 
 
 def run(prm, data, output, *more):
-    plain = ("--joiner=", "--chat=false", f"--prm.folder={prm}", f"--output={output}")
-    return main(["processbench", f"--data={data}", *plain, *map(str, more)])
+    plain = ("--joiner=", "--chat=false", f"--prm.folder={prm}", f"--out={output}")
+    return main(["processbench", f"--input={data}", *plain, *map(str, more)])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_command_finds_first_errors(prm_run, bench, tmp_path, capsys, how):
 def test_the_threshold_comes_from_the_other_file(prm_run, bench, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert run(prm_run / "prm", bench, out, f"--tune={bench}") == 2
-    assert "Expected other problems in --tune than in --data" in capsys.readouterr().err
+    assert "Expected other problems in --tune than in --input" in capsys.readouterr().err
     longer = write_jsonl(tmp_path / "longer.jsonl", arithmetic_rows(60, seed=77, operations=3))
     assert run(prm_run / "prm", bench, out, f"--tune={longer}") == 0
     result = json.loads(out.read_text())

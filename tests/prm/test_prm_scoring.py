@@ -134,7 +134,7 @@ def test_a_begin_token_comes_once(chat_model):
 
 
 def score(prm, rows, output, *more):
-    return main(["score", f"--input={rows}", f"--output={output}", f"--prm.folder={prm}", *map(str, more)])
+    return main(["score", f"--input={rows}", f"--out={output}", f"--prm.folder={prm}", *map(str, more)])
 
 
 def test_the_command_adds_rewards_to_each_row(prm_run, tmp_path, capsys):

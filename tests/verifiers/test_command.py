@@ -16,7 +16,7 @@ from .conftest import TIERS
 
 def run(tmp_path: Path, kind: str, rows: list[dict[str, Any]], *more: str) -> tuple[int, list[dict[str, Any]]]:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--kind", kind, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), *more]
+    arguments = ["--kind", kind, "--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), *more]
     code = main(arguments)
     written = (tmp_path / "out.jsonl").read_text().splitlines()
     return code, [json.loads(line) for line in written]
@@ -67,7 +67,7 @@ def test_code(tier: str, tmp_path: Path, leaves_nothing: None) -> None:
 def test_a_bad_line_is_named_before_any_work(tmp_path: Path, line: str, capsys) -> None:
     good = json.dumps({"id": 1, "answer": "1", "completion": "x"})
     (tmp_path / "in.jsonl").write_text(f"{good}\n{line}\n")
-    arguments = ["--kind", "math", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    arguments = ["--kind", "math", "--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     assert main(arguments) == 2
     assert "line 2" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
@@ -90,7 +90,7 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_a_row_without_an_answer_is_named_before_any_work(tmp_path: Path, answer: dict[str, Any], said: str, capsys):
     rows = [{"id": 0, "answer": "1", "completion": "x"}, {"id": 1, "completion": "x", **answer}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["--kind", "math", "--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl"]) == 2
+    assert main(["--kind", "math", "--input", f"{tmp_path}/in.jsonl", "--out", f"{tmp_path}/out.jsonl"]) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -106,7 +106,7 @@ def test_answers_keep_their_digits_lists_are_all_of_them_and_solutions_are_named
 {{"id": 6, "answer": "It is 5.\\n#### 5", "completion": "\\boxed{{5}}"}}
 """.replace("\\\\n", "\\n")
     )
-    assert main(["--kind", "math", "--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl"]) == 0
+    assert main(["--kind", "math", "--input", f"{tmp_path}/in.jsonl", "--out", f"{tmp_path}/out.jsonl"]) == 0
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in written] == [1, 2, 3, 4.5, 5, 6]
     assert [row["score"] for row in written] == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]

@@ -7,26 +7,23 @@ The threshold is chosen on other responses than those that are scored: on `--tun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from prime_lightning.cli.commands.score import add_prm, load_prm, new_file
-from prime_lightning.cli.usage import TypedParser
+from prime_lightning.cli.commands.score import load_prm, new_file, prm_parser
 from prime_lightning.prm.first_error import best_threshold, f1, f1_interval, predict
 from prime_lightning.prm.implicit import ImplicitPRM
 from prime_lightning.prompts.rows import located_rows
-from prime_lightning.rollout.files import dumps, replace_text
+from prime_lightning.rollout.files import Row, dumps, replace_text
 
 COLUMNS = ("problem", "steps", "label")
 
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = TypedParser(prog="prime-lightning processbench", description=__doc__)
-    made.add_argument("--data", type=str, required=True, help="A jsonl or parquet file, or a hub id.")
+    made = prm_parser("processbench", __doc__, reads="A jsonl or parquet file, or a hub id.", writes="New JSON file.")
     made.add_argument("--split", default="train", help="Split of a hub data set: gsm8k, math, olympiadbench, omnimath.")
     made.add_argument("--tune", type=str | None, help="File or hub id to choose the threshold on.")
     made.add_argument("--tune_share", type=float, default=0.5, help="Without --tune, share of the problems for it.")
@@ -39,8 +36,6 @@ def parser() -> ArgumentParser:
         help="A step's score: its reward, the mean over its tokens, or the sum of all rewards up to its end.",
     )
     made.add_argument("--seed", type=int, default=0, help="Of the split and of the bootstrap.")
-    made.add_argument("--output", type=Path, required=True, help="New JSON file.")
-    add_prm(made)
     return made
 
 
@@ -48,15 +43,8 @@ def main(args: list[str]) -> int:
     """Run the command."""
     command = parser()
     options = command.instantiate(command.parse_args(args))
-    new_file(options.output)
-    rows = read_rows(options.data, options.split)
-    if options.tune is None:
-        tune, scored = split(rows, options.tune_share, options.seed)
-    else:
-        tune, scored = read_rows(options.tune, options.split), rows
-        seen = {row["problem"] for row in tune} & {row["problem"] for row in scored}
-        if seen:
-            raise ValueError(f"Expected other problems in --tune than in --data, got {len(seen)} in both.")
+    new_file(options.out)
+    tune, scored = parts(options)
     prm = load_prm(options)
     tune_scores, scores = (
         step_scores(prm, part, joiner=options.joiner, chat=options.chat, how=options.score) for part in (tune, scored)
@@ -75,18 +63,34 @@ def main(args: list[str]) -> int:
         "predictions": [predict(s, threshold) for s in scores],
         "labels": labels,
     }
-    replace_text(options.output, dumps(result, indent=2) + "\n")
+    replace_text(options.out, dumps(result, indent=2) + "\n")
     low, high = result["interval"]
     print(
         f"First-error F1 {result['f1']:.3f} (95 % interval {low:.3f} to {high:.3f}): {result['error']:.1%} of "
         f"{result['with_error']} responses with an error, {result['correct']:.1%} of "
         f"{len(scored) - result['with_error']} without.\nThreshold {threshold:.4g}, chosen on {len(tune)} other "
-        f"responses. Everything: {options.output}"
+        f"responses. Everything: {options.out}"
     )
     return 0
 
 
-def read_rows(path: str, split: str) -> list[dict[str, Any]]:
+def parts(options: Namespace) -> tuple[list[Row], list[Row]]:
+    """Rows to choose the threshold on, and rows to score.
+
+    Raises:
+        ValueError: if a problem is in both.
+    """
+    rows = read_rows(options.input, options.split)
+    if options.tune is None:
+        return split(rows, options.tune_share, options.seed)
+    tune = read_rows(options.tune, options.split)
+    seen = {row["problem"] for row in tune} & {row["problem"] for row in rows}
+    if seen:
+        raise ValueError(f"Expected other problems in --tune than in --input, got {len(seen)} in both.")
+    return tune, rows
+
+
+def read_rows(path: str, split: str) -> list[Row]:
     """Rows in ProcessBench's format.
 
     Raises:
@@ -105,7 +109,7 @@ def read_rows(path: str, split: str) -> list[dict[str, Any]]:
     return [row for _, row in rows]
 
 
-def split(rows: Sequence[dict[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to choose the threshold on, and rows to score; the rows of one problem stay together.
 
     Raises:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from prime_lightning.cli.commands.score import add_prm, load_prm, score_all
-from prime_lightning.cli.usage import TypedParser
+from prime_lightning.cli.commands.score import add_steps, load_prm, prm_parser, score_all
 from prime_lightning.engines import Engine
 from prime_lightning.evaluation.statistics import bootstrap, pass_at_k, powers_of_two
 from prime_lightning.models.prm_folder import claim
@@ -66,8 +64,8 @@ class Problem:
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = TypedParser(prog="prime-lightning rerank", description=__doc__)
-    made.add_argument("--input", type=str | None, help="A jsonl, parquet or csv file with completions.")
+    reads, writes = "A jsonl, parquet or csv file, or a hub id.", "New folder: results.json, table.md, scored.jsonl."
+    made = prm_parser("rerank", __doc__, reads=reads, writes=writes, must=False)
     made.add_argument("--sample.model", type=str | None, help="Hub id or folder of the model to sample from.")
     made.add_argument(
         "--sample.prompts", type=Prompts | None, help="What to sample answers to; a class by import path."
@@ -82,8 +80,7 @@ def parser() -> ArgumentParser:
         "--sets", type=int, default=512, help="Votes are averaged over at most so many sets of n samples."
     )
     made.add_argument("--seed", type=int, default=0, help="Of the sets and of the bootstrap.")
-    made.add_argument("--out", type=Path, required=True, help="New folder: results.json, table.md, scored.jsonl.")
-    add_prm(made)
+    add_steps(made)
     return made
 
 

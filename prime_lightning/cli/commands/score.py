@@ -20,17 +20,33 @@ from prime_lightning.prm.responses import read_rollouts, without_empty
 from prime_lightning.rollout import Rollout
 from prime_lightning.rollout.files import append_rows
 
-FIELDS = {
-    "response": ("reward",),
-    "step": ("reward", "step_texts", "step_rewards"),
-    "token": ("reward", "step_texts", "step_rewards", "token_texts", "token_rewards"),
-}
+RESPONSE = {"reward": "reward"}
+STEP = RESPONSE | {"step_texts": "steps", "step_rewards": "step_rewards"}
+TOKEN = STEP | {"token_texts": "tokens", "token_rewards": "token_rewards"}
+FIELDS = {"response": RESPONSE, "step": STEP, "token": TOKEN}
+"""By `--detail`: what is written, and as what `Scored` has it."""
 ROWS_AT_A_TIME = 256
 
 
-def add_prm(parser: ArgumentParser) -> None:
-    """The options of `ImplicitPRM.from_pretrained`, under `--prm`, and the step rule."""
-    parser.add_method_arguments(ImplicitPRM, "from_pretrained", "prm")
+def prm_parser(command: str, description: str | None, *, reads: str, writes: str, must: bool = True) -> ArgumentParser:
+    """The options of all commands that judge responses by a PRM: `--input`, `--out`, and `--prm`, from where it is.
+
+    Args:
+        command: Its name.
+        description: For its help.
+        reads: What `--input` is.
+        writes: What `--out` is.
+        must: Whether there has to be an `--input`.
+    """
+    made = TypedParser(prog=f"prime-lightning {command}", description=description)
+    made.add_argument("--input", type=str if must else str | None, required=must, help=reads)
+    made.add_argument("--out", type=Path, required=True, help=writes)
+    made.add_method_arguments(ImplicitPRM, "from_pretrained", "prm")
+    return made
+
+
+def add_steps(parser: ArgumentParser) -> None:
+    """The option that says where steps end."""
     parser.add_argument(
         "--steps", type=StepRule | None, help="Where steps end; by default as the PRM's JSON file says."
     )
@@ -65,11 +81,10 @@ def score_all(prm: ImplicitPRM, rollouts: Sequence[Rollout], steps: StepRule | N
 
 def parser() -> ArgumentParser:
     """Options of the command."""
-    made = TypedParser(prog="prime-lightning score", description=__doc__)
-    made.add_argument("--input", type=str, required=True, help="A jsonl, parquet or csv file, or a hub id.")
-    made.add_argument("--output", type=Path, required=True, help="New jsonl file.")
+    reads, writes = "A jsonl, parquet or csv file, or a hub id.", "New jsonl file."
+    made = prm_parser("score", __doc__, reads=reads, writes=writes)
     made.add_argument("--detail", type=Literal["response", "step", "token"], default="token", help="How much to write.")
-    add_prm(made)
+    add_steps(made)
     return made
 
 
@@ -77,10 +92,10 @@ def main(args: list[str]) -> int:
     """Run the command."""
     command = parser()
     options = command.instantiate(command.parse_args(args))
-    new_file(options.output)
+    new_file(options.out)
     rows = read_rollouts(options.input, labelled=False)
     count = len(without_empty(rows, options.input, drop=False))
-    clash = sorted({name for row, _ in rows for name in row} & set(FIELDS[options.detail]))
+    clash = sorted({name for row, _ in rows for name in row} & FIELDS[options.detail].keys())
     if clash:
         raise ValueError(f"Expected rows without the columns that are to be written, got {clash} in {options.input!r}.")
     prm = load_prm(options)
@@ -91,26 +106,17 @@ def main(args: list[str]) -> int:
         total += sum(one.reward for one in scored)
         rest = iter(scored)
         of_row = [(row, list(islice(rest, len(rollouts)))) for row, rollouts in part]
-        append_rows(
-            options.output,
-            (row | columns(found, options.detail, several="responses" in row) for row, found in of_row),
-        )
+        written = (row | columns(found, options.detail, several="responses" in row) for row, found in of_row)
+        append_rows(options.out, written)
     how = "with" if prm.reference else "without"
     mean = total / count
-    print(f"Scored {count} responses {how} the reference, mean reward {mean:.4f}: {options.output}")
+    print(f"Scored {count} responses {how} the reference, mean reward {mean:.4f}: {options.out}")
     return 0
 
 
 def columns(scored: Sequence[Scored], detail: str, several: bool) -> dict[str, Any]:
     """What is added to a row."""
-    table = [
-        {
-            "reward": one.reward,
-            "step_texts": one.steps,
-            "step_rewards": one.step_rewards,
-            "token_texts": one.tokens,
-            "token_rewards": one.token_rewards,
-        }
-        for one in scored
-    ]
-    return {name: [row[name] for row in table] if several else table[0][name] for name in FIELDS[detail]}
+    return {
+        column: [getattr(one, field) for one in scored] if several else getattr(scored[0], field)
+        for column, field in FIELDS[detail].items()
+    }

@@ -31,7 +31,7 @@ def _parser() -> ArgumentParser:
     parser = TypedParser(prog="prime-lightning verify", description="Grade the completions of a JSON-lines file.")
     parser.add_argument("--kind", choices=("math", "code"), required=True, help="What the completions are.")
     parser.add_argument("--input", type=Path, required=True, help="JSON lines: id, completion, and answer or tests.")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines: id, verdict, score, reason, seconds.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines: id, verdict, score, reason, seconds.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Worker processes.")
     parser.add_argument("--math", type=MathOptions, default=MathOptions(), help="What counts as the same answer.")
     parser.add_argument("--code", type=CodeOptions, default=CodeOptions(), help="How programs are run.")
@@ -94,7 +94,7 @@ def _grade(arguments: Namespace, console: Console) -> Counter[str]:
             allow_unsafe_sandbox=arguments.allow_unsafe_sandbox,
         ) as verifiers,
         Progress(*columns, console=console) as progress,
-        arguments.output.open("w", encoding="utf-8") as output,
+        arguments.out.open("w", encoding="utf-8") as output,
     ):
         bar = progress.add_task(f"Grading {arguments.kind}", total=total)
         pairs = ((_prompt(arguments.kind, i, row), row["completion"]) for i, row in enumerate(rows()))
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         0 whatever the verdicts; 2 for input that cannot be read, or where no sandbox holds.
 
     Example:
-        >>> main(["--kind", "math", "--input", "/nowhere.jsonl", "--output", "/nowhere.out"])
+        >>> main(["--kind", "math", "--input", "/nowhere.jsonl", "--out", "/nowhere.out"])
         2
     """
     parser = _parser()
