@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_lightning.evaluation.benchmark import load_benchmark
-from prime_lightning.evaluation.runner import graded, question
+from prime_lightning.evaluation.runner import graded
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.verifiers import Verifiers
 
@@ -35,7 +35,7 @@ FILES = {
 
 def reference(prompts: Prompts, draw: int) -> str:
     """The reference as a model would hand it in: the program, the worked solution, or else the answer in a box."""
-    asked = question(prompts, draw)
+    asked = prompts.question(draw, prompts.row(draw))
     if asked.kind == "code":
         return f"```python\n{asked.row['reference_solution']}\n```"
     worked = str(asked.row.get("solution") or "")

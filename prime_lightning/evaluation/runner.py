@@ -12,7 +12,7 @@ import torch
 from prime_lightning.evaluation.samples import is_asked, sample_rows, too_long
 from prime_lightning.evaluation.table import ProblemTable, problem_values
 from prime_lightning.prompts.dataset import Prompts
-from prime_lightning.rollout import Prompt, Rollout, Sampling
+from prime_lightning.rollout import Rollout, Sampling
 from prime_lightning.rollout.files import Row, read_rows
 from prime_lightning.sampling.loader import RolloutSource, Round
 from prime_lightning.sampling.tally import Tally
@@ -89,7 +89,7 @@ def graded(
     prompts: Prompts, verifiers: Verifiers, completions: Mapping[int, Sequence[Mapping[str, Any]]]
 ) -> Iterator[list[Row]]:
     """Grade completions that are there already: rows of rollouts, whose verdicts are not looked at."""
-    asked = {draw: question(prompts, draw) for draw in completions}
+    asked = {draw: prompts.question(draw, prompts.row(draw)) for draw in completions}
     pairs = ((asked[draw], row["completion"]) for draw, rows in completions.items() for row in rows)
     verdicts = verifiers.map(pairs)
     for draw, rows in completions.items():
@@ -97,20 +97,6 @@ def graded(
         yield sample_rows(
             [replace(one, prompt=asked[draw], verdict=said) for one, said in zip(given, verdicts, strict=False)]
         )
-
-
-def question(prompts: Prompts, draw: int) -> Prompt:
-    """A problem as its verifier needs it, untokenized."""
-    row = prompts.row(draw)
-    return Prompt(
-        draw=draw,
-        token_ids=(),
-        text="",
-        kind=prompts.kind_of(row),
-        answer=prompts.answer_of(row),
-        source=prompts.source,
-        row=row,
-    )
 
 
 def read_completions(path: str, prompts: Prompts, problems: int, rows: int) -> dict[int, list[Row]]:

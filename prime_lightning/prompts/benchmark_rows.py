@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prime_lightning.prompts.dataset import DatasetPrompts, Template
+from typing import Any
+
+from prime_lightning.prompts.dataset import DatasetPrompts
 
 NEEDED = {"math": ("problem", "answer"), "code": ("prompt",)}
 TESTS = ("tests", "test")
@@ -16,15 +18,10 @@ class BenchmarkRows(DatasetPrompts):
 
     Args:
         path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
-        kind: `math` or `code`.
-        template: How a row becomes text; a benchmark fills it in.
         split: Split of a hub data set.
-        name: Configuration of a hub data set.
-        revision: Commit of a hub data set.
-        answer_pattern: Regular expression whose first group is the answer inside the column; None takes all of it.
-        source: Name in files of samples and counts.
         fields: Where a column of the left name is missing, it is read from the column of the right name.
         where: Only rows with these values, in files that have such columns.
+        **options: Of `DatasetPrompts`.
 
     Raises:
         ValueError: if a needed column is missing, or an answer is empty.
@@ -33,28 +30,13 @@ class BenchmarkRows(DatasetPrompts):
     def __init__(
         self,
         path: str,
-        kind: str = "math",
-        template: Template | None = None,
         split: str = "test",
-        name: str | None = None,
-        revision: str | None = None,
-        answer_pattern: str | None = None,
-        source: str | None = None,
         fields: dict[str, str] | None = None,
         where: dict[str, str] | None = None,
+        **options: Any,
     ) -> None:
         self.fields, self.where = fields or {}, where or {}
-        super().__init__(
-            path,
-            kind=kind,
-            template=template,
-            split=split,
-            name=name,
-            revision=revision,
-            answer_pattern=answer_pattern,
-            source=source,
-            shuffle=False,
-        )
+        super().__init__(path, split=split, shuffle=False, **options)
 
     def _check(self, path: str, *, drop: bool = False) -> None:
         for column, wanted in self.where.items():

@@ -12,6 +12,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,13 @@ class Prompts(ABC):
         """The prompt at this position, tokenized."""
         row = self.row(draw)
         text, token_ids = self.template.encode(row, tokenizer, self.hidden())
+        return self.question(draw, row, text, token_ids)
+
+    def question(self, draw: int, row: Mapping[str, Any], text: str = "", ids: tuple[int, ...] = ()) -> Prompt:
+        """A row as its verifier needs it; untokenized, unless text and token ids are given."""
         return Prompt(
             draw=draw,
-            token_ids=token_ids,
+            token_ids=ids,
             text=text,
             kind=self.kind_of(row),
             answer=self.answer_of(row),
@@ -249,17 +254,7 @@ class DatasetPrompts(Prompts):
 
     def references(self) -> Iterator[Prompt]:
         """All rows in the order of the file."""
-        for i in range(len(self.rows)):
-            row = self.flat(self.rows[i])
-            yield Prompt(
-                draw=i,
-                token_ids=(),
-                text="",
-                kind=self.kind_of(row),
-                answer=self.answer_of(row),
-                source=self.source,
-                row=row,
-            )
+        return (self.question(i, self.flat(self.rows[i])) for i in range(len(self.rows)))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Leave all other rows out."""
@@ -345,16 +340,7 @@ class MixedPrompts(Prompts):
     def prompt(self, draw: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The prompt at this position, by its source's template; its `draw` is this run's."""
         part, inner = self.locate(draw)
-        prompt = self._parts[part].prompt(inner, tokenizer)
-        return Prompt(
-            draw=draw,
-            token_ids=prompt.token_ids,
-            text=prompt.text,
-            kind=prompt.kind,
-            answer=prompt.answer,
-            source=prompt.source,
-            row=prompt.row,
-        )
+        return replace(self._parts[part].prompt(inner, tokenizer), draw=draw)
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,7 +6,6 @@ Its rows carry chat messages, and a reference answer (maths) or stdin/stdout tes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from prime_lightning.prompts.dataset import DatasetPrompts, Template
@@ -19,14 +18,6 @@ TESTS = frozenset({"inputs", "outputs", "fn_name", "functions", "tests", "test"}
 """Names of which a ground truth has one if it is a mapping of tests."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowMessages(Template):
-    """The messages that stand in the row's `prompt`, system message and all."""
-
-    user: str = "{prompt}"
-    """The field with the messages."""
-
-
 class EurusPrompts(DatasetPrompts):
     """Rows of Eurus-2-RL-Data, or of another set for verl: `prompt` (messages) and `reward_model.ground_truth`.
 
@@ -34,37 +25,22 @@ class EurusPrompts(DatasetPrompts):
 
     Args:
         path: The hub id, or a local parquet or jsonl file of the same schema.
-        split: `train` or `validation`.
         revision: Commit of the hub data set.
-        seed: Of the order.
-        limit: Only the first rows; None takes all.
         template: How a row becomes text; by default its own messages.
         source: Name for counts.
-        drop_unanswered: Leave rows out that have no answer, instead of an error.
+        **options: Of `DatasetPrompts`: `split` (`train` or `validation`), `seed`, `limit`, `drop_unanswered`.
     """
 
     def __init__(
         self,
         path: str = "PRIME-RL/Eurus-2-RL-Data",
-        split: str = "train",
         revision: str | None = REVISION,
-        seed: int = 0,
-        limit: int | None = None,
         template: Template | None = None,
         source: str = "eurus",
-        drop_unanswered: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            path,
-            template=template or RowMessages(),
-            split=split,
-            revision=revision,
-            answer_field=TRUTH,
-            source=source,
-            seed=seed,
-            limit=limit,
-            drop_unanswered=drop_unanswered,
-        )
+        template = template or Template(user="{prompt}")
+        super().__init__(path, revision=revision, template=template, source=source, answer_field=TRUTH, **options)
 
     def flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row, with its tests on the top level if it is one of code."""

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.metrics import load_metric
-from prime_lightning.evaluation.runner import graded, question
+from prime_lightning.evaluation.runner import graded
 from prime_lightning.prompts.dataset import CODE_USER, Template
 from prime_lightning.verifiers import Verifiers
 
@@ -102,7 +102,7 @@ def own(tmp_path, name, rows, **changes):
 def test_columns_of_the_hub_are_read(name, tmp_path):
     row, answer = HUB[name]
     prompts = load_benchmark(own(tmp_path, name, [row])).load()
-    asked = question(prompts, 0)
+    asked = prompts.question(0, prompts.row(0))
     assert asked.answer == answer
     assert prompts.template.messages(asked.row)
     if prompts.kind == "code":
