@@ -71,7 +71,7 @@ class ChildEngine:
         self.version = version
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         yield from self._ask("stream", list(prompts), sampling)
 

@@ -178,7 +178,7 @@ def command(folder, model, *more):
 
 def weights(folder):
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    del saved["prime"]["facts"]  # names its own folder, and how long things took
+    del saved["prime"]["metadata"]  # names its own folder, and how long things took
     return {key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "prime")}
 
 

@@ -56,8 +56,8 @@ def parity(prompt: Prompt, text: str) -> Future[Verdict]:
 class Backwards(HFEngine):
     """Finishes groups in the opposite order, so that all of a round are whole before the first is decided."""
 
-    def stream(self, prompts: Any, sampling: Any, kept: Any = None) -> Iterator[Any]:
-        yield from reversed(list(super().stream(prompts, sampling, kept)))
+    def stream(self, prompts: Any, sampling: Any, finished: Any = None) -> Iterator[Any]:
+        yield from reversed(list(super().stream(prompts, sampling, finished)))
 
 
 def adam(lr: float) -> Any:

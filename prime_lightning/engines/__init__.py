@@ -41,7 +41,7 @@ class Engine(Protocol):
         ...
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each prompt with its `sampling.samples` completions as soon as all of them are finished, in any order.
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
         A sample is fixed by `sampling.seed`, the prompt's `draw` and the sample's number. Closing the iterator drops
         what is unfinished.
 
-        Samples in `kept` are not drawn again. Every sample that finishes is put there, and a group leaves it when it is
+        Samples in `finished` are not drawn again. Every sample that ends is put there, and a group leaves it when it is
         yielded: what a closed stream leaves there can be given to the next one. Its draws must differ then. An engine
         whose samples are not fixed by seeds leaves it alone.
 

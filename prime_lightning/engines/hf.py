@@ -86,7 +86,7 @@ class HFEngine:
             self.version, self._no_weights = version, False
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield groups as they finish, batch by batch in the order of the prompts."""
         if self._no_weights:
@@ -95,7 +95,7 @@ class HFEngine:
         while done < len(prompts):  # which may have become more
             check_fits(prompts[done:], sampling, self.context)
             begun = prompts[done : done + step]
-            yield from self._sample(begun, sampling, kept)
+            yield from self._sample(begun, sampling, finished)
             done += len(begun)
 
     def sleep(self) -> None:
@@ -123,9 +123,9 @@ class HFEngine:
 
     @torch.inference_mode()
     def _sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
-        rows, groups = _Rows.of(prompts, sampling), Groups(prompts, sampling.samples, kept)
+        rows, groups = _Rows.of(prompts, sampling), Groups(prompts, sampling.samples, finished)
         # Which row stands in each place of the batch:
         slots = np.array([i * sampling.samples + k for i, k in groups.missing()])
         logits_RV, cache, mask_RL = self._prefill(prompts, slots // sampling.samples)
@@ -133,8 +133,8 @@ class HFEngine:
             if sampling.mask_padding:
                 logits_RV.index_fill_(1, self.unused, -torch.inf)
             tokens_R, logprobs_R = draw(logits_RV, sampling, uniform(rows.keys[slots], step))
-            finished = self._record(rows, slots, tokens_R, logprobs_R, sampling)
-            for row in finished:
+            ended = self._record(rows, slots, tokens_R, logprobs_R, sampling)
+            for row in ended:
                 yield from groups.add(*divmod(row, sampling.samples), rows.completion(row, self.tokenizer))
             alive = ~rows.done[slots]
             if not alive.any():

@@ -103,20 +103,20 @@ class Groups:
     Args:
         prompts: Of the stream; `grow` takes those in that were added.
         samples: Of each prompt.
-        kept: Where finished samples of groups that are not whole come from and stay; see `Engine.stream`.
+        finished: Where finished samples of groups that are not whole come from and stay; see `Engine.stream`.
 
     Example:
         >>> prompt = Prompt(draw=7, token_ids=(5, 6), text="1+1=", kind="exact")
         >>> done = Completion(text="2", token_ids=[4], logprobs=[-1.0], finish=Finish.STOP, versions=[0])
-        >>> groups = Groups([prompt], 2, kept={7: {1: done}})
+        >>> groups = Groups([prompt], 2, finished={7: {1: done}})
         >>> groups.missing()
         [(0, 0)]
         >>> [(p.draw, len(group)) for p, group in groups.add(0, 0, done)], len(groups)
         ([(7, 2)], 0)
     """
 
-    def __init__(self, prompts: Sequence[Prompt], samples: int, kept: FinishedSamples | None = None) -> None:
-        self.prompts, self.samples, self._kept = prompts, samples, kept
+    def __init__(self, prompts: Sequence[Prompt], samples: int, finished: FinishedSamples | None = None) -> None:
+        self.prompts, self.samples, self._finished = prompts, samples, finished
         self._open: dict[int, dict[int, Completion]] = {}
         self.known = 0
         self.grow()
@@ -129,7 +129,7 @@ class Groups:
         """Take in prompts that were added to the list; returns their places."""
         added = list(range(self.known, len(self.prompts)))
         for i in added:
-            self._open[i] = {} if self._kept is None else self._kept.setdefault(self.prompts[i].draw, {})
+            self._open[i] = {} if self._finished is None else self._finished.setdefault(self.prompts[i].draw, {})
         self.known = len(self.prompts)
         return added
 
@@ -147,6 +147,6 @@ class Groups:
         group[k] = completion
         if len(group) == self.samples:
             del self._open[i]
-            if self._kept is not None:
-                del self._kept[prompt.draw]
+            if self._finished is not None:
+                del self._finished[prompt.draw]
             yield prompt, [group[number] for number in range(self.samples)]

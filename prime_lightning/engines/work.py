@@ -46,12 +46,12 @@ class Work:
     """Requests that an engine has taken and not finished."""
     closed: bool = False
     """Nobody waits for the rest."""
-    kept: FinishedSamples | None = None
+    finished: FinishedSamples | None = None
     """See `Engine.stream`."""
 
     def __post_init__(self) -> None:
         repeats = self.seeded or self.sampling.temperature == 0
-        self.groups = Groups(self.prompts, self.sampling.samples, self.kept if repeats else None)
+        self.groups = Groups(self.prompts, self.sampling.samples, self.finished if repeats else None)
         self.waiting = deque(self.groups.missing())
 
     @property

@@ -57,7 +57,7 @@ class PRMConfig:
 
     @classmethod
     def of_run(cls, run: Mapping[str, Any], reference: str | None) -> PRMConfig:
-        """The configuration of the PRM of a training run, from what its module's `facts` says and its last numbers."""
+        """The configuration of the PRM of a training run, from its module's `metadata` and its last numbers."""
         separator = run["step_separator"]
         return cls(
             beta=run["beta"],
@@ -190,7 +190,7 @@ def describe(folder: str | Path, role: str, run: Mapping[str, Any], reference: s
     Args:
         folder: Of the model.
         role: `policy`, `prm` or `reference`.
-        run: What `run_facts` says of the run.
+        run: What `run_metadata` says of the run.
         reference: For a PRM, hub id or folder of its reference; by default the run's own.
     """
     path = Path(folder)

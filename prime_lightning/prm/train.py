@@ -29,7 +29,7 @@ from prime_lightning.prompts.dataset import permutation
 from prime_lightning.rollout import Group, Rollout
 from prime_lightning.training.options import Update
 from prime_lightning.training.prm_learning import optimise_prm
-from prime_lightning.training.run_metadata import import_path, run_facts
+from prime_lightning.training.run_metadata import import_path, run_metadata
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.sft import LessonLoader, cosine
 from prime_lightning.training.stepping import Stepper, check_devices
@@ -242,7 +242,7 @@ class PRMModule(pl.LightningModule):
         """Cosine schedule with warm-up over all batches of the run."""
         return cosine(self.optimizer(self.prm.parameters()), self.warmup, self.trainer)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the PRM's JSON file says."""
         return {
             "names": self.names,
@@ -255,7 +255,7 @@ class PRMModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what a resumed run needs besides weights and optimizer, and what a reader has to know."""
-        self.stepper.save(checkpoint, {"facts": run_facts(self)})
+        self.stepper.save(checkpoint, {"metadata": run_metadata(self)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up."""

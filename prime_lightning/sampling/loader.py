@@ -79,7 +79,7 @@ class Round:
         prompts: To begin with; `add` adds more while it runs.
         sampling: How completions are drawn.
         tally: Takes the seconds.
-        kept: Finished samples of groups that are not whole, see `Engine.stream`; None keeps none.
+        finished: Finished samples of groups that are not whole, see `Engine.stream`; None keeps none.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Round:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         tally: Tally,
-        kept: FinishedSamples | None = None,
+        finished: FinishedSamples | None = None,
     ) -> None:
         self.source, self.sampling, self.tally = source, sampling, tally
         self.undecided = deque(prompts)
-        self._options: dict[str, Any] = {} if kept is None else {"kept": kept}
-        self._finished: dict[int, Graded] = {}
+        self._options: dict[str, Any] = {} if finished is None else {"finished": finished}
+        self._grading: dict[int, Graded] = {}
         self._open()
 
     def __iter__(self) -> Iterator[Group]:
@@ -113,16 +113,16 @@ class Round:
 
     def _open(self) -> None:
         """Ask for all groups that are not finished; the engine sees what is added to the list."""
-        self._asked = [prompt for prompt in self.undecided if prompt.draw not in self._finished]
+        self._asked = [prompt for prompt in self.undecided if prompt.draw not in self._grading]
         self._stream = self.source.engine.stream(self._asked, self.sampling, **self._options)
 
     def _advance(self, until: int) -> None:
         """Sample until this prompt's group is finished; hand every finished group to the verifiers."""
         with self.tally.timed("sample"):
-            while until not in self._finished:
+            while until not in self._grading:
                 prompt, completions = next(self._stream, None) or self._again()
                 verdicts = [self.source.verifiers.submit(prompt, completion.text) for completion in completions]
-                self._finished[prompt.draw] = prompt, completions, verdicts
+                self._grading[prompt.draw] = prompt, completions, verdicts
 
     def _again(self) -> tuple[Prompt, list[Completion]]:
         """The first group of another stream, after one that ended before it saw what was added.
@@ -137,7 +137,7 @@ class Round:
         return group
 
     def _graded(self, prompt: Prompt) -> Group:
-        prompt, completions, verdicts = self._finished.pop(prompt.draw)
+        prompt, completions, verdicts = self._grading.pop(prompt.draw)
         with self.tally.timed("verify"):
             return [
                 Rollout(prompt=prompt, completion=completion, verdict=verdict.result())
@@ -176,7 +176,7 @@ class TrainingLoader:
         self.surplus: list[Group] = []
         self.rejected: list[Group] = []  # while this batch is filled
         self.acceptance = Acceptance()
-        self.kept: FinishedSamples = {}
+        self.finished: FinishedSamples = {}
         self._checked = options.sampling.truncation == 0 or options.sampling.temperature == 0
         self.tally: Tally | None = None  # of the batch that is being filled, for the progress bar
 
@@ -231,10 +231,10 @@ class TrainingLoader:
     def _sampled(self, wanted: int, tally: Tally) -> list[Group]:
         """This many accepted groups, in the order of their prompts; with `surplus: keep` all that were begun."""
         accepted: list[Group] = []
-        kept = self._same_weights()
+        finished = self._same_weights()
         prompts = self.take(self._started(wanted), tally)
         self._check(prompts[0])
-        sampled = Round(self.source, prompts, self.options.sampling, tally, kept)
+        sampled = Round(self.source, prompts, self.options.sampling, tally, finished)
         for group in sampled:
             accepted += self._filtered(group, tally)
             missing = wanted - len(accepted)
@@ -260,10 +260,10 @@ class TrainingLoader:
         present = {self.source.engine.version}
         groups = {
             draw: {k: sample for k, sample in group.items() if set(sample.versions) == present}
-            for draw, group in self.kept.items()
+            for draw, group in self.finished.items()
         }
-        self.kept = {draw: group for draw, group in groups.items() if group}
-        return self.kept
+        self.finished = {draw: group for draw, group in groups.items() if group}
+        return self.finished
 
     def _filtered(self, group: Group, tally: Tally) -> list[Group]:
         reason = self.options.accuracy_filter.reject(group)
@@ -288,7 +288,7 @@ class TrainingLoader:
         """The next prompts of this rank that are not too long: returned ones first, then new ones."""
         if self.options.max_age > 0:
             again = itertools.islice(self.returned, max(count, 0))
-            tally.metrics["rollout/kept_samples"] += sum(len(self.kept.get(draw, ())) for draw in again)
+            tally.metrics["rollout/kept_samples"] += sum(len(self.finished.get(draw, ())) for draw in again)
         room = self.source.longest_prompt(self.options.sampling)
         longest, draws = min(self.options.max_prompt_tokens, room), self._draws(tally)
         taken: list[Prompt] = []
@@ -356,7 +356,7 @@ class TrainingLoader:
         self.start, self.position, self.returned = state["start"], state["position"], deque(state["returned"])
         self.source.prompts.load_state_dict(state.get("order", {}))
         self.surplus = [[self._restored(row) for row in group] for group in json.loads(state["surplus"])]
-        self.acceptance, self.kept = Acceptance(**state.get("acceptance", {})), {}
+        self.acceptance, self.finished = Acceptance(**state.get("acceptance", {})), {}
 
     def _restored(self, row: dict[str, Any]) -> Rollout:
         return restored(row, self._prompt(row["draw"]))

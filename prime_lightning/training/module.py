@@ -33,7 +33,7 @@ from prime_lightning.training.passes import Passes
 from prime_lightning.training.policy_learning import PolicyLearner, with_process_only
 from prime_lightning.training.prm_learning import PRMLearner
 from prime_lightning.training.probe import check_greedy
-from prime_lightning.training.run_metadata import import_path, run_facts
+from prime_lightning.training.run_metadata import import_path, run_metadata
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.stepping import Stepper, check_devices
 from prime_lightning.training.together import check_together
@@ -356,7 +356,7 @@ class PrimeModule(pl.LightningModule):
             made.append({"optimizer": optimizer} | ({"lr_scheduler": schedule} if schedule else {}))
         return made
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the models' cards and the PRM's JSON file say."""
         return {
             "names": self.names,
@@ -370,7 +370,7 @@ class PrimeModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what a resumed run needs besides weights and optimizers, and what a reader has to know."""
-        state = {"gate": self.gate.state_dict(), **self.prm_learner.state_dict(), "facts": run_facts(self)}
+        state = {"gate": self.gate.state_dict(), **self.prm_learner.state_dict(), "metadata": run_metadata(self)}
         self.stepper.save(checkpoint, state, of_rank=self.prm_learner.replay.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prompts.dataset import permutation
 from prime_lightning.prompts.rows import check_filled, load_rows
 from prime_lightning.prompts.template import Template, messages_of
-from prime_lightning.training.run_metadata import run_facts
+from prime_lightning.training.run_metadata import run_metadata
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.stepping import devices
 
@@ -233,13 +233,13 @@ class SFTModule(pl.LightningModule):
     command = ""
     """What started the run, for the model's card."""
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the model's card says."""
         return {"names": {"policy": self.name}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what a reader of the model has to know."""
-        checkpoint["prime"] = {"facts": run_facts(self)}
+        checkpoint["prime"] = {"metadata": run_metadata(self)}
 
     def setup(self, stage: str) -> None:
         """Refuse precisions that runs may not have."""

@@ -86,7 +86,7 @@ def visit(engine: Watched, model: str) -> dict:
     kept = {}
     if not engine.owns:
         time.sleep(1.0)
-        groups = engine.stream(mine, SAMPLING, kept=kept)
+        groups = engine.stream(mine, SAMPLING, finished=kept)
         next(groups)
         groups.close()
     engine.sleep()
@@ -95,7 +95,7 @@ def visit(engine: Watched, model: str) -> dict:
     engine.load_weights(iter(weights(model, 1)), 1)
     found["unfinished"] = engine.unfinished
     found["kept"] = sum(map(len, kept.values()))
-    found["with_kept"] = samples(engine.stream(mine, SAMPLING, kept=kept))
+    found["with_kept"] = samples(engine.stream(mine, SAMPLING, finished=kept))
 
     found["too_long"] = error_of(lambda: list(engine.stream(mine, Sampling(samples=1, max_tokens=4000))))
     found["wrong"] = error_of(lambda: engine.load_weights(iter(weights(model, 1)[:-1]), 2))

@@ -135,9 +135,9 @@ def test_without_the_mask_ids_of_no_token_are_trained_on_and_the_warning_names_t
 class Asked(HFEngine):
     """Takes note of the option."""
 
-    def stream(self, prompts, sampling, kept=None):
+    def stream(self, prompts, sampling, finished=None):
         self.asked = [*getattr(self, "asked", []), sampling.mask_padding]
-        yield from super().stream(prompts, sampling, kept)
+        yield from super().stream(prompts, sampling, finished)
 
 
 def test_benchmarks_take_the_mask(padded, tmp_path):

@@ -20,7 +20,7 @@ from prime_lightning.models.options import Lora
 from prime_lightning.models.pretrained import load_tokenizer, save
 from prime_lightning.models.prm_folder import PRMConfig, write_model
 from prime_lightning.prm import ImplicitPRM
-from prime_lightning.training.strategies.checkpoint import AtomicCheckpointIO, Folder, read_facts, role_weights
+from prime_lightning.training.strategies.checkpoint import AtomicCheckpointIO, Folder, read_metadata, role_weights
 
 
 def export(ckpt, role, out, *more):
@@ -130,13 +130,15 @@ def test_export_holds_no_copy_of_the_weights(tmp_path, model_folder):
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=8, **size))
     save(model, tokenizer, tmp_path / "start")
     weights = {f"policy.model.{name}": weight.detach() for name, weight in model.named_parameters()}
-    facts = {"names": {"policy": str(tmp_path / "start")}, "iterations": 1, "command": "", "numbers": {}}
-    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "prime": {"facts": facts}}, tmp_path / "file.ckpt")
+    run = {"metadata": {"names": {"policy": str(tmp_path / "start")}, "iterations": 1, "command": "", "numbers": {}}}
+    AtomicCheckpointIO().save_checkpoint(
+        {"state_dict": weights, "prime": run}, tmp_path / "file.ckpt"
+    )
     folder = Folder(tmp_path / "folder.ckpt", "a", 0, 1)
     folder.begin()
     keys = {name: folder.add(id(weight), lambda weight=weight: weight) for name, weight in weights.items()}
     folder.flush()
-    folder.commit({"state_dict": keys, "prime": {"facts": facts}})
+    folder.commit({"state_dict": keys, "prime": run})
     there = [str(tmp_path / "file.ckpt"), str(tmp_path / "folder.ckpt")]
     words = [sys.executable, "-c", textwrap.dedent(MEASURED), *there]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
@@ -173,9 +175,11 @@ def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_refused(prime_run, 
 
 def test_a_run_whose_models_are_not_here_says_which_and_where_it_looked(tmp_path, capsys):
     """A run that named its model by a relative path, exported from another folder."""
-    facts = {"names": {"policy": "runs/warm/policy"}, "iterations": 1, "command": "", "numbers": {}}
+    run = {"metadata": {"names": {"policy": "runs/warm/policy"}, "iterations": 1, "command": "", "numbers": {}}}
     weights = {"policy.model.lm_head.weight": torch.zeros(1)}
-    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "prime": {"facts": facts}}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint(
+        {"state_dict": weights, "prime": run}, tmp_path / "last.ckpt"
+    )
     assert export(tmp_path / "last.ckpt", "policy", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert "'runs/warm/policy': there is no such folder here" in said
@@ -189,7 +193,7 @@ def test_weights_of_another_model_leave_nothing_behind(prime_run, chat_model, tm
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=r"Expected a checkpoint with a critic, got .* with \['policy', 'prm'\]"):
         dict(role_weights(prime_run / "checkpoints" / "last.ckpt", "critic"))
-    assert read_facts(prime_run / "checkpoints" / "last.ckpt")["names"]["reference"] is None
+    assert read_metadata(prime_run / "checkpoints" / "last.ckpt")["names"]["reference"] is None
 
 
 def test_a_second_run_says_that_it_will_replace_models(prime_run, warm_model, tmp_path):

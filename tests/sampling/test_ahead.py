@@ -55,10 +55,10 @@ def test_resume_samples_again_what_was_not_trained_on(warm_model, tmp_path):
 
 def test_a_failure_of_the_thread_reaches_the_trainer(warm_model, tmp_path):
     class Broken(tiny.HFEngine):
-        def stream(self, prompts, sampling, kept=None):
+        def stream(self, prompts, sampling, finished=None):
             if self.version >= 1:
                 raise ValueError("the engine broke")
-            yield from super().stream(prompts, sampling, kept)
+            yield from super().stream(prompts, sampling, finished)
 
     with pytest.raises(ValueError, match="the engine broke"):
         fit(warm_model, tmp_path, 6, max_staleness=1, engine=Broken())
@@ -96,11 +96,11 @@ class Sleeper(tiny.HFEngine):
         super().__init__(batch_size=32)
         self.asleep, self.calls = False, []
 
-    def stream(self, prompts, sampling, kept=None):
+    def stream(self, prompts, sampling, finished=None):
         assert not self.asleep
         assert self.version >= 0
         self.calls.append("sample")
-        yield from super().stream(prompts, sampling, kept)
+        yield from super().stream(prompts, sampling, finished)
 
     def load_weights(self, weights, version):
         assert not self.asleep

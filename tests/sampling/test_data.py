@@ -131,9 +131,9 @@ def test_surplus_is_trained_on_and_not_sampled_again(oversampling):
     sampled = []
 
     class Watched(tiny.Backwards):
-        def stream(self, prompts, sampling, kept=None):
+        def stream(self, prompts, sampling, finished=None):
             sampled.extend(prompt.draw for prompt in prompts)
-            yield from super().stream(prompts, sampling, kept)
+            yield from super().stream(prompts, sampling, finished)
 
     oversampling.engine = Watched(batch_size=32)
     oversampling.engine.start(oversampling.model)

@@ -21,10 +21,10 @@ class Interleaved(tiny.HFEngine):
         super().__init__(batch_size=4096)
         self.drawn, self.taken = [], 0
 
-    def stream(self, prompts, sampling, kept=None):
+    def stream(self, prompts, sampling, finished=None):
         self.drawn.append([prompt.draw for prompt in prompts])
-        self.taken += sum(len((kept or {}).get(prompt.draw, ())) for prompt in prompts)
-        yield from super().stream(prompts, sampling, kept)
+        self.taken += sum(len((finished or {}).get(prompt.draw, ())) for prompt in prompts)
+        yield from super().stream(prompts, sampling, finished)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_kept_samples_change_nothing_at_equal_weights(module):
     expected = []
     for _ in range(5):
         expected.append(forgetful.collect())
-        forgetful.kept.clear()
+        forgetful.finished.clear()
     assert module.engine.taken == 0
     assert [rollouts(batch) for batch in got] == [rollouts(batch) for batch in expected]
 
@@ -63,7 +63,7 @@ def test_kept_samples_of_older_weights_are_drawn_again(module):
     """Otherwise a slot would hold its old sample if that was short and a fresh one if it was long."""
     loader = module.training_loader(0, 1)
     loader.collect()
-    assert any(loader.kept.values())
+    assert any(loader.finished.values())
     module.engine.version += 1
     batch = loader.collect()
     assert module.engine.taken == 0 == batch.metrics.means()["rollout/kept_samples"]
@@ -75,7 +75,7 @@ def test_without_oversampling_nothing_is_kept_or_aborted(module):
     loader = module.training_loader(0, 1)
     for _ in range(3):
         loader.collect()
-    assert not loader.kept
+    assert not loader.finished
     assert not loader.returned
     assert module.engine.taken == 0
 
@@ -124,9 +124,9 @@ def test_auto_is_an_option_and_numbers_below_one_are_refused(warm_model):
 class Raw(tiny.HFEngine):
     """Gives log-probs of the full softmax, as vLLM does by default."""
 
-    def stream(self, prompts, sampling, kept=None):
+    def stream(self, prompts, sampling, finished=None):
         full = dataclasses.replace(sampling, top_p=1.0, top_k=0)
-        for prompt, group in super().stream(prompts, sampling, kept):
+        for prompt, group in super().stream(prompts, sampling, finished):
             for done in group:
                 again = self.score(prompt, done.token_ids, full)
                 done.logprobs[:] = again

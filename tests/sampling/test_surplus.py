@@ -58,7 +58,7 @@ class Clocked:
         self.rng, self.begun, self.lengths, self.most = np.random.default_rng(seed), [], [], 0
         self.clock, self.context = 0.0, None
 
-    def stream(self, prompts, sampling, kept=None):
+    def stream(self, prompts, sampling, finished=None):
         known, running = 0, []
         while True:
             for prompt in prompts[known:] if self.looks or not known else []:
@@ -181,7 +181,7 @@ def test_work_in_progress_is_what_is_asked_for():
 
 def test_an_engine_that_gives_nothing_is_an_error():
     class Silent(Clocked):
-        def stream(self, prompts, sampling, kept=None):
+        def stream(self, prompts, sampling, finished=None):
             yield from ()
 
     with pytest.raises(RuntimeError, match="Expected groups of 4 prompts of the engine, got none"):

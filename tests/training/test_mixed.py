@@ -31,8 +31,8 @@ HALF = {"code": "```python\ndef triple(x):\n    return x + x + x if isinstance(x
 class Tutored(tiny.HFEngine):
     """The random model's completions, but one of each group is right, and one program passes half of its tests."""
 
-    def stream(self, prompts, sampling, kept=None):
-        for prompt, completions in super().stream(prompts, sampling, kept):
+    def stream(self, prompts, sampling, finished=None):
+        for prompt, completions in super().stream(prompts, sampling, finished):
             completions[0] = self.say(completions[0], RIGHT[prompt.source](prompt))
             if prompt.source in HALF:
                 completions[1] = self.say(completions[1], HALF[prompt.source])

@@ -172,8 +172,8 @@ def test_non_finite_weights_skip_steps_and_then_stop(warm_model, tmp_path):
 
 def test_tokens_with_non_finite_logprobs_are_dropped_and_counted(warm_model, tmp_path):
     class Broken(tiny.HFEngine):
-        def stream(self, prompts, sampling, kept=None):
-            for prompt, completions in super().stream(prompts, sampling, kept):
+        def stream(self, prompts, sampling, finished=None):
+            for prompt, completions in super().stream(prompts, sampling, finished):
                 completions[0].logprobs[0] = float("-inf")
                 yield prompt, completions
 

@@ -45,8 +45,8 @@ def test_models_with_other_tokenizers_are_refused(warm_model, tmp_path):
 class Mute(tiny.HFEngine):
     """Says nothing at all, in some of its samples."""
 
-    def stream(self, prompts, sampling, kept=None):
-        for prompt, completions in super().stream(prompts, sampling, kept):
+    def stream(self, prompts, sampling, finished=None):
+        for prompt, completions in super().stream(prompts, sampling, finished):
             nothing = Completion(text="", token_ids=[], logprobs=[], finish=Finish.STOP, versions=[])
             yield prompt, [nothing, nothing, *completions[2:]][: len(completions)]
 

@@ -27,9 +27,9 @@ class Tampered(tiny.HFEngine):
             with torch.no_grad():
                 self.model.model.layers[0].mlp.down_proj.weight.neg_()
 
-    def stream(self, prompts, sampling, kept=None):
+    def stream(self, prompts, sampling, finished=None):
         self.asked.append((self.version, sampling.temperature))
-        return super().stream(prompts, sampling, kept)
+        return super().stream(prompts, sampling, finished)
 
 
 def looks(engine):

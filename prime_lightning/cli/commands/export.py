@@ -19,7 +19,7 @@ from prime_lightning.models.lora import merged_parameters, with_adapters
 from prime_lightning.models.options import Lora
 from prime_lightning.models.pretrained import load_causal_lm, load_config
 from prime_lightning.models.prm_folder import claim, describe, write_model
-from prime_lightning.training.strategies.checkpoint import read_facts, role_weights
+from prime_lightning.training.strategies.checkpoint import read_metadata, role_weights
 
 
 def parser() -> ArgumentParser:
@@ -46,7 +46,7 @@ def main(args: list[str]) -> int:
     claim(options.out)
     if (options.public or options.dry_run) and options.push_to_hub is None:
         raise ValueError("Expected --push_to_hub with --public or --dry_run, got none.")
-    run = read_facts(options.ckpt)
+    run = read_metadata(options.ckpt)
     start = run["names"].get(options.role)
     if start is None:
         raise ValueError(

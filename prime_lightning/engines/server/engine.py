@@ -137,11 +137,11 @@ class ServerEngine:
                 self._release()
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         check_fits(prompts, sampling, self.context)
-        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
+        work = Work(f"s{next(self._streams)}", prompts, sampling, self.seeded, finished=finished)
         outcomes: queue.SimpleQueue[tuple[Request, Completion | Exception]] = queue.SimpleQueue()
         pool = ThreadPoolExecutor(self.in_flight * len(self.servers))
         try:

@@ -188,14 +188,14 @@ class VLLMEngine:
             self.version = version
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, kept: FinishedSamples | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
         process = self.channel()
         check_fits(prompts, sampling, process.info["max_model_len"])
         if self._asleep or self._no_weights:
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
-        work = Work(f"{self._prefix}{next(self._streams)}", prompts, sampling, self.seeded, kept=kept)
+        work = Work(f"{self._prefix}{next(self._streams)}", prompts, sampling, self.seeded, finished=finished)
         try:
             process.open(work.name)
             while work.unfinished:

@@ -18,7 +18,7 @@ from prime_lightning.models.prm_folder import describe
 from prime_lightning.rollout import Rollout
 from prime_lightning.rollout.files import Row, append_rows, replace_rows, whole_rows
 from prime_lightning.training.panel import Iteration
-from prime_lightning.training.run_metadata import run_facts
+from prime_lightning.training.run_metadata import run_metadata
 from prime_lightning.training.stepping import devices
 
 Steps = Callable[[Rollout, list[str]], list[tuple[int, int, bool]]]
@@ -108,7 +108,7 @@ class HuggingFaceExport(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write them; weights are those of the last iteration."""
-        facts = run_facts(pl_module)
+        metadata = run_metadata(pl_module)
         latest = self.folder / "policy" if "policy" in self.roles else None  # what the PRM was last compared with
         for role in self.roles:
             model = getattr(pl_module, role)
@@ -121,8 +121,8 @@ class HuggingFaceExport(Callback):
             if trainer.is_global_zero:
                 kept = model.model if self.adapters else causal_lm(model.model)
                 save(kept, pl_module.tokenizer, self.folder / role, weights)  # type: ignore[arg-type]
-                reference = facts["names"].get("reference") or latest
-                describe(self.folder / role, role, facts, None if reference is None else str(reference))
+                reference = metadata["names"].get("reference") or latest
+                describe(self.folder / role, role, metadata, None if reference is None else str(reference))
 
     def _weights(self, model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What is written, one after another; all ranks take part."""

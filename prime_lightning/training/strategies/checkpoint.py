@@ -278,16 +278,16 @@ def not_written(target: Path, error: object) -> str:
     )
 
 
-def read_facts(path: str | Path) -> dict[str, Any]:
-    """What the run of a checkpoint says of itself; see `prime_lightning.training.run_metadata.run_facts`.
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What the run of a checkpoint says of itself; see `prime_lightning.training.run_metadata.run_metadata`.
 
     Raises:
         ValueError: if this is no checkpoint of this package, or one from before it said so.
     """
-    facts = read(path).get("prime", {}).get("facts")
-    if facts is None:
+    metadata = read(path).get("prime", {}).get("metadata")
+    if metadata is None:
         raise ValueError(
             f"Expected a checkpoint that names the models of its run, got {str(path)!r}. It was written by something "
             "else, or by an older version; resume the run for one iteration to write another."
         )
-    return dict(facts)
+    return dict(metadata)
