@@ -3,7 +3,7 @@
 `masked` sums over masks and groups; `reward` what a token is worth to the PRM; `prm_loss` and `health` how the PRM is
 trained and judged; `shaping` what is added to outcomes, `advantage` and `credit` what a token earns; `surrogate`,
 `importance` and `loss` the losses of policy and critic. Nothing here knows of a configuration, a model, a trainer or a
-batch object.
+batch object. Shapes that differ are a RuntimeError of torch.
 """
 
 from prime_lightning.algorithms.advantage import (

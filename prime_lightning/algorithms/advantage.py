@@ -5,8 +5,8 @@ Shapes in names: `B` responses, `T` response tokens. What each takes:
 - `outcome_B`: outcome rewards in [0, 1], less what a shaping takes; NaN allowed where invalid.
 - `process_BT`: process rewards, or None.
 - `mask_BT`: bool, True = a token we train on. `group_B`: any int per prompt. `valid_B`: False = no known verdict.
-- `values_BT`: a critic's estimate before each token, for `gae` alone.
-- `gamma_outcome`, `gamma_process`: discounts of the two rewards, in [0, 1]. `lam`: for `gae` alone.
+- `options`: `gamma_outcome` and `gamma_process`, discounts of the two rewards in [0, 1], by default 1; and for `gae`
+  alone `values_BT`, a critic's estimate before each token, and `lam`.
 
 Each returns `(outcome_BT, process_BT)`, both `[B, T]` float32. `credit.mixed` weighs them, so that every weight counts
 for every estimator, those that normalise too. What holds for all:
@@ -22,6 +22,7 @@ for every estimator, those that normalise too. What holds for all:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +40,7 @@ _Baseline = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def rloo(
-    outcome_B: Tensor,
-    process_BT: Tensor | None,
-    mask_BT: Tensor,
-    group_B: Tensor,
-    valid_B: Tensor,
-    *,
-    values_BT: Tensor | None = None,
-    gamma_outcome: float = 1.0,
-    gamma_process: float = 1.0,
-    lam: float = 1.0,
+    outcome_B: Tensor, process_BT: Tensor | None, mask_BT: Tensor, group_B: Tensor, valid_B: Tensor, **options: Any
 ) -> Credit:
     """Leave-one-out: `A_t = sum_{s>=t} gamma^(s-t) [r_s - 1/(K-1) sum_{j!=i} m_j] + o_i - 1/(K-1) sum_{j!=i} o_j`.
 
@@ -65,20 +57,11 @@ def rloo(
         >>> outcome_BT[:, 0]
         tensor([ 1.0000, -0.5000, -0.5000])
     """
-    return _credit(_leave_one_out, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+    return _credit(_leave_one_out, outcome_B, process_BT, mask_BT, group_B, valid_B, **options)
 
 
 def rloo_printed(
-    outcome_B: Tensor,
-    process_BT: Tensor | None,
-    mask_BT: Tensor,
-    group_B: Tensor,
-    valid_B: Tensor,
-    *,
-    values_BT: Tensor | None = None,
-    gamma_outcome: float = 1.0,
-    gamma_process: float = 1.0,
-    lam: float = 1.0,
+    outcome_B: Tensor, process_BT: Tensor | None, mask_BT: Tensor, group_B: Tensor, valid_B: Tensor, **options: Any
 ) -> Credit:
     """As `rloo`, with Eq. 5 to the letter: `m_j` is the sum of the process reward of response j.
 
@@ -94,21 +77,12 @@ def rloo_printed(
         tensor([[ 4.,  1.],
                 [-8., -4.]])
     """
-    gammas = gamma_outcome, gamma_process
-    return _credit(_leave_one_out, outcome_B, process_BT, mask_BT, group_B, valid_B, *gammas, of_response=masked_sum)
+    rows = mask_BT, group_B, valid_B
+    return _credit(_leave_one_out, outcome_B, process_BT, *rows, of_response=masked_sum, **options)
 
 
 def rloo_official(
-    outcome_B: Tensor,
-    process_BT: Tensor | None,
-    mask_BT: Tensor,
-    group_B: Tensor,
-    valid_B: Tensor,
-    *,
-    values_BT: Tensor | None = None,
-    gamma_outcome: float = 1.0,
-    gamma_process: float = 1.0,
-    lam: float = 1.0,
+    outcome_B: Tensor, process_BT: Tensor | None, mask_BT: Tensor, group_B: Tensor, valid_B: Tensor, **options: Any
 ) -> Credit:
     """As released: `A_t = sum_{s>=t} gamma^(s-t) [r_s K/(K-1) - 1/(K-1) sum_j m_j] + (the same of o)`.
 
@@ -125,20 +99,11 @@ def rloo_official(
         tensor([[ 4.,  0.],
                 [-4., -2.]])
     """
-    return _credit(_released, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+    return _credit(_released, outcome_B, process_BT, mask_BT, group_B, valid_B, **options)
 
 
 def grpo(
-    outcome_B: Tensor,
-    process_BT: Tensor | None,
-    mask_BT: Tensor,
-    group_B: Tensor,
-    valid_B: Tensor,
-    *,
-    values_BT: Tensor | None = None,
-    gamma_outcome: float = 1.0,
-    gamma_process: float = 1.0,
-    lam: float = 1.0,
+    outcome_B: Tensor, process_BT: Tensor | None, mask_BT: Tensor, group_B: Tensor, valid_B: Tensor, **options: Any
 ) -> Credit:
     """Group-normalised: `A_t = (o_i - mean_j o_j) / std_j o_j + sum_{s>=t} gamma^(s-t) (r_s - mean_j m_j) / std_j m_j`.
 
@@ -157,20 +122,11 @@ def grpo(
         >>> outcome_BT[:, 0].round(decimals=3)
         tensor([ 0.7070, -0.7070])
     """
-    return _credit(_standardised, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+    return _credit(_standardised, outcome_B, process_BT, mask_BT, group_B, valid_B, **options)
 
 
 def dr_grpo(
-    outcome_B: Tensor,
-    process_BT: Tensor | None,
-    mask_BT: Tensor,
-    group_B: Tensor,
-    valid_B: Tensor,
-    *,
-    values_BT: Tensor | None = None,
-    gamma_outcome: float = 1.0,
-    gamma_process: float = 1.0,
-    lam: float = 1.0,
+    outcome_B: Tensor, process_BT: Tensor | None, mask_BT: Tensor, group_B: Tensor, valid_B: Tensor, **options: Any
 ) -> Credit:
     """`grpo` without the standard deviation: `A_t = o_i - mean_j o_j + sum_{s>=t} gamma^(s-t) (r_s - mean_j m_j)`.
 
@@ -186,34 +142,22 @@ def dr_grpo(
         >>> dr_grpo(torch.tensor([1.0, 0.0, 0.0, 0.0]), None, mask_BT, group_B, valid_B)[0].flatten()
         tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
-    return _credit(_centred, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+    return _credit(_centred, outcome_B, process_BT, mask_BT, group_B, valid_B, **options)
 
 
 def reinforce(
-    outcome_B: Tensor,
-    process_BT: Tensor | None,
-    mask_BT: Tensor,
-    group_B: Tensor,
-    valid_B: Tensor,
-    *,
-    values_BT: Tensor | None = None,
-    gamma_outcome: float = 1.0,
-    gamma_process: float = 1.0,
-    lam: float = 1.0,
+    outcome_B: Tensor, process_BT: Tensor | None, mask_BT: Tensor, group_B: Tensor, valid_B: Tensor, **options: Any
 ) -> Credit:
     """No baseline: `A_t = o_i + sum_{s>=t} gamma^(s-t) r_s`.
 
     PRIME, arXiv 2502.01456, Eq. 8. A group of one is fine here.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> mask_BT, group_B, valid_B = torch.ones(1, 3).bool(), torch.zeros(1).long(), torch.ones(1).bool()
         >>> reinforce(torch.tensor([1.0]), torch.tensor([[0.0, 2.0, 3.0]]), mask_BT, group_B, valid_B)
         (tensor([[1., 1., 1.]]), tensor([[5., 5., 3.]]))
     """
-    return _credit(_no_baseline, outcome_B, process_BT, mask_BT, group_B, valid_B, gamma_outcome, gamma_process)
+    return _credit(_no_baseline, outcome_B, process_BT, mask_BT, group_B, valid_B, **options)
 
 
 def gae(
@@ -267,9 +211,6 @@ def gae_returns(advantage_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> Ten
         values_BT: `[B, T]` the critic's estimates, in the unit of the advantage.
         mask_BT: `[B, T]` bool; pass `mask_BT & valid_B[:, None]`, an unknown outcome teaches nothing.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> advantage_BT, values_BT = torch.tensor([[0.5, 0.25]]), torch.tensor([[0.5, 0.75]])
         >>> gae_returns(advantage_BT, values_BT, torch.tensor([[True, True]]))
@@ -285,9 +226,12 @@ def _credit(
     mask_BT: Tensor,
     group_B: Tensor,
     valid_B: Tensor,
-    gamma_outcome: float,
-    gamma_process: float,
+    *,
     of_response: Callable[..., Tensor] = masked_mean,
+    gamma_outcome: float = 1.0,
+    gamma_process: float = 1.0,
+    values_BT: Tensor | None = None,
+    lam: float = 1.0,
 ) -> Credit:
     """`[B, T]` outcome and process credit: `(r - baseline) * scale`, summed backwards with a discount."""
     mask_BT = mask_BT & valid_B[:, None]

@@ -64,9 +64,6 @@ def without_signal(outcome_B: Tensor, group_B: Tensor, valid_B: Tensor, which: S
     Returns:
         `[B]` bool.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> outcome_B, group_B = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1, 2, 2])
         >>> without_signal(outcome_B, group_B, torch.ones(6).bool(), "all_wrong")
@@ -96,9 +93,6 @@ def per_step(credit_BT: Tensor, mask_BT: Tensor, step_ids_BT: Tensor) -> Tensor:
 
     Returns:
         `[B, T]`, 0 outside the mask.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> credit_BT, mask_BT = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]])
@@ -134,9 +128,6 @@ def kl_credit(
         weight: Reward per nat.
         gamma: Discount, in [0, 1].
         baseline: False for none, where a critic has learned the penalty.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> ones_BT = torch.ones(2, 1).bool()

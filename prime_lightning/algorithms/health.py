@@ -32,9 +32,6 @@ def pairwise_accuracy(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, vali
     Returns:
         `[]` number of pairs ordered rightly and `[]` number of pairs; sum both over calls and ranks, then divide.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> outcome_B, group_B = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 0, 0])
         >>> pairwise_accuracy(torch.tensor([2.0, 1.0, 2.0]), outcome_B, group_B, torch.tensor([True] * 3))
@@ -60,9 +57,6 @@ def auc(reward_B: Tensor, outcome_B: Tensor, valid_B: Tensor) -> Tensor:
 
     Returns:
         `[]` in [0, 1]; NaN where one of the two kinds is missing.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> reward_B, outcome_B = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
@@ -155,9 +149,6 @@ def last_token_share(reward_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor
     Returns:
         `[]` sum over last tokens under the mask and `[]` sum over all tokens, both of the absolute reward.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> last_token_share(torch.tensor([[1.0, -3.0, 9.0]]), torch.tensor([[True, True, False]]))
         (tensor(3.), tensor(4.))
@@ -179,9 +170,6 @@ def advantage_share(process_BT: Tensor, outcome_BT: Tensor, mask_BT: Tensor) -> 
 
     Returns:
         `[]` absolute sum of the process part and `[]` absolute sum of both parts.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> mask_BT = torch.tensor([[True, True]])

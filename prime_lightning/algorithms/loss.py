@@ -114,9 +114,6 @@ def drop_nonfinite(mask_BT: Tensor, *logprobs_BT: Tensor) -> tuple[Tensor, Tenso
     Returns:
         The `[B, T]` bool mask without them, and the `[]` number of tokens that were dropped.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> behaviour_BT = torch.tensor([[-1.0, -torch.inf]])
         >>> drop_nonfinite(torch.tensor([[True, True]]), behaviour_BT)

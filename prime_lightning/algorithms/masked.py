@@ -86,9 +86,6 @@ def log_ratio(one_BT: Tensor, other_BT: Tensor, mask_BT: Tensor) -> Tensor:
         other_BT: `[B, T]` nats.
         mask_BT: `[B, T]` bool.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> log_ratio(torch.tensor([[-1.0, -99.0]]), torch.tensor([[-1.5, 0.0]]), torch.tensor([[True, True]]))
         tensor([[  0.5000, -20.0000]])
@@ -172,9 +169,6 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, *, all_reduce: AllReduce | None = None
         mask_BT: `[B, T]` bool.
         all_reduce: Makes mean and variance those of all ranks. Every rank must call, also one without tokens.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> x_BT = torch.tensor([[1.0, 3.0, 99.0]])
         >>> whiten(x_BT, torch.tensor([[True, True, False]])).round(decimals=4)
@@ -199,9 +193,6 @@ def reverse_cumsum(x_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
         x_BT: `[B, T]` rewards, any unit.
         mask_BT: `[B, T]` bool.
         gamma: Discount of one token, in [0, 1].
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> x_BT = torch.tensor([[1.0, 2.0, 4.0, 99.0]])
@@ -231,9 +222,6 @@ def group_sum(x_B: Tensor, group_B: Tensor) -> Tensor:
         x_B: `[B]` any unit, finite (zero what is to be left out).
         group_B: `[B]` int group ids.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> x_B = torch.tensor([1.0, 10.0, 2.0])
         >>> group_sum(x_B, torch.tensor([7, -1, 7]))
@@ -253,9 +241,6 @@ def group_mean(x_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
         x_B: `[B]` any unit; what stands at invalid members is not read.
         group_B: `[B]` int group ids.
         valid_B: `[B]` bool.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> x_B = torch.tensor([1.0, 3.0, float("nan")])
@@ -279,9 +264,6 @@ def group_pairs(outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Te
     Returns:
         Two `[P]` int tensors, the better and the worse member of each of the P pairs.
 
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
-
     Example:
         >>> outcome_B, group_B = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([4, 4, 5])
         >>> group_pairs(outcome_B, group_B, torch.tensor([True, True, True]))
@@ -300,9 +282,6 @@ def same_group(group_B: Tensor, valid_B: Tensor) -> Tensor:
     Args:
         group_B: `[B]` int group ids.
         valid_B: `[B]` bool.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> group_B = torch.tensor([4, 4])

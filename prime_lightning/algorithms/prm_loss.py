@@ -54,17 +54,8 @@ def ce(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) ->
     soft label. In logits form: the released `sigmoid` followed by `binary_cross_entropy` has no gradient once the
     float32 sigmoid is 1, at a reward of about 17.
 
-    Args:
-        reward_B: `[B]` sequence rewards (logits).
-        outcome_B: `[B]` outcome rewards in [0, 1].
-        group_B: `[B]` int group ids; not read.
-        valid_B: `[B]` bool.
-
     Returns:
         `[]` sum in nats and `[]` number of valid responses.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
@@ -81,17 +72,8 @@ def dpo(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: Tensor) -
 
     PRIME, arXiv 2502.01456, App. C.2: a constant per prompt cancels, so the loss can reach 0 where CE cannot.
 
-    Args:
-        reward_B: `[B]` sequence rewards.
-        outcome_B: `[B]` outcome rewards.
-        group_B: `[B]` int group ids; all members of a group in one call.
-        valid_B: `[B]` bool.
-
     Returns:
         `[]` sum in nats and `[]` number of pairs. A group of equal outcomes, or of one member, has no pair.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> outcome_B, group_B = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 0, 0])
@@ -113,17 +95,8 @@ def dpo_detached(reward_B: Tensor, outcome_B: Tensor, group_B: Tensor, valid_B: 
     rounded. So partly right code counts as right here. The recipe scores the opponents before the update, for all
     micro-batches; here they are the rewards of this call.
 
-    Args:
-        reward_B: `[B]` sequence rewards.
-        outcome_B: `[B]` outcome rewards, 0 = wrong.
-        group_B: `[B]` int group ids; all members of a group in one call.
-        valid_B: `[B]` bool; invalid members are nobody's opponents.
-
     Returns:
         `[]` sum in nats and `[]` number of valid responses.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
@@ -150,21 +123,11 @@ def kto(
     outcome is above 0 and -1 where it is 0. The paper's reference point is one KL estimate a batch, from prompts with
     the responses of other prompts, which costs a second forward. Here it is what the authors' code takes where both
     kinds are at hand: `z_i = max(0, mean_j r_j)` over the opponents of i as in `dpo_detached`, without gradient, and
-    0 where there are none. Terms are bounded, so a mislabelled response pulls less than in `ce`.
-
-    Args:
-        reward_B: `[B]` sequence rewards.
-        outcome_B: `[B]` outcome rewards, 0 = wrong.
-        group_B: `[B]` int group ids; all members of a group in one call.
-        valid_B: `[B]` bool; invalid members are nobody's opponents.
-        desirable: Weight of right responses; the paper balances the classes with it.
-        undesirable: Weight of wrong ones.
+    0 where there are none. Terms are bounded, so a mislabelled response pulls less than in `ce`. `desirable` and
+    `undesirable` weigh right and wrong responses; the paper balances the classes with them.
 
     Returns:
         `[]` sum (no unit) and `[]` number of valid responses.
-
-    Raises:
-        RuntimeError: From torch, when the shapes differ.
 
     Example:
         >>> outcome_B, group_B = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
@@ -185,20 +148,12 @@ def nca(
     NCA, arXiv 2402.05369, one of the objectives of ImplicitPRM, arXiv 2412.01981. `w` is the softmax of
     `outcome / alpha` over the K valid responses of the prompt, so with the default the right ones share a weight of
     1. With one right and one wrong response it is `-log sigmoid(r_+) - log sigmoid(-r_+) / 2 - log sigmoid(-r_-) / 2`.
-    A prompt whose outcomes are all equal pulls its rewards to 0.
-
-    Args:
-        reward_B: `[B]` sequence rewards.
-        outcome_B: `[B]` outcome rewards.
-        group_B: `[B]` int group ids; all members of a group in one call.
-        valid_B: `[B]` bool.
-        alpha: Temperature of the outcomes, positive.
+    A prompt whose outcomes are all equal pulls its rewards to 0. `alpha` is a temperature, positive.
 
     Returns:
         `[]` sum in nats and `[]` number of prompts with a valid response.
 
     Raises:
-        RuntimeError: From torch, when the shapes differ.
         ValueError: If alpha is not positive.
 
     Example:

@@ -131,9 +131,7 @@ def test_export_holds_no_copy_of_the_weights(tmp_path, model_folder):
     save(model, tokenizer, tmp_path / "start")
     weights = {f"policy.model.{name}": weight.detach() for name, weight in model.named_parameters()}
     run = {"metadata": {"names": {"policy": str(tmp_path / "start")}, "iterations": 1, "command": "", "numbers": {}}}
-    AtomicCheckpointIO().save_checkpoint(
-        {"state_dict": weights, "prime": run}, tmp_path / "file.ckpt"
-    )
+    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "prime": run}, tmp_path / "file.ckpt")
     folder = Folder(tmp_path / "folder.ckpt", "a", 0, 1)
     folder.begin()
     keys = {name: folder.add(id(weight), lambda weight=weight: weight) for name, weight in weights.items()}
@@ -177,9 +175,7 @@ def test_a_run_whose_models_are_not_here_says_which_and_where_it_looked(tmp_path
     """A run that named its model by a relative path, exported from another folder."""
     run = {"metadata": {"names": {"policy": "runs/warm/policy"}, "iterations": 1, "command": "", "numbers": {}}}
     weights = {"policy.model.lm_head.weight": torch.zeros(1)}
-    AtomicCheckpointIO().save_checkpoint(
-        {"state_dict": weights, "prime": run}, tmp_path / "last.ckpt"
-    )
+    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "prime": run}, tmp_path / "last.ckpt")
     assert export(tmp_path / "last.ckpt", "policy", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert "'runs/warm/policy': there is no such folder here" in said
