@@ -1,9 +1,9 @@
 """The maths of PRIME (arXiv 2502.01456) as functions of tensors and numbers; every name here is an import path.
 
-`masked` sums over masks and groups; `reward` what a token is worth to the PRM; `prm_loss` and `health` how the PRM is
-trained and judged; `shaping` what is added to outcomes, `advantage` and `credit` what a token earns; `surrogate`,
-`importance` and `loss` the losses of policy and critic. Nothing here knows of a configuration, a model, a trainer or a
-batch object. Shapes that differ are a RuntimeError of torch.
+`masked` sums over masks and groups; `reward` what a token is worth to the PRM, and when; `prm_loss` how the PRM is
+trained; `advantage` and `credit` what a token earns; `policy_loss` the losses of policy and critic; `measures` what is
+measured of all of them. Nothing here knows of a configuration, a model, a trainer or a batch object. Shapes that differ
+are a RuntimeError of torch.
 """
 
 from prime_lightning.algorithms.advantage import (
@@ -12,23 +12,13 @@ from prime_lightning.algorithms.advantage import (
     gae,
     gae_returns,
     grpo,
+    mixed,
     reinforce,
     rloo,
     rloo_official,
     rloo_printed,
 )
-from prime_lightning.algorithms.credit import kl_credit, mixed, per_step, without_signal
-from prime_lightning.algorithms.health import (
-    advantage_share,
-    auc,
-    calibration_error,
-    correlation,
-    last_token_share,
-    pairwise_accuracy,
-    repetition,
-)
-from prime_lightning.algorithms.importance import importance_weight
-from prime_lightning.algorithms.loss import drop_nonfinite, kl, value_loss
+from prime_lightning.algorithms.credit import kl_credit, per_step, without_signal
 from prime_lightning.algorithms.masked import (
     AllReduce,
     aggregate,
@@ -43,6 +33,25 @@ from prime_lightning.algorithms.masked import (
     same_group,
     whiten,
 )
+from prime_lightning.algorithms.measures import (
+    advantage_share,
+    auc,
+    calibration_error,
+    correlation,
+    last_token_share,
+    pairwise_accuracy,
+    repetition,
+)
+from prime_lightning.algorithms.policy_loss import (
+    Surrogate,
+    cispo,
+    clipped_surrogate,
+    drop_nonfinite,
+    gspo,
+    importance_weight,
+    kl,
+    value_loss,
+)
 from prime_lightning.algorithms.prm_loss import (
     BaseRate,
     ce,
@@ -52,9 +61,7 @@ from prime_lightning.algorithms.prm_loss import (
     nca,
     per_response,
 )
-from prime_lightning.algorithms.reward import ProcessGate, normalise, process_reward, to_granularity
-from prime_lightning.algorithms.shaping import OverlongPenalty
-from prime_lightning.algorithms.surrogate import Surrogate, cispo, clipped_surrogate, gspo
+from prime_lightning.algorithms.reward import OverlongPenalty, ProcessGate, normalise, process_reward, to_granularity
 
 __all__ = [
     "AllReduce",

@@ -8,7 +8,7 @@ Shapes in names: `B` responses, `T` response tokens. What each takes:
 - `options`: `gamma_outcome` and `gamma_process`, discounts of the two rewards in [0, 1], by default 1; and for `gae`
   alone `values_BT`, a critic's estimate before each token, and `lam`.
 
-Each returns `(outcome_BT, process_BT)`, both `[B, T]` float32. `credit.mixed` weighs them, so that every weight counts
+Each returns `(outcome_BT, process_BT)`, both `[B, T]` float32. `mixed` weighs them, so that every weight counts
 for every estimator, those that normalise too. What holds for all:
 
 - The parts know nothing of each other. Without process reward the second is 0 everywhere.
@@ -109,7 +109,7 @@ def grpo(
 
     PRIME, arXiv 2502.01456, Eq. 7, with `m_j` the per-token mean of the process reward of response j. `std` is the
     unbiased one (`torch.std`, as in verl's GRPO) plus 1e-6. Each part is divided by its own spread, so the unit of the
-    process reward does not matter; its weight, which `credit.mixed` applies afterwards, does. Mind the second term: it
+    process reward does not matter; its weight, which `mixed` applies afterwards, does. Mind the second term: it
     divides token rewards by the spread of response *means*, which is far smaller, and near zero for a PRM that knows
     nothing (`ProcessGate`).
 
@@ -217,6 +217,38 @@ def gae_returns(advantage_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> Ten
         tensor([[1., 1.]])
     """
     return torch.where(mask_BT, advantage_BT.detach().float() + values_BT.detach().float(), 0.0)
+
+
+def mixed(
+    credit: tuple[Tensor, Tensor], *, outcome_weight: float = 1.0, process_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Both parts in the unit of the policy's advantage, `(w_o A_o, w_p A_p)`; their sum is the advantage.
+
+    PRIME, arXiv 2502.01456, Eq. 5, whose two terms have no weights. A part of weight 0 is 0, whatever it was: rewards
+    of a broken PRM that are not finite stay out, too.
+
+    Args:
+        credit: From an estimator.
+        outcome_weight: Weight of the outcome's part.
+        process_weight: Weight of the process reward's part.
+
+    Raises:
+        ValueError: If `credit` is not two tensors, such as the one sum of both.
+
+    Example:
+        >>> mixed((torch.ones(1, 2), torch.full((1, 2), torch.nan)), process_weight=0.0)
+        (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
+    if isinstance(credit, Tensor) or len(credit) != 2:
+        raise ValueError(
+            "Expected an advantage estimator to return two tensors, the credit of the outcome and that of the process "
+            f"reward, each unweighted and `[B, T]`; got {type(credit).__name__}. See `prime_lightning.algorithms.rloo`."
+        )
+    outcome_BT, process_BT = credit
+    return (
+        outcome_weight * outcome_BT if outcome_weight else torch.zeros_like(outcome_BT),
+        process_weight * process_BT if process_weight else torch.zeros_like(process_BT),
+    )
 
 
 def _credit(

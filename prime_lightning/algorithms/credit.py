@@ -13,39 +13,6 @@ from torch import Tensor
 
 from prime_lightning.algorithms.masked import group_sum, masked_mean, reverse_cumsum
 
-
-def mixed(
-    credit: tuple[Tensor, Tensor], *, outcome_weight: float = 1.0, process_weight: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Both parts in the unit of the policy's advantage, `(w_o A_o, w_p A_p)`; their sum is the advantage.
-
-    PRIME, arXiv 2502.01456, Eq. 5, whose two terms have no weights. A part of weight 0 is 0, whatever it was: rewards
-    of a broken PRM that are not finite stay out, too.
-
-    Args:
-        credit: From an estimator.
-        outcome_weight: Weight of the outcome's part.
-        process_weight: Weight of the process reward's part.
-
-    Raises:
-        ValueError: If `credit` is not two tensors, such as the one sum of both.
-
-    Example:
-        >>> mixed((torch.ones(1, 2), torch.full((1, 2), torch.nan)), process_weight=0.0)
-        (tensor([[1., 1.]]), tensor([[0., 0.]]))
-    """
-    if isinstance(credit, Tensor) or len(credit) != 2:
-        raise ValueError(
-            "Expected an advantage estimator to return two tensors, the credit of the outcome and that of the process "
-            f"reward, each unweighted and `[B, T]`; got {type(credit).__name__}. See `prime_lightning.algorithms.rloo`."
-        )
-    outcome_BT, process_BT = credit
-    return (
-        outcome_weight * outcome_BT if outcome_weight else torch.zeros_like(outcome_BT),
-        process_weight * process_BT if process_weight else torch.zeros_like(process_BT),
-    )
-
-
 Silent = Literal["none", "all_wrong", "all"]
 """Groups without outcome signal that are looked for: no group, those without any right answer, or all of them."""
 

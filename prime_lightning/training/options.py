@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prime_lightning.algorithms.credit import Silent
-from prime_lightning.algorithms.importance import Beyond, Unit
-from prime_lightning.algorithms.loss import Estimator
 from prime_lightning.algorithms.masked import Aggregation
+from prime_lightning.algorithms.policy_loss import Beyond, Estimator, Surrogate, Unit, clipped_surrogate
 from prime_lightning.algorithms.reward import Granularity, Normalisation
-from prime_lightning.algorithms.surrogate import Surrogate, clipped_surrogate
 from prime_lightning.models.head import Entropy
 
 
@@ -145,7 +143,7 @@ class PolicyLoss:
     """The policy's loss."""
 
     surrogate: Callable[..., Surrogate] = clipped_surrogate
-    """What is minimised, see `algorithms.surrogate`: PPO's clipped ratio, `gspo`, `cispo`, or your own."""
+    """What is minimised, see `algorithms.policy_loss`: PPO's clipped ratio, `gspo`, `cispo`, or your own."""
     clip_low: float = 0.2
     """The ratio counts down to 1 minus this."""
     clip_high: float = 0.2

@@ -1,6 +1,6 @@
 """The health panel: what one iteration says of the PRM and of the responses, beside what its losses measure.
 
-`docs/metrics.md` explains each name; the formulas stand in `algorithms/health.py`.
+`docs/metrics.md` explains each name; the formulas stand in `algorithms/measures.py`.
 """
 
 from __future__ import annotations
