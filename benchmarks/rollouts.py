@@ -33,11 +33,10 @@ from transformers import AutoModelForCausalLM
 
 from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine
-from prime_lightning.engines.samples import sample_seeds
+from prime_lightning.engines.samples import sample_seeds, sampling_arguments
 from prime_lightning.engines.vllm.arguments import arguments_of, environment_of
 from prime_lightning.engines.vllm.engine import VLLMEngine
 from prime_lightning.engines.vllm.process import clean_environment
-from prime_lightning.engines.work import sampling_arguments
 from prime_lightning.models.batch import Batch
 from prime_lightning.prompts.arithmetic import ArithmeticPrompts, write_model
 from prime_lightning.rollout import Prompt, Sampling

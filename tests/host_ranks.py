@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 from toys import rollout
 
-from prime_lightning.engines.host_group import host_group, of_all_ranks, reduced
-from prime_lightning.engines.ranks import together
+from prime_lightning.engines.host_group import host_group, of_all_ranks, reduced, together
 from prime_lightning.models.batch import Batch
-from prime_lightning.sampling.balance import balanced
+from prime_lightning.sampling.ranks import balanced
 
 
 def silent(common: Any, _: Any) -> Any:

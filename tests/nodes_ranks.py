@@ -77,7 +77,7 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 def balance(folder: Path, model: str) -> None:
     """Three iterations with and three without balancing, from the same batches, of which the PRM learns all."""
     from prime_lightning.sampling import datamodule as data_module
-    from prime_lightning.sampling.balance import balanced
+    from prime_lightning.sampling.ranks import balanced
     from prime_lightning.training.strategies.ddp_fsdp import PrimeDDPStrategy
 
     kept: dict[str, Any] = {"moved": 0, "rejected": []}

@@ -19,10 +19,10 @@ from prime_lightning.rollout import Prompt, Verdict
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.options import Probe
+from prime_lightning.training.passes import check_greedy
+from prime_lightning.training.plan.estimates import forward_flops, matrix_parameters
 from prime_lightning.training.plan.report import memory_of
 from prime_lightning.training.plan.setup import setup_of
-from prime_lightning.training.plan.timing import forward_flops, matrix_parameters
-from prime_lightning.training.probe import check_greedy
 
 CONF = Path(__file__).parents[2] / "conf"
 PROBES, PROBE_TOKENS = 4, 32

@@ -1,4 +1,4 @@
-"""LightningCLI over PRIME's modules.
+"""LightningCLI over PRIME's modules, and what a finished run says last.
 
 `fit`, `validate`, `test` and `predict` are LightningCLI's, over `PrimeModule` and `RolloutDataModule`; the names in
 `TRAINED` are its `fit` over other modules. Configurations are layered: `--config a.yaml --config b.yaml
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf import OmegaConf
 
-from prime_lightning.cli.last_lines import last_lines
 from prime_lightning.cli.usage import ShortErrors
 from prime_lightning.models.options import cpu_precision, precision_of
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.callbacks.alarms import Alarms
+from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutLog
 from prime_lightning.training.callbacks.progress import PrimeProgress
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.sft import LessonDataModule, SFTModule
@@ -136,3 +138,35 @@ class _ParsedOnly(PrimeCLI):
 def parsed(args: Sequence[str]) -> Namespace:
     """The configuration of `fit`, all layers merged, checked and resolved; nothing of it is built."""
     return _ParsedOnly(PrimeModule, RolloutDataModule, args, run=False).config
+
+
+COMMANDS = {
+    "policy": "prime-lightning evaluate --model {path} --benchmark math500",
+    "prm": "prime-lightning score --prm.folder {path} --input ROWS.jsonl --out scored.jsonl",
+}
+
+
+def last_lines(trainer: pl.Trainer, command: str) -> Iterator[str]:
+    """The lines of `fit`, `sft` and `prm`.
+
+    Args:
+        trainer: It has finished.
+        command: Which of them it was.
+    """
+    root = Path(trainer.default_root_dir)
+    yield f"Run: {root}"
+    exports = [callback for callback in trainer.callbacks if isinstance(callback, HuggingFaceExport)]  # type: ignore[attr-defined]
+    for role, path in ((role, export.folder / role) for export in exports for role in export.roles):
+        if path.is_dir():
+            yield f"  {role}: {path}"
+            yield f"    {COMMANDS[role].format(path=shlex.quote(str(path)))}"
+            if command == "sft":
+                yield f"    prime-lightning fit --config ... --model.policy {shlex.quote(str(path))}"
+    if any(isinstance(callback, RolloutLog) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        yield "  curves, health, and credit token by token:"
+        yield f"    prime-lightning report {shlex.quote(str(root))}"
+    saved = trainer.checkpoint_callback
+    last = saved.last_model_path if isinstance(saved, ModelCheckpoint) else ""
+    if last:
+        yield "  to go on, with more `--trainer.max_steps`:"
+        yield f"    prime-lightning {command} --config ... --ckpt_path {shlex.quote(str(last))}"

@@ -2,7 +2,8 @@
 
 The engine to start with, to debug with and to compare others with. One batch at a time: rows that finish leave the
 batch, and new prompts wait for the next one. It leaves out continuous batching and paged attention; for those, and for
-speed on a GPU, take `engines/vllm/`.
+speed on a GPU, take `engines/vllm/`. Keys and values of the growing batch are written in place: a concatenation for
+each token would copy all of them.
 
 Shapes: R rows (samples) alive, V vocabulary.
 """
@@ -12,15 +13,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from prime_lightning.engines import FinishedSamples
-from prime_lightning.engines.hf_cache import grown_cache
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
 from prime_lightning.models.pretrained import ids_without_token, load_causal_lm, load_tokenizer
@@ -313,3 +314,50 @@ def uniform(keys: np.ndarray, step: int) -> np.ndarray:
     """
     counter = np.uint64((step * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
     return (mix(keys + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+CHUNK = 128  # positions that are added at a time
+
+
+class GrownLayer(DynamicLayer):
+    """A `DynamicLayer` with room for more positions than it has; `keys` and `values` are views of the used ones."""
+
+    keys: Any
+    values: Any
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append positions `[R, heads, X, size]`; returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._room: list[Tensor] = [key_states[..., :0, :], value_states[..., :0, :]]
+        used = self.get_seq_length()
+        length = used + key_states.shape[-2]
+        if length > self._room[0].shape[-2]:
+            self._grow([key_states, value_states], used, length)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., used:length, :] = new
+        self.keys, self.values = (room[..., :length, :] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, without spare room."""
+        super().batch_select_indices(indices)
+        self._room = [self.keys, self.values]
+
+    def _grow(self, new: list[Tensor], used: int, length: int) -> None:
+        """Make room for `length` positions and some more, for as many rows as the new ones have."""
+        positions = -(-length // CHUNK) * CHUNK
+        bigger = [torch.empty(*x.shape[:-2], positions, x.shape[-1], dtype=x.dtype, device=x.device) for x in new]
+        if used:
+            for room, old in zip(bigger, (self.keys, self.values), strict=True):
+                room[..., :used, :] = old
+        self._room = bigger
+
+
+def grown_cache(config: PreTrainedConfig) -> DynamicCache:
+    """The cache of transformers for a model, with `GrownLayer` wherever a layer keeps all positions."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrownLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore
+    return cache

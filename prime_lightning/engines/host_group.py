@@ -1,16 +1,18 @@
-"""Objects and counts between ranks, over the hosts' network and not by GPUs.
+"""Objects and counts between ranks, over the hosts' network and not by GPUs; and what engines ask of all ranks.
 
 A collective of NCCL is a kernel. A rank that waits in one, for a rank that still samples, say, keeps its GPU and a core
-busy, and a tensor-parallel engine on that GPU slow. So what is on the host goes over a gloo group of all ranks.
+busy, and a tensor-parallel engine on that GPU slow. So what is on the host goes over a gloo group of all ranks. Where
+there is one rank, it asks itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, distributed
 
 _GROUPS: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
@@ -54,3 +56,33 @@ def reduced(tensor: Tensor, how: str) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total, getattr(dist.ReduceOp, how.upper()), group=host_group())
     return total
+
+
+def rank() -> int:
+    """This rank's number."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def together(act: Callable[[], Any]) -> list[Any]:
+    """Do it on all ranks, wait for all, and give what each returned; a rank that failed stops all of them.
+
+    Raises:
+        ValueError: where a rank's `act` raised one; on other ranks the message begins with its number.
+        RuntimeError: likewise, for all other exceptions.
+
+    Example:
+        >>> together(lambda: "done")
+        ['done']
+    """
+    mine: Exception | None = None
+    result = None
+    try:
+        result = act()
+    except Exception as error:
+        mine = error
+    kind = ValueError if isinstance(mine, ValueError) else RuntimeError
+    outcomes = of_all_ranks((result, mine and (kind, str(mine))))
+    for number, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise mine or failure[0](f"Rank {number}: {failure[1]}")
+    return [result for result, _ in outcomes]

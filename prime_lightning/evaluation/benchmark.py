@@ -11,8 +11,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from prime_lightning.evaluation.resources import resource
-from prime_lightning.prompts.benchmark_rows import BenchmarkRows
 from prime_lightning.prompts.dataset import Prompts, Template
+from prime_lightning.prompts.published import BenchmarkRows
 from prime_lightning.rollout import Sampling
 
 FOLDER = ("evals", "benchmarks")

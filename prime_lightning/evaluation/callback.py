@@ -19,8 +19,8 @@ from prime_lightning.evaluation.runner import Scores, all_empty, not_asked, samp
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Sampling
 from prime_lightning.rollout.files import Row, append_rows, replace_rows, whole_rows
+from prime_lightning.sampling.acceptance import Tally
 from prime_lightning.sampling.datamodule import RolloutDataModule
-from prime_lightning.sampling.tally import Tally
 from prime_lightning.verifiers import Verifiers
 
 

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prime_lightning.evaluation.samples import whole_problems
+from prime_lightning.evaluation.runner import whole_problems
 from prime_lightning.rollout.files import Row, append_rows, dumps, replace_rows, replace_text
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja")

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prime_lightning.models.attention import check_packed, packed_arguments
+from prime_lightning.models.attention import check_packed, pack, packed_arguments
 from prime_lightning.models.head import Entropy, Kind, Scores, head_logprobs, open_head
-from prime_lightning.models.packing import pack
 
 SCALED_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 

@@ -27,8 +27,8 @@ from prime_lightning.models.pretrained import check_same_vocabulary, load_tokeni
 from prime_lightning.prm.responses import grouped, read_rollouts, tokenized, without_empty
 from prime_lightning.prompts.dataset import permutation
 from prime_lightning.rollout import Group, Rollout
+from prime_lightning.training.learning import optimise_prm
 from prime_lightning.training.options import Update
-from prime_lightning.training.prm_learning import optimise_prm
 from prime_lightning.training.run_metadata import import_path, run_metadata
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.sft import LessonLoader, cosine

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from prime_lightning.prompts.arithmetic import ArithmeticLessons, ArithmeticPrompts
     from prime_lightning.prompts.dataset import DatasetPrompts, MixedPrompts, Prompts
     from prime_lightning.prompts.difficulty import ByDifficulty
-    from prime_lightning.prompts.eurus import EurusPrompts
+    from prime_lightning.prompts.published import BenchmarkRows, EurusPrompts
     from prime_lightning.prompts.streaming import StreamedPrompts
 
 __all__ = [
     "ArithmeticLessons",
     "ArithmeticPrompts",
+    "BenchmarkRows",
     "ByDifficulty",
     "DatasetPrompts",
     "EurusPrompts",
@@ -26,11 +27,12 @@ __all__ = [
 HOMES = {
     "ArithmeticLessons": "arithmetic",
     "ArithmeticPrompts": "arithmetic",
+    "BenchmarkRows": "published",
     "DatasetPrompts": "dataset",
     "MixedPrompts": "dataset",
     "Prompts": "dataset",
     "ByDifficulty": "difficulty",
-    "EurusPrompts": "eurus",
+    "EurusPrompts": "published",
     "StreamedPrompts": "streaming",
 }
 """Files of the names that users write; each is imported when it is first asked for."""

@@ -20,8 +20,8 @@ from queue import Empty, Queue
 from typing import Any
 
 from prime_lightning.models.batch import Batch
+from prime_lightning.sampling.acceptance import Tally
 from prime_lightning.sampling.loader import TrainingLoader
-from prime_lightning.sampling.tally import Tally
 
 POLL_SECONDS = 0.2
 

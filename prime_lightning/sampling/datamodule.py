@@ -24,8 +24,8 @@ from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Completion, Prompt, Sampling
 from prime_lightning.sampling.acceptance import AccuracyFilter
 from prime_lightning.sampling.ahead import AheadLoader
-from prime_lightning.sampling.balance import balanced
 from prime_lightning.sampling.loader import Collecting, RolloutSource, Surplus, TrainingLoader
+from prime_lightning.sampling.ranks import balanced
 from prime_lightning.sampling.sync import PolicyWeights, send
 from prime_lightning.sampling.validation import EvaluationLoader
 from prime_lightning.verifiers import ReferenceReport, Verifiers

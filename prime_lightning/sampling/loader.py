@@ -31,9 +31,8 @@ from prime_lightning.engines import Engine, FinishedSamples, check_truncated_log
 from prime_lightning.models.batch import Batch
 from prime_lightning.prompts.dataset import Prompts
 from prime_lightning.rollout import Completion, Group, Prompt, Rollout, Sampling, Verdict
-from prime_lightning.sampling.acceptance import Acceptance, AccuracyFilter
-from prime_lightning.sampling.positions import redistribute, restored, saved
-from prime_lightning.sampling.tally import Tally
+from prime_lightning.sampling.acceptance import Acceptance, AccuracyFilter, Tally
+from prime_lightning.sampling.ranks import redistribute, restored, saved
 from prime_lightning.verifiers import Verifiers
 
 LONG_PROMPTS_IN_A_ROW = 10_000

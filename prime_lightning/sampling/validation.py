@@ -9,8 +9,8 @@ from functools import cached_property
 
 from prime_lightning.models.batch import Batch
 from prime_lightning.rollout import Prompt, Sampling
+from prime_lightning.sampling.acceptance import Tally
 from prime_lightning.sampling.loader import RolloutSource, Round
-from prime_lightning.sampling.tally import Tally
 
 
 class EvaluationLoader:

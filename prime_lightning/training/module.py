@@ -27,16 +27,13 @@ from prime_lightning.models.lora import WithoutAdapters
 from prime_lightning.models.options import Loading, Lora
 from prime_lightning.models.pretrained import check_same_vocabulary, embedding_rows, ids_without_token, load_tokenizer
 from prime_lightning.sampling.sync import PolicyWeights, weight_receiver
-from prime_lightning.training.options import Credit, PolicyLoss, Probe, ProcessReward, Update
+from prime_lightning.training.learning import PolicyLearner, PRMLearner, with_process_only
+from prime_lightning.training.options import Credit, PolicyLoss, Probe, ProcessReward, Update, check_together
 from prime_lightning.training.panel import Iteration, Panel
-from prime_lightning.training.passes import Passes
-from prime_lightning.training.policy_learning import PolicyLearner, with_process_only
-from prime_lightning.training.prm_learning import PRMLearner
-from prime_lightning.training.probe import check_greedy
+from prime_lightning.training.passes import Passes, check_greedy
 from prime_lightning.training.run_metadata import import_path, run_metadata
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.stepping import Stepper, check_devices
-from prime_lightning.training.together import check_together
 
 ROLES = ("prm", "policy", "critic")
 

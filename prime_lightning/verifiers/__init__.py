@@ -22,7 +22,7 @@ from prime_lightning.verifiers.code.answer import CodeGrader, SandboxLeaks
 from prime_lightning.verifiers.maths.answer import MathGrader, answer_of
 from prime_lightning.verifiers.maths.text import normalise
 from prime_lightning.verifiers.options import CodeOptions, MathOptions, UserOptions
-from prime_lightning.verifiers.reference_check import BadReference, ReferenceReport, of_maths
+from prime_lightning.verifiers.references import BadReference, ReferenceReport, of_maths
 from prime_lightning.verifiers.remote import HttpVerifier, RemoteGrader
 from prime_lightning.verifiers.user_answer import UserGrader
 from prime_lightning.verifiers.workers.pool import WorkerDied

@@ -3,6 +3,10 @@ r"""What a data set calls an answer -> the reference text that graders read; and
 The contract between data and graders: a reference is one text. A list of answers means all of them, in any order, and
 reaches the grader as its elements joined by `, `, without their dollars; a list inside a list, like anything that is
 written in round brackets, is a tuple, whose order counts. A mapping is no answer: one of its fields is.
+
+References are checked once, when a data set is loaded, with the graders that will use them. Usable is a reference that
+a model could meet by writing the answer it stands for. That a text equals itself says little: a whole solution does so,
+too, and no answer equals it.
 """
 
 from __future__ import annotations
@@ -12,9 +16,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from prime_lightning.rollout import Label, Verdict
+from prime_lightning.verifiers.maths.answer import MathGrader
 from prime_lightning.verifiers.maths.text import boxes
 
 GSM8K = r"'####\s*(.+)'"
@@ -187,3 +195,62 @@ def _lines(text: str) -> int:
         if not changed:
             break
     return 1 if r"\begin" in text else sum(bool(line.strip(" $")) for line in text.splitlines())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadReference:
+    """A reference that cannot be graded against."""
+
+    row: int
+    """Its position among the prompts that were checked."""
+    source: str
+    """Its data set."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceReport:
+    """The outcome of `Verifiers.check_references`.
+
+    Example:
+        >>> report = ReferenceReport(checked=3, bad=[BadReference(row=1, source="sums", reason="empty")])
+        >>> report.usable, str(report)
+        ([0, 2], '1 of 3 references cannot be used and their rows are dropped: sums row 1 (empty)')
+    """
+
+    checked: int
+    """How many prompts."""
+    bad: list[BadReference] = field(default_factory=list)
+    """In the order of their rows."""
+
+    @property
+    def usable(self) -> list[int]:
+        """Positions of the prompts to keep."""
+        dropped = {bad.row for bad in self.bad}
+        return [row for row in range(self.checked) if row not in dropped]
+
+    def __str__(self) -> str:
+        if not self.bad:
+            return f"all {self.checked} references agree with themselves"
+        listed = ", ".join(f"{bad.source or 'unnamed'} row {bad.row} ({bad.reason})" for bad in self.bad[:20])
+        more = f" and {len(self.bad) - 20} more" if len(self.bad) > 20 else ""
+        return f"{len(self.bad)} of {self.checked} references cannot be used and their rows are dropped: {listed}{more}"
+
+
+def of_maths(grader: MathGrader, reference: str) -> Future[str]:
+    """Why no answer could be graded as right against a reference; empty if one could."""
+    reason, inside = complaint(reference), boxed(reference)
+    if reason:
+        found: Future[str] = Future()
+        found.set_result(reason)
+        return found
+    if not inside:
+        return grader.check(reference)
+    met: Future[str] = Future()
+    graded = grader.grade(reference, rf"\boxed{{{inside}}}")
+    graded.add_done_callback(lambda done: met.set_result(_unmet(done.result())))
+    return met
+
+
+def _unmet(verdict: Verdict) -> str:
+    return f"not what stands in its box; {BOXED}" if verdict.label is Label.WRONG else ""

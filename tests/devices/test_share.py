@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_lightning.sampling import positions
+from prime_lightning.sampling import ranks
 from prime_lightning.training import replay
 
 counted = st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -29,7 +29,7 @@ def test_every_prompt_is_drawn_once_across_a_change_of_ranks(counts, world, star
         state(start, count, [d for d in sorted(again) if (d - start) % len(counts) == rank])
         for rank, count in enumerate(counts)
     ]
-    shares = [positions.redistribute(states, rank, world) for rank in range(world)]
+    shares = [ranks.redistribute(states, rank, world) for rank in range(world)]
     queued = [draw for share in shares for draw in share["returned"]]
     if world == len(counts):
         assert shares == states
@@ -45,7 +45,7 @@ def test_every_prompt_is_drawn_once_across_a_change_of_ranks(counts, world, star
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
 def test_surplus_and_replayed_groups_stay_whole(old, new, groups):
     surplus = [state(0, 0, (), [[f"{rank}/{i}", "member"] for i in range(groups)]) for rank in range(old)]
-    shared = [json.loads(positions.redistribute(surplus, rank, new)["surplus"]) for rank in range(new)]
+    shared = [json.loads(ranks.redistribute(surplus, rank, new)["surplus"]) for rank in range(new)]
     whole = [group for one in surplus for group in json.loads(one["surplus"])]
     assert sorted(group for share in shared for group in share) == sorted(whole)
 

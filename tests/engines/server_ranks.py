@@ -14,7 +14,7 @@ import torch
 from shared_ranks import GREEDY, SAMPLING, error_of, prompts_of, samples, weights
 from torch import distributed
 
-from prime_lightning.engines.ranks import of_all_ranks, rank
+from prime_lightning.engines.host_group import of_all_ranks, rank
 from prime_lightning.engines.server.engine import ServerEngine
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from prime_lightning.engines.ranks import of_all_ranks, rank
+from prime_lightning.engines.host_group import of_all_ranks, rank
 from prime_lightning.engines.vllm.shared import SharedVLLMEngine
 from prime_lightning.models.pretrained import load_causal_lm, load_tokenizer
 from prime_lightning.prompts.arithmetic import ArithmeticPrompts

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import DynamicCache, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
-from prime_lightning.engines import hf_cache
-from prime_lightning.engines.hf import BLOCK, inverted
-from prime_lightning.engines.hf_cache import GrownLayer, grown_cache
+from prime_lightning.engines import hf
+from prime_lightning.engines.hf import BLOCK, GrownLayer, grown_cache, inverted
 
 
 def by_scanning(weights, uniform):
@@ -50,7 +49,7 @@ CONFIG = Qwen2Config(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, 
 
 @given(st.lists(st.tuples(st.integers(1, 7), st.sampled_from([None, "half", "twice", "turned"])), max_size=9))
 def test_a_grown_cache_is_the_concatenated_one(steps):
-    chunk, hf_cache.CHUNK = hf_cache.CHUNK, 4
+    chunk, hf.CHUNK = hf.CHUNK, 4
     try:
         caches, rows = (grown_cache(CONFIG), DynamicCache(config=CONFIG)), 2
         generator = torch.Generator().manual_seed(1)
@@ -66,7 +65,7 @@ def test_a_grown_cache_is_the_concatenated_one(steps):
                     cache.batch_select_indices(torch.tensor(kept))
             assert caches[0].get_seq_length() == caches[1].get_seq_length()
     finally:
-        hf_cache.CHUNK = chunk
+        hf.CHUNK = chunk
 
 
 def test_room_is_made_seldom_and_sliding_layers_stay():

@@ -8,9 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prime_lightning.engines import hf
-from prime_lightning.engines.samples import completion_of, sample_keys
+from prime_lightning.engines.samples import Work, completion_of, sample_keys
 from prime_lightning.engines.weights.transfer import HostSender, WeightCopy, column_of
-from prime_lightning.engines.work import Work
 from prime_lightning.models.pretrained import load_causal_lm
 from prime_lightning.prompts.arithmetic import write_model
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling

@@ -219,7 +219,7 @@ def test_variables_of_the_chat_template_reach_it(tmp_path, chat_model):
     tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<|no|>{% endif %}"
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "How many hens?", "answer": "2"}])
     init = {"path": path, "kind": "math"}
-    rows = {"class_path": "prime_lightning.prompts.benchmark_rows.BenchmarkRows", "init_args": init}
+    rows = {"class_path": "prime_lightning.prompts.BenchmarkRows", "init_args": init}
     thinking = {"user": "{problem}", "chat_template_kwargs": {"enable_thinking": True}}
     (tmp_path / "own.yaml").write_text(
         json.dumps({"title": "Own", "licence": "own", "rows": 1, "prompts": rows, "templates": {"prime": thinking}})

@@ -17,9 +17,9 @@ from toys import CLASSES, tiny_lm
 from transformers import AttentionInterface
 
 from prime_lightning.models import attention
+from prime_lightning.models.attention import Sequences, pack
 from prime_lightning.models.logprobs import ScoringLM, ValueLM
 from prime_lightning.models.options import Loading
-from prime_lightning.models.packing import Sequences, pack
 
 WINDOWED = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {

@@ -7,9 +7,9 @@ from toys import tiny_lm
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from prime_lightning.models import attention
+from prime_lightning.models.attention import Sequences
 from prime_lightning.models.logprobs import ScoringLM
 from prime_lightning.models.options import Loading
-from prime_lightning.models.packing import Sequences
 from prime_lightning.training.plan.shape import shape_of
 
 

@@ -15,7 +15,7 @@ from toys import write_jsonl
 
 from prime_lightning.prompts.arithmetic import build_tokenizer
 from prime_lightning.prompts.dataset import DatasetPrompts
-from prime_lightning.prompts.eurus import EurusPrompts
+from prime_lightning.prompts.published import EurusPrompts
 from prime_lightning.prompts.template import Template
 from prime_lightning.verifiers import Verifiers
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_lightning.models.batch import Batch, join
-from prime_lightning.sampling.balance import assign, tokens_of_groups
+from prime_lightning.sampling.ranks import assign, tokens_of_groups
 
 costs_and_ranks = st.tuples(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 8))
 

@@ -13,8 +13,7 @@ from toys import write_jsonl
 
 from prime_lightning.prompts.dataset import DatasetPrompts, MixedPrompts, Prompts, Template
 from prime_lightning.rollout import Completion, Finish, Prompt, Rollout, Sampling, Verdict
-from prime_lightning.sampling.acceptance import AccuracyFilter
-from prime_lightning.sampling.tally import Tally
+from prime_lightning.sampling.acceptance import AccuracyFilter, Tally
 from prime_lightning.sampling.validation import EvaluationLoader
 
 ONE = Sampling(samples=1, max_tokens=8)

@@ -11,7 +11,7 @@ from toys import rollout
 
 from prime_lightning.algorithms.measures import Measures
 from prime_lightning.rollout import Finish, Label
-from prime_lightning.sampling.tally import Tally
+from prime_lightning.sampling.acceptance import Tally
 
 scores = st.sampled_from([0.0, 0.25, 1.0, None])
 groups = st.lists(st.tuples(scores, st.integers(1, 9), st.sampled_from(list(Finish))), min_size=1, max_size=6)

@@ -15,8 +15,8 @@ from prime_lightning import algorithms as alg
 from prime_lightning.algorithms.measures import Measures
 from prime_lightning.models.batch import Batch
 from prime_lightning.models.options import Loading
+from prime_lightning.training.learning import optimise_prm
 from prime_lightning.training.options import PolicyLoss, Update
-from prime_lightning.training.prm_learning import optimise_prm
 
 META = torch.device("meta")
 

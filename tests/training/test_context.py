@@ -14,7 +14,7 @@ from prime_lightning.__main__ import main
 from prime_lightning.evaluation.callback import Benchmarks
 from prime_lightning.prompts.dataset import DatasetPrompts, Template
 from prime_lightning.rollout import Sampling
-from prime_lightning.sampling.tally import Tally
+from prime_lightning.sampling.acceptance import Tally
 from prime_lightning.sampling.validation import EvaluationLoader
 
 CONTEXT, ROOM = 128, 8
@@ -122,7 +122,7 @@ def benchmark(tmp_path):
         "licence": "ours",
         "rows": 9,
         "prompts": {
-            "class_path": "prime_lightning.prompts.benchmark_rows.BenchmarkRows",
+            "class_path": "prime_lightning.prompts.BenchmarkRows",
             "init_args": {"path": str(tmp_path / "rows9.jsonl"), "kind": "exact"},
         },
         "templates": {"prime": {"chat": False, "user": "{problem}"}},

@@ -9,8 +9,8 @@ import torch
 from prime_lightning import algorithms as alg
 from prime_lightning.models.options import Loading
 from prime_lightning.rollout import Sampling, Verdict
+from prime_lightning.training.learning import PRMLearner
 from prime_lightning.training.options import PolicyLoss, Probe, ProcessReward, Replaying, Update
-from prime_lightning.training.prm_learning import PRMLearner
 from prime_lightning.verifiers import Verifiers
 
 FULL = {"policy without gradient": 1, "prm without gradient": 1, "reference without gradient": 1, "policy": 1, "prm": 1}

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Qwen2
 from prime_lightning.__main__ import main
 from prime_lightning.cli.lightning_cli import parsed
 from prime_lightning.models.logprobs import ScoringLM
-from prime_lightning.training.plan import memory as mem
-from prime_lightning.training.plan import timing
-from prime_lightning.training.plan.memory import Sharding
+from prime_lightning.training.plan import estimates
+from prime_lightning.training.plan.estimates import Sharding
 from prime_lightning.training.plan.report import Rollouts, iteration_of, memory_of, switched
 from prime_lightning.training.plan.setup import setup_of
 from prime_lightning.training.plan.shape import adapter_parameters, shape_of, work_bytes
@@ -60,9 +59,9 @@ def test_parameters_gradients_and_moments_are_exact(name, dtype):
     model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
     optimizer.step()
     moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
-    assert mem.parameter_bytes(shape.parameters, width, alone) == size(model.parameters())
-    assert mem.gradient_bytes(shape.parameters, width, alone) == size(p.grad for p in model.parameters())
-    assert mem.moment_bytes(shape.parameters, 2, width, alone) == size(moments)
+    assert estimates.parameter_bytes(shape.parameters, width, alone) == size(model.parameters())
+    assert estimates.gradient_bytes(shape.parameters, width, alone) == size(p.grad for p in model.parameters())
+    assert estimates.moment_bytes(shape.parameters, 2, width, alone) == size(moments)
     assert shape.lookup == (0 if model.lm_head.weight is model.get_input_embeddings().weight else 64_000)
 
 
@@ -71,13 +70,13 @@ def test_the_stages_are_those_of_the_zero_paper():
 
     def kept(stage):
         shard = Sharding(gpus=64, stage=stage, masters=True)
-        parts = mem.parameter_bytes(7.5e9, 2, shard) + mem.gradient_bytes(7.5e9, 2, shard)
-        return (parts + mem.moment_bytes(7.5e9, 2, 2, shard) + mem.master_bytes(7.5e9, shard)) / 1e9
+        parts = estimates.parameter_bytes(7.5e9, 2, shard) + estimates.gradient_bytes(7.5e9, 2, shard)
+        return (parts + estimates.moment_bytes(7.5e9, 2, 2, shard) + estimates.master_bytes(7.5e9, shard)) / 1e9
 
     assert [round(kept(stage), 1) for stage in range(4)] == [120.0, 31.4, 16.6, 1.9]
     offloaded = Sharding(gpus=64, stage=3, masters=True, offload_optimizer=True, offload_parameters=True)
-    assert mem.moment_bytes(7.5e9, 2, 2, offloaded) == mem.parameter_bytes(7.5e9, 2, offloaded) == 0
-    assert mem.host_bytes(7.5e9, 2, 2, offloaded) == 7.5e9 * (12 + 2) / 64
+    assert estimates.moment_bytes(7.5e9, 2, 2, offloaded) == estimates.parameter_bytes(7.5e9, 2, offloaded) == 0
+    assert estimates.host_bytes(7.5e9, 2, 2, offloaded) == 7.5e9 * (12 + 2) / 64
 
 
 def allocated(run):
@@ -134,7 +133,7 @@ def test_keys_and_values_are_exact():
     cache = DynamicCache(config=CONFIGS["tied"])
     model(input_ids=torch.zeros(3, 11, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = size(t for layer in cache.layers for t in (layer.keys, layer.values))
-    assert mem.cache_bytes(3, 11, shape_of(CONFIGS["tied"]).cache_width, 4) == held
+    assert estimates.cache_bytes(3, 11, shape_of(CONFIGS["tied"]).cache_width, 4) == held
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -144,17 +143,19 @@ def test_operations_are_those_that_torch_counts(name):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(2, 32, dtype=torch.long), use_cache=False)
     norms_and_biases = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    matrix = timing.matrix_parameters(shape.parameters, shape.lookup) - norms_and_biases
-    full = timing.forward_flops(matrix, shape.layers, shape.hidden, tokens=64, length=2 * 32)  # it knows no causality
+    matrix = estimates.matrix_parameters(shape.parameters, shape.lookup) - norms_and_biases
+    full = estimates.forward_flops(
+        matrix, shape.layers, shape.hidden, tokens=64, length=2 * 32
+    )  # it knows no causality
     assert counter.get_total_flops() == full
 
 
 def test_sampling_is_bound_by_bandwidth_then_by_arithmetic():
-    gpu = timing.Hardware(flops=1e12, bandwidth=1e9, sampling_efficiency=1.0)
+    gpu = estimates.Hardware(flops=1e12, bandwidth=1e9, sampling_efficiency=1.0)
 
     def seconds(running, **more):
         numbers = {"length": 0, "weight_bytes": 1e9, "cache_bytes_per_token": 0.0, "forward_flops_per_token": 1e9}
-        return timing.sampling_seconds(1000, running=running, gpus=1, hardware=gpu, **numbers | more)
+        return estimates.sampling_seconds(1000, running=running, gpus=1, hardware=gpu, **numbers | more)
 
     assert seconds(1) == 1000  # the weights are read once a token: 1 s
     assert seconds(10) == 100  # ten samples share a reading
@@ -363,7 +364,7 @@ def test_replayed_passes_are_counted(warm_model):
 def test_adapters_have_little_state_and_a_free_reference(warm_model):
     whole = setup(warm_model, "--model.reference", str(warm_model))
     few = replace(whole, trainable={"policy": 1000, "prm": 1000}, shared_reference=True)
-    before, after = memory_of(whole, mem.GIB), memory_of(few, mem.GIB)
+    before, after = memory_of(whole, estimates.GIB), memory_of(few, estimates.GIB)
     assert after.models["optimizer moments"] == {"policy": 8000, "prm": 8000}
     assert after.models["parameters"]["reference"] == 0
     assert after.models["parameters"]["policy"] == before.models["parameters"]["policy"] + 4000
@@ -375,12 +376,12 @@ def test_every_switch_does_what_it_says(warm_model, monkeypatch):
     large = setup(warm_model, "--model.reference", str(warm_model), "--trainer.devices=2")
     monkeypatch.setattr("prime_lightning.training.plan.report.CONTEXT", 0)  # larger than all of so small a run
     monkeypatch.setattr("prime_lightning.training.plan.report.WORTH", 1.0)
-    found, before = switched(large, mem.GIB), memory_of(large, mem.GIB).peak
+    found, before = switched(large, estimates.GIB), memory_of(large, estimates.GIB).peak
     assert len(found) == len({switch.words for switch in found}) >= 6
     assert all(switch.alone <= 1.0001 * before for switch in found)
     together = [before, *(switch.together for switch in found)]
     assert together == sorted(together, reverse=True)
-    assert memory_of(replace(large, checkpointing=True), mem.GIB).peak == found[0].alone
+    assert memory_of(replace(large, checkpointing=True), estimates.GIB).peak == found[0].alone
 
 
 @pytest.mark.usefixtures("_here")
@@ -388,7 +389,8 @@ def test_a_shared_prompt_is_counted_once_in_time(warm_model):
     whole = setup(warm_model)
     rollouts = Rollouts(prompt=30, response=20, acceptance=1.0)
     apart, shared = (
-        iteration_of(replace(whole, shared_prompts=on), rollouts, timing.Hardware(), 80 * 2**30) for on in (False, True)
+        iteration_of(replace(whole, shared_prompts=on), rollouts, estimates.Hardware(), 80 * 2**30)
+        for on in (False, True)
     )
     share = (30 + whole.samples * 20) / (whole.samples * 50)
     assert shared.scoring == pytest.approx(share * apart.scoring)

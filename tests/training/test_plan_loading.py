@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from prime_lightning.models.logprobs import ScoringLM
 from prime_lightning.models.pretrained import load_causal_lm
-from prime_lightning.training.plan import memory as mem
-from prime_lightning.training.plan.memory import Sharding
+from prime_lightning.training.plan import estimates
+from prime_lightning.training.plan.estimates import Sharding
 from prime_lightning.training.plan.report import memory_of, switched
 from prime_lightning.training.plan.shape import logits_bytes, shape_of, work_bytes
 
@@ -58,15 +58,15 @@ def test_a_run_with_a_float32_head_needs_more_and_is_told_so(warm_model, monkeyp
     words = ("--trainer.strategy=deepspeed_stage_2", "--trainer.precision=bf16-mixed")
     plain = setup(warm_model, *words)
     wide = setup(warm_model, *words, "--model.loading.head_dtype=float32")
-    more = [memory_of(one, mem.GIB).training["logits"] for one in (plain, wide)]
+    more = [memory_of(one, estimates.GIB).training["logits"] for one in (plain, wide)]
     assert more[1] > more[0]
-    assert "model.loading.head_dtype: null" in [switch.words for switch in switched(wide, mem.GIB)]
+    assert "model.loading.head_dtype: null" in [switch.words for switch in switched(wide, estimates.GIB)]
 
 
 @pytest.mark.usefixtures("_here")
 def test_the_host_holds_a_model_while_it_is_loaded_but_under_zero_3(warm_model):
     parameters = sum(p.numel() for p in load_causal_lm(str(warm_model)).parameters())
-    assert memory_of(setup(warm_model), mem.GIB).loading == 4 * parameters
-    assert memory_of(setup(warm_model, "--model.loading.dtype=bfloat16"), mem.GIB).loading == 2 * parameters
-    assert mem.loading_bytes(parameters, 4, Sharding(gpus=8, stage=3)) == 4 * parameters  # FSDP2
-    assert mem.loading_bytes(parameters, 4, Sharding(gpus=8, stage=3, masters=True)) == 0
+    assert memory_of(setup(warm_model), estimates.GIB).loading == 4 * parameters
+    assert memory_of(setup(warm_model, "--model.loading.dtype=bfloat16"), estimates.GIB).loading == 2 * parameters
+    assert estimates.loading_bytes(parameters, 4, Sharding(gpus=8, stage=3)) == 4 * parameters  # FSDP2
+    assert estimates.loading_bytes(parameters, 4, Sharding(gpus=8, stage=3, masters=True)) == 0

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from prime_lightning import algorithms as alg
 from prime_lightning.models.batch import Batch
 from prime_lightning.sampling.acceptance import AccuracyFilter
+from prime_lightning.training.learning import PRMLearner
 from prime_lightning.training.options import PolicyLoss, ProcessReward, Replaying, Update
-from prime_lightning.training.prm_learning import PRMLearner
 
 STRICT = AccuracyFilter(low=0.3, high=0.8)
 

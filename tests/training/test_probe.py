@@ -11,7 +11,7 @@ from prime_lightning.models.head import chosen_logprobs
 from prime_lightning.models.logprobs import ScoringLM
 from prime_lightning.sampling.sync import PolicyWeights
 from prime_lightning.training.options import Probe
-from prime_lightning.training.probe import check_greedy
+from prime_lightning.training.passes import check_greedy
 
 
 class Tampered(tiny.HFEngine):

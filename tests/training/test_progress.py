@@ -50,7 +50,7 @@ def test_a_terminal_sees_bars_of_all_phases(model_folder, tmp_path, monkeypatch,
         self._bar.live.auto_refresh = False
 
     monkeypatch.setattr(PrimeProgress, "_open", eagerly)
-    from prime_lightning.sampling.tally import Tally
+    from prime_lightning.sampling.acceptance import Tally
     from prime_lightning.training.stepping import Stepper
 
     bars = []

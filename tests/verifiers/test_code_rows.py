@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from prime_lightning.prompts.dataset import DatasetPrompts
-from prime_lightning.prompts.eurus import EurusPrompts
+from prime_lightning.prompts.published import EurusPrompts
 from prime_lightning.prompts.template import Template
 from prime_lightning.rollout import Label
 from prime_lightning.verifiers import CodeOptions, Verifiers

@@ -37,14 +37,13 @@ FLOORS = [
         "maths.scalar",
         "maths.final",
         "remote",
-        "references",
     },
     {"jail.cage", "workers.launch", "code.asserts", "maths.shape"},
     {"jail.zygote", "workers.sandbox", "code.units", "maths.compare", "jail.graders.equality"},
     {"code.tests"},
     {"jail.graders.maths", "jail.graders.user", "jail.graders.programs", "workers.persistent", "code.run"},
     {"jail.boot", "maths.answer", "user_answer", "code.selftest", "code.calibration"},
-    {"code.answer", "reference_check"},
+    {"code.answer", "references"},
     {"__init__", *(f"{room}.__init__" for room in ("code", "jail", "jail.graders", "maths", "workers"))},
 ]
 LIBRARY = {"math_verify", "latex2sympy2_extended", "sympy"}

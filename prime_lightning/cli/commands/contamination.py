@@ -15,7 +15,7 @@ from typing import Any
 from prime_lightning.cli.usage import Parser
 from prime_lightning.evaluation.benchmark import benchmark_names, load_benchmark
 from prime_lightning.evaluation.overlap import Index, Match
-from prime_lightning.prompts.benchmark_rows import BenchmarkRows
+from prime_lightning.prompts.published import BenchmarkRows
 from prime_lightning.prompts.rows import LOADERS, load_rows
 from prime_lightning.rollout.files import replace_rows
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from prime_lightning.cli.lightning_cli import parsed
 from prime_lightning.cli.usage import Parser
-from prime_lightning.training.plan.memory import GIB
+from prime_lightning.training.plan.estimates import GIB, Hardware
 from prime_lightning.training.plan.report import Iteration, Memory, Rollouts, iteration_of, memory_of, switched
 from prime_lightning.training.plan.setup import ROLES, Setup, setup_of
-from prime_lightning.training.plan.timing import Hardware
 
 
 def main(args: Sequence[str]) -> int:

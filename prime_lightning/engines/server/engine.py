@@ -25,13 +25,19 @@ from typing import Any, Literal
 from torch import Tensor
 
 from prime_lightning.engines import FinishedSamples
-from prime_lightning.engines.host_group import of_all_ranks
-from prime_lightning.engines.ranks import rank, together
-from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
+from prime_lightning.engines.host_group import of_all_ranks, rank, together
+from prime_lightning.engines.samples import (
+    Request,
+    Work,
+    check_fits,
+    completion_of,
+    end_token_ids,
+    generation_end,
+    sampling_arguments,
+)
 from prime_lightning.engines.server.client import SampleCall, ServerClient, ServerDownError
 from prime_lightning.engines.server.fleet import Fleet, Server
 from prime_lightning.engines.weights.transfer import HostSender, WeightCopy
-from prime_lightning.engines.work import Request, Work, sampling_arguments
 from prime_lightning.models.pretrained import ids_with_token, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 

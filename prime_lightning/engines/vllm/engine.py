@@ -3,7 +3,6 @@
 A crash of the engine is never the trainer's: it is started again with the weights it had, and unfinished samples are
 drawn once more from the same seeds. One rank has one engine; `vllm/shared.py` lets several use one. `vllm/process.py`
 holds the process, in which `vllm/child.py` runs; nothing here imports vLLM, and on CPU the trainer never does.
-
 It leaves out speculative decoding.
 """
 
@@ -22,14 +21,20 @@ from torch import Tensor
 
 from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
-from prime_lightning.engines.samples import check_fits, completion_of, end_token_ids, generation_end
+from prime_lightning.engines.samples import (
+    Work,
+    check_fits,
+    completion_of,
+    end_token_ids,
+    generation_end,
+    sampling_arguments,
+)
 from prime_lightning.engines.vllm.adapters import Adapters, room_for
 from prime_lightning.engines.vllm.arguments import arguments_of, environment_of
 from prime_lightning.engines.vllm.devices import check_devices, own_gpu, transfer_of
 from prime_lightning.engines.vllm.errors import MISSING, explain, may_pass
 from prime_lightning.engines.vllm.process import Channel, EngineDiedError, EngineProcess, ProcessClient
 from prime_lightning.engines.weights.transfer import HostSender, WeightCopy
-from prime_lightning.engines.work import Work, sampling_arguments
 from prime_lightning.models.pretrained import ids_with_token, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_lightning.engines.host_group import of_all_ranks
-from prime_lightning.engines.ranks import rank, together
+from prime_lightning.engines.host_group import of_all_ranks, rank, together
 from prime_lightning.engines.vllm.devices import own_gpu
 from prime_lightning.engines.vllm.engine import VLLMEngine
 from prime_lightning.engines.vllm.process import Channel, EngineDiedError

@@ -8,9 +8,8 @@ from prime_lightning import lazily
 
 if TYPE_CHECKING:
     from prime_lightning.training.callbacks.alarms import Alarms
-    from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutLog
+    from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutLog, SampleTable
     from prime_lightning.training.callbacks.progress import PrimeProgress
-    from prime_lightning.training.callbacks.sample_table import SampleTable
 
 __all__ = ["Alarms", "HuggingFaceExport", "PrimeProgress", "RolloutLog", "SampleTable"]
 HOMES = {
@@ -18,7 +17,7 @@ HOMES = {
     "HuggingFaceExport": "files",
     "RolloutLog": "files",
     "PrimeProgress": "progress",
-    "SampleTable": "sample_table",
+    "SampleTable": "files",
 }
 """Files of the names that users write; each is imported when it is first asked for."""
 

@@ -30,7 +30,7 @@ from rich.text import Text
 from torch import Tensor
 
 from prime_lightning.models.third_party_bars import ThirdPartyBar
-from prime_lightning.sampling.tally import Tally
+from prime_lightning.sampling.acceptance import Tally
 from prime_lightning.training.callbacks.heartbeat import Heartbeat
 from prime_lightning.training.module import PrimeModule
 

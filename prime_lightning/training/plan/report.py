@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from prime_lightning.training.plan import memory as mem
-from prime_lightning.training.plan import timing
+from prime_lightning.training.plan import estimates
+from prime_lightning.training.plan.estimates import Hardware
 from prime_lightning.training.plan.setup import Setup
 from prime_lightning.training.plan.shape import logits_bytes, work_bytes
-from prime_lightning.training.plan.timing import Hardware
 
-CONTEXT = 1.5 * mem.GIB  # CUDA context, NCCL buffers and cuBLAS workspace; assumed
+CONTEXT = 1.5 * estimates.GIB  # CUDA context, NCCL buffers and cuBLAS workspace; assumed
 WORTH = 0.99
 
 
@@ -50,14 +49,14 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
     """Memory of one GPU by part."""
     shard, width = setup.sharding, setup.width
     counts = setup.trainable
-    gradients = {role: mem.gradient_bytes(n, width, shard) for role, n in counts.items()}
+    gradients = {role: estimates.gradient_bytes(n, width, shard) for role, n in counts.items()}
     models = {
         "parameters": {role: _parameters(setup, role) for role in setup.shapes},
         "gradients": gradients if shard.masters else {},
-        "optimizer moments": {r: mem.moment_bytes(n, setup.moments[r], width, shard) for r, n in counts.items()},
-        "float32 masters": {role: mem.master_bytes(n, shard) for role, n in counts.items()},
+        "optimizer moments": {r: estimates.moment_bytes(n, setup.moments[r], width, shard) for r, n in counts.items()},
+        "float32 masters": {role: estimates.master_bytes(n, shard) for role, n in counts.items()},
     }
-    gathered = [mem.gathered_bytes(s.parameters, s.largest_unit, width, shard) for s in setup.shapes.values()]
+    gathered = [estimates.gathered_bytes(s.parameters, s.largest_unit, width, shard) for s in setup.shapes.values()]
     logits = max(_logits(setup, role) for role in setup.trained)
     work = max(_work(setup, role) for role in setup.trained)
     held, sampling = _engine(setup, gpu_bytes)
@@ -71,8 +70,8 @@ def memory_of(setup: Setup, gpu_bytes: float) -> Memory:
         },
         sampling=sampling,
         held={**held, "CUDA context, NCCL (assumed)": CONTEXT},
-        host=sum(mem.host_bytes(n, setup.moments[role], width, shard) for role, n in counts.items()),
-        loading=max(mem.loading_bytes(s.parameters, setup.loaded.itemsize, shard) for s in setup.shapes.values()),
+        host=sum(estimates.host_bytes(n, setup.moments[role], width, shard) for role, n in counts.items()),
+        loading=max(estimates.loading_bytes(s.parameters, setup.loaded.itemsize, shard) for s in setup.shapes.values()),
     )
 
 
@@ -80,7 +79,7 @@ def _parameters(setup: Setup, role: str) -> float:
     """Bytes of a model's weights; a frozen one may be whole where trained ones are divided."""
     whole = setup.sharding.replicate_frozen and role not in setup.trained
     shard = replace(setup.sharding, stage=0, offload_parameters=False) if whole else setup.sharding
-    return mem.parameter_bytes(setup.stored(role), setup.width, shard)
+    return estimates.parameter_bytes(setup.stored(role), setup.width, shard)
 
 
 def _work(setup: Setup, role: str) -> float:
@@ -113,7 +112,7 @@ def _engine(setup: Setup, gpu_bytes: float) -> tuple[dict[str, float], dict[str,
         }, {}
     length = setup.prompt_tokens + setup.response_tokens
     running = min(sampler.sequences, setup.groups * setup.samples // setup.sharding.gpus)
-    cache = mem.cache_bytes(running, length, shape.cache_width, sampler.width)
+    cache = estimates.cache_bytes(running, length, shape.cache_width, sampler.width)
     return {"engine: weights": weights}, {"engine: keys and values": cache}
 
 
@@ -244,20 +243,22 @@ def iteration_of(setup: Setup, rollouts: Rollouts, hardware: Hardware, gpu_bytes
 
     def forward(role: str, tokens: float) -> float:
         shape = setup.shapes[role]
-        matrix = timing.matrix_parameters(shape.parameters, shape.lookup)
-        return timing.forward_flops(matrix, shape.layers, shape.hidden, tokens, length)
+        matrix = estimates.matrix_parameters(shape.parameters, shape.lookup)
+        return estimates.forward_flops(matrix, shape.layers, shape.hidden, tokens, length)
 
     prompts = setup.groups if setup.shared_prompts else rows
     tokens = prompts * rollouts.prompt + rows * rollouts.response
     scored = sum(count * forward(role, tokens) for role, count in setup.scored.items())
     trained = sum(
         setup.epochs[role]
-        * timing.training_flops(forward(role, tokens), checkpointing=setup.checkpointing, adapters=setup.adapted(role))
+        * estimates.training_flops(
+            forward(role, tokens), checkpointing=setup.checkpointing, adapters=setup.adapted(role)
+        )
         for role in setup.trained
     )
     running = running_samples(setup, rollouts, gpu_bytes)
     sampler, policy = setup.sampler, setup.shapes["policy"]
-    sampling = timing.sampling_seconds(
+    sampling = estimates.sampling_seconds(
         rows * rollouts.response / rollouts.acceptance,
         running=running,
         length=length,
@@ -267,7 +268,7 @@ def iteration_of(setup: Setup, rollouts: Rollouts, hardware: Hardware, gpu_bytes
         gpus=max(1, gpus // sampler.tensor_parallel),
         hardware=hardware,
     )
-    seconds = [timing.training_seconds(flops, gpus, hardware) for flops in (scored, trained)]
+    seconds = [estimates.training_seconds(flops, gpus, hardware) for flops in (scored, trained)]
     return Iteration(sampling=sampling, scoring=seconds[0], training=seconds[1], running=running)
 
 
@@ -278,7 +279,7 @@ def running_samples(setup: Setup, rollouts: Rollouts, gpu_bytes: float) -> float
     there = setup.groups * setup.samples / rollouts.acceptance / engines
     held, _ = _engine(setup, gpu_bytes)
     cache = held.get("engine: keys and values")
-    a_sample = mem.cache_bytes(1, 1, setup.shapes["policy"].cache_width, sampler.width) * (
+    a_sample = estimates.cache_bytes(1, 1, setup.shapes["policy"].cache_width, sampler.width) * (
         rollouts.prompt + rollouts.response
     )
     fitting = float("inf") if cache is None else cache * sampler.tensor_parallel / a_sample

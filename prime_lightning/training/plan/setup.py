@@ -13,11 +13,10 @@ from transformers import PretrainedConfig
 from prime_lightning.engines.number_format import dtype_of
 from prime_lightning.models.kernels import check_kernels
 from prime_lightning.models.options import Loading, precision_of
-from prime_lightning.training.options import PolicyLoss, Replaying, Update
-from prime_lightning.training.plan.memory import Sharding
+from prime_lightning.training.options import PolicyLoss, Replaying, Update, check_share_base
+from prime_lightning.training.plan.estimates import Sharding
 from prime_lightning.training.plan.shape import Shape, adapter_parameters, read_config, shape_of
 from prime_lightning.training.strategies.placement import copies_of
-from prime_lightning.training.together import check_share_base
 
 TRAINED = ("policy", "prm", "critic")
 ROLES = (*TRAINED, "reference")

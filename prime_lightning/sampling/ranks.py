@@ -1,20 +1,26 @@
-"""Groups dealt to ranks anew before an update, so that all have about the same number of tokens to compute.
+"""What ranks have of a batch and of the prompts: groups dealt anew before an update, positions dealt anew on a resume.
 
-What a rank sampled and what it trains on are then two things. The result is the same but for rounding: denominators,
-normalisers and minibatches are those of all ranks together. Groups stay whole.
+Before an update all ranks get about the same number of tokens to compute. What a rank sampled and what it trains on are
+then two things. The result is the same but for rounding: denominators, normalisers and minibatches are those of all
+ranks together. Groups stay whole.
+
+Where a run stands in its prompts is saved as plain values, which another number of ranks can take up.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from prime_lightning.engines.host_group import host_group, of_all_ranks
 from prime_lightning.models.batch import Batch, join
+from prime_lightning.rollout import Completion, Finish, Label, Prompt, Rollout, Verdict
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
@@ -79,3 +85,47 @@ def _of(batch: Batch, home: dict[int, int], rank: int) -> Batch | None:
 
 def _ordered(batch: Batch) -> Batch:
     return batch.select(batch.group_B.argsort(stable=True))
+
+
+def redistribute(of_ranks: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """A rank's share of the positions that the ranks of a run saved, which may have been another number of ranks.
+
+    No prompt is lost or drawn twice: draws behind the furthest rank that others had not come to are queued. On another
+    number of ranks the acceptance rate is measured anew.
+
+    Example:
+        >>> states = [{"start": 0, "position": n, "returned": [], "surplus": "[]"} for n in (1, 3)]
+        >>> redistribute(states, rank=0, world=1)
+        {'start': 6, 'position': 0, 'returned': [2, 4], 'surplus': '[]'}
+    """
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    start, furthest = of_ranks[0]["start"], max(state["position"] for state in of_ranks)
+    queue = sorted(
+        [draw for state in of_ranks for draw in state["returned"]]
+        + [
+            start + position * len(of_ranks) + number
+            for number, state in enumerate(of_ranks)
+            for position in range(state["position"], furthest)
+        ]
+    )
+    surplus = [group for state in of_ranks for group in json.loads(state["surplus"])]
+    return {
+        "start": start + furthest * len(of_ranks),
+        "position": 0,
+        "returned": queue[rank::world],
+        "surplus": json.dumps(surplus[rank::world]),
+    }
+
+
+def saved(rollout: Rollout) -> dict[str, Any]:
+    """A rollout without its prompt, which its draw gives back."""
+    completion, verdict = asdict(rollout.completion), asdict(rollout.verdict)
+    return {"draw": rollout.prompt.draw, "completion": completion, "verdict": verdict}
+
+
+def restored(row: dict[str, Any], prompt: Prompt) -> Rollout:
+    """The rollout that was saved, of its prompt."""
+    completion = {**row["completion"], "finish": Finish(row["completion"]["finish"])}
+    verdict = {**row["verdict"], "label": Label(row["verdict"]["label"])}
+    return Rollout(prompt=prompt, completion=Completion(**completion), verdict=Verdict(**verdict))
