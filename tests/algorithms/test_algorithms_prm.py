@@ -81,14 +81,20 @@ def test_dpo_is_over_all_ordered_pairs(seed):
     assert int(count) == len(terms) > 0
 
 
+def judged(c, i):
+    """Reward and outcome of a response, and the mean reward of its opponents, 0 without any."""
+    label = float(c.outcome_B[i])
+    against = [j for j in members(c, i) if (c.outcome_B[j] < label if label > 0 else c.outcome_B[j] > label)]
+    return float(c.reward_B[i]), label, sum(float(c.reward_B[j]) for j in against) / len(against) if against else 0.0
+
+
 @seeds
 def test_the_detached_loss_follows_the_recipe(seed):
     c = batch(seed)
     total = 0.0
     for i in known(c):
-        own, label, fellows = float(c.reward_B[i]), float(c.outcome_B[i]), members(c, i)
-        against = [j for j in fellows if (c.outcome_B[j] < label if label > 0 else c.outcome_B[j] > label)]
-        margin = own - (sum(float(c.reward_B[j]) for j in against) / len(against) if against else 0.0)
+        own, label, opponents = judged(c, i)
+        margin = own - opponents
         total += softplus(-margin if label > 0 else margin)
     mine, count = call(dpo_detached, c)
     assert_close(mine, torch.tensor(total))
@@ -104,9 +110,8 @@ def test_kto_is_one_minus_the_value_of_each_response(seed):
     c = batch(seed)
     total = 0.0
     for i in known(c):
-        own, label, fellows = float(c.reward_B[i]), float(c.outcome_B[i]), members(c, i)
-        against = [j for j in fellows if (c.outcome_B[j] < label if label > 0 else c.outcome_B[j] > label)]
-        point = max(0.0, sum(float(c.reward_B[j]) for j in against) / len(against)) if against else 0.0
+        own, label, opponents = judged(c, i)
+        point = max(0.0, opponents)
         total += 1.5 * (1 - sigmoid(own - point)) if label > 0 else 0.5 * (1 - sigmoid(point - own))
     mine, count = kto(c.reward_B, c.outcome_B, c.group_B, c.valid_B, desirable=1.5, undesirable=0.5)
     assert_close(mine, torch.tensor(total))

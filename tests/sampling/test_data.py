@@ -224,13 +224,13 @@ def test_evaluation_takes_each_prompt_once_over_ranks(module):
     assert [len(part) for part in parts] == [2, 2]
 
 
+def validated(model, count):
+    prompts = tiny.ArithmeticPrompts(seed=9, operations=2)
+    return tiny.data(model, validation=prompts, validation_prompts=count, validation_sampling=ONE)
+
+
 def test_validation_is_the_mean_outcome(warm_model, tmp_path):
-    data = tiny.data(
-        warm_model,
-        validation=tiny.ArithmeticPrompts(seed=9, operations=2),
-        validation_prompts=64,
-        validation_sampling=ONE,
-    )
+    data = validated(warm_model, 64)
     trainer = tiny.trainer(tmp_path, 1)
     (result,) = trainer.validate(tiny.module(warm_model), data, verbose=False)
     data.setup("fit")
@@ -242,12 +242,7 @@ def test_validation_is_the_mean_outcome(warm_model, tmp_path):
 
 
 def test_predict_gives_rewards_of_each_token(warm_model, tmp_path):
-    data = tiny.data(
-        warm_model,
-        validation=tiny.ArithmeticPrompts(seed=9, operations=2),
-        validation_prompts=4,
-        validation_sampling=ONE,
-    )
+    data = validated(warm_model, 4)
     prime = tiny.module(warm_model, reference=str(warm_model))
     (out,) = tiny.trainer(tmp_path, 1).predict(prime, data)
     assert out["process_BT"].shape == out["batch"].mask_BT.shape

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from prime_lightning.rollout import Prompt
+from prime_lightning.verifiers import CodeOptions, Verifiers
 from prime_lightning.verifiers.code import answer as code_answer
 from prime_lightning.verifiers.workers import persistent
 from prime_lightning.verifiers.workers.launch import machine_tiers
@@ -32,6 +33,14 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
         for module in (code_answer, persistent):
             patch.setattr(module, "machine_tiers", lambda: only)
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def verifiers(tier: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verifiers]:
+    """Graders of all kinds in this tier, for the tests of one file."""
+    folder = str(tmp_path_factory.mktemp("calibrations"))
+    with Verifiers(workers=2, code=CodeOptions(cpu_seconds=2, wall_seconds=6.0, cache_folder=folder)) as made:
+        yield made
 
 
 def prompt(kind: str, answer: str = "", row: dict[str, Any] | None = None, source: str = "test") -> Prompt:

@@ -7,7 +7,6 @@ import base64
 import json
 import pickle
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +73,6 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "LeetCode, tolerance": ({"fn_name": "add", "inputs": [[0.1, 0.2]], "outputs": [0.3], "tolerance": 1e-9}, ADD),
     "stdout, tolerance": ({"tests": [{"stdin": "", "stdout": "0.3 x\n"}], "tolerance": 1e-9}, "print(0.1 + 0.2, 'x')"),
 }
-
-
-@pytest.fixture(scope="module")
-def verifiers(tier: str, tmp_path_factory) -> Iterator[Verifiers]:
-    folder = str(tmp_path_factory.mktemp("calibrations"))
-    with Verifiers(workers=2, code=CodeOptions(cpu_seconds=2, wall_seconds=6.0, cache_folder=folder)) as made:
-        yield made
 
 
 @needs_sandbox

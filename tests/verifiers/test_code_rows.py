@@ -7,7 +7,6 @@ import base64
 import json
 import pickle
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from prime_lightning.prompts.dataset import DatasetPrompts
 from prime_lightning.prompts.published import EurusPrompts
 from prime_lightning.prompts.template import Template
 from prime_lightning.rollout import Label
-from prime_lightning.verifiers import CodeOptions, Verifiers
+from prime_lightning.verifiers import Verifiers
 from prime_lightning.verifiers.code.rows import read
 from prime_lightning.verifiers.code.tests import task_of
 
@@ -125,13 +124,6 @@ SETS: dict[str, tuple[dict[str, Any], str]] = {
     "unittest": ({"problem": "Add.", "test": UNITTEST}, ADD),
     "pytest in a list": ({"problem": "Add.", "tests": ["from solution import add", "def test_a():\n    assert add(1, 2) == 3"]}, ADD),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def verifiers(tier: str, tmp_path_factory) -> Iterator[Verifiers]:
-    folder = str(tmp_path_factory.mktemp("calibrations"))
-    with Verifiers(workers=1, code=CodeOptions(cpu_seconds=2, wall_seconds=6.0, cache_folder=folder)) as made:
-        yield made
 
 
 @needs_sandbox

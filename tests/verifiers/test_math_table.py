@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from prime_lightning.verifiers import MathOptions, Verifiers
 
 from .conftest import prompt
 from .math_cases import CASES, POLICY, TEXTS
-
-
-@pytest.fixture(scope="module")
-def verifiers(tier: str) -> Iterator[Verifiers]:
-    with Verifiers(workers=1) as made:
-        yield made
 
 
 def test_the_table_is_as_large_as_promised() -> None:

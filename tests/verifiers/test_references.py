@@ -123,12 +123,6 @@ def test_what_an_answer_can_meet_is_kept(verifiers: Verifiers, reference: str) -
     assert not verifiers.check_references([prompt("math", reference)]).bad
 
 
-@pytest.fixture(scope="module")
-def verifiers(tier: str):
-    with Verifiers(workers=1) as made:
-        yield made
-
-
 @pytest.mark.parametrize(
     ("value", "right", "wrong"),
     [
