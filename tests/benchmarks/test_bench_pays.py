@@ -217,3 +217,11 @@ def test_the_step_auc_is_the_share_of_pairs():
     reward_BT = torch.tensor([[0.1, 0.1, 0.2, 0.3, 0.4, 0.3]])  # steps 0.2 (right), 0.5 (wrong), 0.7 (right)
     batch = type("Made", (), {"rollouts": [rollout]})()
     assert pays_tasks.step_auc(reward_BT, batch, build_tokenizer()) == 0.5
+
+
+def test_what_is_recommended_is_what_was_measured():
+    recommended = yaml.safe_load((Path(__file__).parents[2] / "conf/mode/recommended.yaml").read_text())
+    measured = json.loads(json.dumps(SETTINGS["methods"]["fixed"]))
+    measured["model"]["policy_update"]["epochs"] = SETTINGS["tuned"]["A"]["fixed"]["model.policy_update.epochs"]
+    del measured["data"]["prompts_per_batch"]  # of the task
+    assert recommended == measured
