@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -195,8 +195,9 @@ class PRMModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Say so if a loss that compares responses to one prompt has nothing to compare."""
-        groups = cast(LessonLoader, self.trainer.train_dataloader).lessons
-        if getattr(self.prm_loss, "whole_groups", True) and all(len({r.verdict.score for r in g}) == 1 for g in groups):
+        groups = getattr(self.trainer.train_dataloader, "lessons", ())  # a loader of a user's own need not say
+        lone = groups and all(len({r.verdict.score for r in group}) == 1 for group in groups)
+        if lone and getattr(self.prm_loss, "whole_groups", True):
             warnings.warn(
                 f"{import_path(self.prm_loss)} compares responses to one prompt, but no prompt here has right and "
                 "wrong ones. Take `prime_lightning.algorithms.ce`, or sample more responses a prompt.",
