@@ -312,9 +312,8 @@ def kl(policy_logprobs_BT: Tensor, reference_logprobs_BT: Tensor, estimator: Est
     if estimator != "k3":
         raise ValueError(f"Expected `estimator` k1, k2 or k3, got {estimator!r}.")
     difference_BT = difference_BT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (torch.expm1(-difference_BT) + difference_BT).clamp(
-        min=0
-    )  # expm1: exp(-d) - 1 cancels; the rest is rounding
+    k3_BT = torch.expm1(-difference_BT) + difference_BT  # expm1: exp(-d) - 1 cancels
+    return k3_BT.clamp(min=0)  # what is below is rounding
 
 
 def value_loss(
