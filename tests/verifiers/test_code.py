@@ -183,6 +183,7 @@ def test_the_library_is_the_judges_own() -> None:
         ("def f(x) return", Label.WRONG, "does not load, SyntaxError"),
         ("def f(x): return object()", Label.WRONG, "does not travel"),
         ("def f(x):\n    if x == 3:\n        while True: pass\n    return x", Label.WRONG, "time-out"),
+        ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", Label.WRONG, "time-out"),
         ("import os\ndef f(x):\n    if x == 3: os.abort()\n    return x", Label.WRONG, "killed by signal"),
         ("I cannot solve this.", Label.WRONG, "does not load"),
         ("", Label.WRONG, "NameError"),
@@ -194,6 +195,12 @@ def test_reasons(verifiers: Verifiers, program: str, label: Label, reason: str) 
     verdict = verifiers.verify(prompt("code", row=row), program)
     assert verdict.label is label, verdict
     assert reason in verdict.reason
+
+
+@needs_sandbox
+def test_an_endless_program_is_a_time_out_beside_a_judge(verifiers: Verifiers) -> None:
+    row = {"tests": ["assert abs(f(1) - 1) < 0.5"]}
+    assert verifiers.verify(prompt("code", row=row), "def f(x):\n    while True: pass").reason == "time-out"
 
 
 @needs_sandbox

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,6 @@ from prime_lightning.verifiers.workers.launch import ZygoteSpec
 from prime_lightning.verifiers.workers.sandbox import Report, Zygote, memory_file
 
 _SIGNAL = 0x7F
-_CLOCK_SLACK = 0.1
 _ROOMY = 2048  # megabytes of address space for programs of ours
 
 
@@ -132,11 +132,11 @@ class Runner:
         if report.stopped == "output":
             return "too much output"
         limit = plan.cpu_seconds or self._options.cpu_seconds
-        signal = report.statuses[0] & _SIGNAL
-        # The kernel kills at the limit as it counts, which is a little less than what it reports.
-        if report.stopped or max(report.cpu_seconds) >= limit - (_CLOCK_SLACK if signal else 0.0):
+        signals = [status & _SIGNAL for status in report.statuses]
+        # The kernel sends the signal at the limit as it counts by ticks, which may be more than what it reports.
+        if report.stopped or signal.SIGXCPU in signals or max(report.cpu_seconds) >= limit:
             return "time-out"
-        return f"killed by signal {signal}" if signal else ""
+        return f"killed by signal {signals[0]}" if signals[0] else ""
 
     def _calls(self, task: Task, plan: Plan, source: str) -> Outcome:
         pairs, how = _expected_calls(task, source, self._tolerance(task))

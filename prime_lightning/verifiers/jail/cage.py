@@ -71,7 +71,7 @@ class Cage:
 
         Args:
             descriptors: Number that the process shall see -> descriptor it has now. All others are closed.
-            cpu_seconds: SIGKILL after so much CPU time; 0 is no limit (a supervisor watches).
+            cpu_seconds: SIGXCPU after so much CPU time, SIGKILL a second later; 0 is no limit (a supervisor watches).
             memory_bytes: Limit of the address space.
         """
         os.setsid()
@@ -131,8 +131,9 @@ class Cage:
         if self._threads:
             limits[resource.RLIMIT_NPROC] = self._threads
         for kind, most in limits.items():
+            grace = kind == resource.RLIMIT_CPU  # SIGXCPU says why a process ended; SIGKILL is for one that ignores it
             try:
-                resource.setrlimit(kind, (most, most))
+                resource.setrlimit(kind, (most, most + grace))
             except (ValueError, OSError):
                 if self._filter is not None:
                     raise  # macOS refuses some of them; a tier that promises protection must not
