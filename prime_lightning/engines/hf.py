@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
 from prime_lightning.engines.samples import Groups, check_fits, completion_of, end_token_ids, mix, sample_keys
+from prime_lightning.models.attention import GROUPED
 from prime_lightning.models.pretrained import ids_without_token, load_causal_lm, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
@@ -62,7 +63,10 @@ class HFEngine:
         self.tokenizer = load_tokenizer(model)
         self.model = load_causal_lm(model, dtype=self.dtype, attention=self.attention).to(self.device)  # type: ignore[arg-type]
         self.model.eval().requires_grad_(False)
+        if self.attention == "sdpa" and self.device.type == "cpu" and self.model._supports_attention_backend:
+            self.model.set_attn_implementation(GROUPED)
         warn_of_float32(self.dtype, self.device.type == "cuda", self.model.num_parameters())
+        self.last = torch.tensor([-1], device=self.device)  # the number 1 would copy the vocabulary head for each row
         self.unused = torch.tensor(ids_without_token(model, self.tokenizer), dtype=torch.long, device=self.device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.version, self._no_weights = -1, False
@@ -176,7 +180,7 @@ class HFEngine:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=self.last,
             )
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 

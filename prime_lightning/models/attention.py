@@ -8,7 +8,7 @@ is found out again in every layer, builds no mask, and runs
 - on CUDA, in half precision: torch's own flash attention for sequences of different lengths (torch 2.12 or newer);
 - elsewhere: torch's `scaled_dot_product_attention`, one sequence at a time.
 
-Both are the same sums. Nobody has run the first on a GPU yet.
+Both are the same sums. Nobody has run the first on a GPU yet. `sdpa_in_groups` is for sampling on a CPU.
 
 Shapes: B responses, L prompt and response tokens, X tokens of the packed row, Y keys, S sequences, q queries and k keys
 of one sequence, H heads, D numbers of a head.
@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 
@@ -127,6 +129,7 @@ def _starts(lengths: tuple[int, ...], device: torch.device | None) -> Tensor:
 
 
 VARLEN = "varlen"
+GROUPED = "sdpa_in_groups"
 BLOCK = 512
 """Queries whose mask is built at a time, where one is needed."""
 LAYERS = {"full_attention", "sliding_attention"}
@@ -346,4 +349,26 @@ def causal(owner: Any, said: dict[str, Any]) -> bool:
     return bool(getattr(owner, "is_causal", True) if found is None else found)
 
 
+def grouped(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **other: Any
+) -> tuple[Tensor, None]:
+    """The attention `sdpa` of transformers, without copies of the cache for the heads that share keys and values.
+
+    Where each row asks with one token (X = 1), the H / h heads that share a head of keys are as many queries of it, and
+    torch takes keys `[R, h, positions, D]` as they lie. Elsewhere it is transformers' own.
+
+    Returns:
+        `[R, X, H, D]`, and no weights.
+    """
+    R, H, X, _ = query.shape
+    if X > 1 or other.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **other)
+    query_RhgD = query.reshape(R, key.shape[1], -1, query.shape[-1])
+    seen = None if attention_mask is None else attention_mask.expand(-1, -1, query_RhgD.shape[2], -1)
+    out_RhgD = scaled_dot_product_attention(query_RhgD, key, value, attn_mask=seen, scale=other.get("scaling"))
+    return out_RhgD.reshape(R, 1, H, -1), None
+
+
 AttentionInterface.register(VARLEN, varlen)
+AttentionInterface.register(GROUPED, grouped)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)

@@ -353,3 +353,47 @@ def test_packing_is_the_rows_one_behind_another():
 
 def test_every_model_here_is_known():
     assert {name.split("-")[0] for name in MODELS} == CLASSES.keys()
+
+
+# ---- sampling: one query a row
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)]),
+    positions=st.integers(1, 9),
+    masked=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 9),
+)
+def test_heads_that_share_keys_are_queries_of_them(rows, heads, positions, masked, scale, seed):
+    torch.manual_seed(seed)
+    query = torch.randn(rows, heads[0], 1, 4)
+    key, value = torch.randn(2, rows, heads[1], positions, 4)
+    seen = torch.rand(rows, 1, 1, positions) < 0.5
+    seen[..., -1] = True
+    out, _ = attention.grouped(torch.nn.Identity(), query, key, value, seen if masked else None, scaling=scale)
+    for row in range(rows):
+        for head in range(heads[0]):
+            own = head // (heads[0] // heads[1])
+            scores = key[row, own] @ query[row, head, 0] * (scale or 0.5)
+            weights = scores.masked_fill(~seen[row, 0, 0], -math.inf) if masked else scores
+            assert_close(out[row, 0, head], weights.softmax(-1) @ value[row, own])
+
+
+@models
+def test_a_token_behind_a_cache_gets_the_logits_of_plain_attention(name):
+    tokens = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 5, 4, 3]])
+    seen = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    found = []
+    for kind in ("eager", attention.GROUPED):
+        model = model_of(name, "eager").eval()
+        model.set_attn_implementation(kind)
+        cache = model(tokens, attention_mask=seen[:, :5], use_cache=True).past_key_values
+        for step in (5, 6):
+            position = seen[:, : step + 1].sum(1, keepdim=True) - 1
+            given = {"attention_mask": seen[:, : step + 1], "position_ids": position, "past_key_values": cache}
+            found.append(model(torch.tensor([[6], [2]]), use_cache=True, **given).logits)
+    for eager, ours in zip(found[:2], found[2:], strict=True):
+        assert_close(ours, eager)
