@@ -29,7 +29,7 @@ import torch
 import yaml
 from pays import merged
 from word_problems_credit import credit
-from word_problems_lessons import lessons, rows_of, write
+from word_problems_lessons import evenly, lessons, rows_of, write
 from word_problems_summary import summary
 
 from prime_lightning.cli.commands.evaluate import main as evaluate
@@ -69,14 +69,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
-    """Split the problems, and learn from the worked answers of some."""
+    """Split the problems, learn from the worked answers of some, and choose those for `rl`."""
     chosen, file = settings[options.device], Path(options.train or "")
     if not file.is_file():
         raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
 
     def run() -> dict[str, Any]:
         rows = rows_of(file)
-        write(out / "train.jsonl", rows[: -chosen["held_out"]])
+        write(out / "train.jsonl", evenly(rows[: -chosen["held_out"]]))
         write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
         count = write(out / "lessons.jsonl", lessons(rows[: chosen["lessons"]]))
         given = {"init_args": {"path": str(out / "lessons.jsonl"), "template": template()}}

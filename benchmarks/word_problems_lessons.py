@@ -14,10 +14,12 @@ Rows whose equation does not give their answer are left out. Nothing here is wri
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -131,6 +133,22 @@ def lessons(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if steps := checked(row):
             yield {"problem": row["problem"], "answer": row["answer"], "response": worked(steps)}
+
+
+def evenly(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """As many rows of each operation that begins a solution as there are of the rarest, in their order.
+
+    Nearly half of the first problems begin with an addition; whoever learns from rewards for them learns to add.
+
+    Example:
+        >>> made = [{"problem": "2, 3", "answer": a, "equation": f"{e} number0 number1"} for a, e in ("5+", "5+", "6*")]
+        >>> [row["answer"] for row in evenly(made)]
+        ['5', '6']
+    """
+    begun = [(steps[0].operation, row) for row in rows if (steps := checked(row))]
+    count = min(Counter(operation for operation, _ in begun).values(), default=0)
+    places: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    return [row for operation, row in begun if next(places[operation]) < count]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

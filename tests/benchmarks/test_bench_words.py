@@ -75,7 +75,7 @@ def test_all_stages_run_once_and_are_told(small, tmp_path, capsys):
         word_problems.main([*stage, *words])
     stages = noted(tmp_path)
     assert [one["stage"] for one in stages] == ["warm", "rl", "rl", *["eval"] * 4, "credit"]
-    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 16  # and 4 that nothing learns from
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 16  # all begin alike; 4 more are held out
     assert stages[0]["lessons"] == 8
     for run in stages[1:3]:
         assert run["curve"]["rollout/responses"] == [8.0, 8.0]  # equal cost
@@ -184,6 +184,24 @@ def test_an_equation_that_is_none_gives_no_lesson(equation):
     with pytest.raises(ValueError, match="Expected"):
         teach.solution(row["problem"], equation)
     assert list(teach.lessons([row])) == []
+
+
+def test_rl_gets_as_many_problems_of_each_first_operation():
+    rows = [
+        {"problem": f"{i + 2} and {j} and 4", "answer": str(answer), "equation": equation}
+        for i in range(6)
+        for j, equation, answer in (
+            (1, "+ number0 number1", i + 3),
+            (2, "+ - number0 number1 number2", i + 4),
+            *([(3, "* number0 number2", 4 * (i + 2))] if i % 2 else []),
+            (5, "- number1 number0", 0),  # leads elsewhere but for i = 3
+        )
+    ]
+    chosen = teach.evenly(rows)
+    first = [teach.checked(row)[0].operation for row in chosen]
+    assert {operation: first.count(operation) for operation in "+-*"} == {"+": 3, "-": 3, "*": 3}
+    assert [rows.index(row) for row in chosen] == sorted(rows.index(row) for row in chosen)
+    assert teach.evenly([]) == []
 
 
 def test_a_row_whose_equation_leads_elsewhere_gives_no_lesson():
