@@ -1,19 +1,24 @@
-"""What every engine derives from a prompt and sampling numbers in the same way, and the book-keeping of a stream.
+"""What every engine derives from a prompt and sampling numbers in the same way, and streams that are drawn elsewhere.
 
 The key of each sample, the tokens that end one, whether prompts fit the context, the finished `Completion`; which
-samples of a stream wait, which are being computed elsewhere, which groups are whole.
+samples of a stream wait, which are being computed elsewhere, which groups are whole; and the one loop that draws them
+through a `Channel`: a pipe to a process (`vllm/process.py`), another rank that owns one (`vllm/remote.py`), or HTTP to
+servers (`server/fleet.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from prime_lightning.engines import FinishedSamples
+from prime_lightning.models.pretrained import ids_with_token, load_tokenizer
 from prime_lightning.rollout import Completion, Finish, Prompt, Sampling
 
 
@@ -184,8 +189,6 @@ class Work:
     seeded: bool = True
     flying: dict[str, Request] = field(default_factory=dict)
     """Requests that an engine has taken and not finished."""
-    closed: bool = False
-    """Nobody waits for the rest."""
     finished: FinishedSamples | None = None
     """See `Engine.stream`."""
 
@@ -258,3 +261,114 @@ def sampling_arguments(sampling: Sampling, end_ids: list[int], token_ids: list[i
             else {}
         ),
     }
+
+
+Sample = tuple[list[int], list[float], str, list[tuple[str, int, int]]]
+"""Tokens, log-probs, finish reason, and spans of one version of the weights each: its label (no number:
+those that the engine loaded by itself), start, end."""
+Outcome = Sample | Exception | None
+"""What became of a sample; None: it was lost and has to be drawn again."""
+
+
+class EngineDiedError(ChildProcessError):
+    """The engine's process is gone or hangs; what it was sampling is lost."""
+
+
+class Channel(Protocol):
+    """What computes the samples of streams. A sample's name begins with that of its stream and a dot."""
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt and completion in tokens."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Samples of one stream that may be computed or queued now."""
+        ...
+
+    def open(self, stream: str) -> None:
+        """Make room for the outcomes of a stream."""
+        ...
+
+    def add(self, samples: Sequence[tuple[str, list[int], int | None]], arguments: Mapping[str, Any]) -> None:
+        """Begin with samples.
+
+        Args:
+            samples: Name, prompt tokens and seed of each.
+            arguments: As `sampling_arguments` gives them.
+        """
+        ...
+
+    def next(self, stream: str) -> tuple[str, Outcome]:
+        """Wait for a sample to end; its name and what became of it.
+
+        Raises:
+            EngineDiedError: if all that were computed are lost.
+        """
+        ...
+
+    def close_stream(self, stream: str, flying: list[str]) -> None:
+        """Forget a stream and abort its samples."""
+        ...
+
+
+class StreamingEngine:
+    """The half of an `Engine` that draws samples; the other half has the channel and sends weights.
+
+    Args:
+        seeded: Fix each sample by seed, draw and number.
+    """
+
+    def __init__(self, seeded: bool) -> None:
+        self.version, self.seeded = -1, seeded
+        self._streams, self._prefix = itertools.count(), "s"
+
+    def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
+        """What computes samples, or what is in the place of one that died."""
+        raise NotImplementedError
+
+    def read_tokenizer(self, model: str) -> None:
+        """Read what turns prompts into requests and tokens into text."""
+        self.tokenizer = load_tokenizer(model)
+        self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
+        self.token_ids = ids_with_token(model, self.tokenizer)
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Yield each group as soon as its last sample is finished; closing it aborts the others."""
+        channel = self.channel()
+        check_fits(prompts, sampling, channel.context)
+        work = Work(f"{self._prefix}{next(self._streams)}", prompts, sampling, self.seeded, finished=finished)
+        try:
+            channel.open(work.name)
+            while work.unfinished:
+                try:
+                    check_fits(work.grow(), sampling, channel.context)
+                    self._feed(channel, work)
+                    yield from self._take(channel, work)
+                except EngineDiedError as death:
+                    work.give_back()
+                    channel = self.channel(channel, death)
+                    channel.open(work.name)
+        finally:
+            channel.close_stream(work.name, list(work.flying))
+
+    def _feed(self, channel: Channel, work: Work) -> None:
+        """Begin with as many samples as there is room for."""
+        if requests := work.take(channel.window):
+            plain = [(request.name, list(work.prompts[request.prompt].token_ids), request.seed) for request in requests]
+            channel.add(plain, sampling_arguments(work.sampling, self.end_ids, self.token_ids))
+
+    def _take(self, channel: Channel, work: Work) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Wait for a sample to end; yield its group if it was the last."""
+        name, outcome = channel.next(work.name)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is None:
+            work.give_back([name])
+            return
+        tokens, logprobs, finish, spans = outcome
+        versions = [int(text) if text.isdigit() else -1 for text, start, end in spans for _ in range(start, end)]
+        yield from work.finish(name, completion_of(self.tokenizer, tokens, logprobs, finish, versions))

@@ -32,7 +32,7 @@ class Watched(SharedVLLMEngine):
 
     def _call(self, method, **arguments):
         if self.owns:
-            self.unfinished[method] = self.process.call("unfinished", 60)
+            self.unfinished[method] = self.process.call("unfinished")
 
 
 def weights(model: str, version: int) -> list[tuple[str, torch.Tensor]]:

@@ -309,9 +309,8 @@ def test_a_server_dies_and_comes_back_with_the_present_weights(engine, model, se
     while not engine.servers[0].well and time.monotonic() < deadline:
         time.sleep(0.5)
     alone = ServerEngine([servings[0].url])
-    alone.servers, alone.tokenizer, alone.end_ids = engine.servers[:1], engine.tokenizer, engine.end_ids
-    alone.token_ids = engine.token_ids
-    alone.context, alone.version = engine.context, engine.version
+    alone.tokenizer, alone.end_ids, alone.token_ids = engine.tokenizer, engine.end_ids, engine.token_ids
+    alone.channel().servers, alone.channel().version = engine.servers[:1], engine.version
     assert collect(alone, prompts, GREEDY) == before
     assert ServerClient(servings[0].url).get("/weight_info")["weight_version"] == "6"
 

@@ -137,9 +137,9 @@ def test_samples_repeat_whatever_else_is_in_the_batch(engine, model, prompts):
 def test_closing_a_stream_aborts_the_rest(engine, prompts):
     stream = engine.stream(prompts * 4, Sampling(samples=4, max_tokens=60))
     next(stream)
-    assert engine.process.call("unfinished", 60) > 0
+    assert engine.process.call("unfinished") > 0
     stream.close()
-    assert engine.process.call("unfinished", 60) == 0
+    assert engine.process.call("unfinished") == 0
     assert len(collect(engine, prompts, SAMPLING)) == len(prompts)
 
 
@@ -244,7 +244,7 @@ def test_stale_weights_are_noticed(engine, model):
     engine.copy.tensors["lm_head.weight"].add_(0.001)
     columns = engine.copy.columns()
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < set(columns)
-    read = engine.process.call("read_back", 60, columns=columns)
+    read = engine.process.call("read_back", columns=columns)
     assert set(read) == set(columns)
     with pytest.raises(RuntimeError, match=r"lm_head\.weight.*rubbish"):
         engine.copy.compare(columns, read)
@@ -253,7 +253,7 @@ def test_stale_weights_are_noticed(engine, model):
 def test_every_weight_can_be_read_back(engine, model):
     engine.load_weights(weights(model, noise=5), 2)
     columns = {name: 1 % shape[-1] for name, shape in engine.copy.shapes.items()}
-    read = engine.process.call("read_back", 60, columns=columns)
+    read = engine.process.call("read_back", columns=columns)
     assert set(read) == set(columns)
     engine.copy.compare(columns, read)
 

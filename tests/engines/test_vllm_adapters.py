@@ -97,7 +97,7 @@ def test_all_adapters_can_be_read_back_and_others_are_noticed(engine, model):
     send(engine, adapted(model, seed=3), 3)
     assert len(engine.adapters.columns()) == 12
     columns = {name: tensor.shape[1] - 1 for name, tensor in engine.adapters.tensors.items()}
-    read = engine.process.call("read_adapters", 60, columns=columns)
+    read = engine.process.call("read_adapters", columns=columns)
     assert set(read) == set(columns) == set(engine.adapters.tensors)
     engine.adapters.compare(columns, read)
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prime_lightning.engines.hf import HFEngine
+from prime_lightning.engines.samples import EngineDiedError
 from prime_lightning.engines.vllm.engine import VLLMEngine
-from prime_lightning.engines.vllm.process import EngineDiedError
 from prime_lightning.models.pretrained import load_causal_lm
 from prime_lightning.prompts.arithmetic import ArithmeticPrompts, build_tokenizer, write_model
 from prime_lightning.rollout import Prompt, Sampling
@@ -98,7 +98,7 @@ def test_every_weight_is_read_back_whole(engine, model):
     engine.load_weights(weights(model, seed=7), 2)
     for column in (0, -1):
         columns = {name: column % shape[-1] for name, shape in engine.copy.shapes.items()}
-        read = engine.process.call("read_back", 60, columns=columns)
+        read = engine.process.call("read_back", columns=columns)
         assert set(read) == set(columns)
         engine.copy.compare(columns, read)
     engine.copy.tensors["model.layers.1.mlp.down_proj.weight"][0, -1] += 0.01

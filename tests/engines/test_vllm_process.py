@@ -245,7 +245,7 @@ class Sleeping:
     def wait_ready(self, timeout):
         pass
 
-    def call(self, method, timeout, **arguments):
+    def call(self, method, **arguments):
         self.calls.append((method, arguments))
 
 

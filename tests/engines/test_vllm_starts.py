@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from prime_lightning.engines.number_format import warn_of_float32
+from prime_lightning.engines.samples import EngineDiedError
 from prime_lightning.engines.vllm.arguments import arguments_of
 from prime_lightning.engines.vllm.devices import transfer_of
 from prime_lightning.engines.vllm.engine import VLLMEngine
-from prime_lightning.engines.vllm.process import EngineDiedError
 from prime_lightning.engines.vllm.shared import SharedVLLMEngine
 
 
@@ -32,7 +32,7 @@ class Starts:
     def close(self, patience=0.0):
         self.closed = True
 
-    def call(self, method, timeout, **arguments):
+    def call(self, method, **arguments):
         self.calls = [*getattr(self, "calls", []), (method, arguments)]
 
 
@@ -129,7 +129,7 @@ def test_keys_and_values_come_back_once_the_weights_are_there(monkeypatch):
     engine = VLLMEngine(device="cuda")
     engine.process = process = Starts("")
     engine.copy = SimpleNamespace(passing=lambda weights, version: weights, close=lambda: None)
-    sender = SimpleNamespace(send=lambda weights: process.call("send", 0))
+    sender = SimpleNamespace(send=lambda weights: process.call("send"))
     monkeypatch.setattr(engine, "_sender_of", lambda process: sender)
     engine.sleep()
     engine.wake()

@@ -1,16 +1,29 @@
-"""Several servers: which of them are well, and the control calls of a weight transfer to all of them at once."""
+"""Several servers: which of them are well, the control calls of a weight transfer to all at once, and their samples.
+
+Each sample is one streamed request, given to the server with the fewest. A server that fails is left out, and its
+samples are drawn again elsewhere. One that a weight update cuts goes on from its last token with the new weights, so
+that each token's version is known.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.engines.server.client import ServerClient, ServerDownError
+from prime_lightning.engines.host_group import of_all_ranks, rank
+from prime_lightning.engines.samples import Outcome, Sample
+from prime_lightning.engines.server.client import SampleCall, ServerClient, ServerDownError
+
+PIECE = 32  # tokens a message; the last message comes at once
+LETTING_GO = 3.0  # seconds that servers have to abort what they compute, before it is cut
 
 
 class Server:
@@ -188,3 +201,165 @@ class Fleet:
         if needed and not any(ok for ok, _ in answers):
             raise ServerDownError(f"All servers failed: {[str(why) for _, why in answers] or self.servers[0].why}")
         return [answer for ok, answer in answers if ok]
+
+
+class ServerChannel:
+    """A `Channel` to servers.
+
+    Args:
+        servers: All of them; samples go to those that are well.
+        in_flight: Samples of one rank that a server has at a time.
+        patience: Seconds to wait for one of them when all are dead.
+    """
+
+    def __init__(self, servers: Sequence[Server], in_flight: int, patience: float) -> None:
+        self.servers, self.in_flight, self.patience = servers, in_flight, patience
+        self.context: int | None = None
+        self.version = -1
+        self._turn = threading.Condition()  # guards what follows, and the servers' counters
+        self._updating = False
+        self._calls: dict[str, SampleCall] = {}
+        self._streams: dict[str, tuple[ThreadPoolExecutor, queue.SimpleQueue[tuple[str, Outcome]]]] = {}
+
+    @property
+    def window(self) -> int:
+        """How many samples may fly; waits where no server is well.
+
+        Raises:
+            ServerDownError: if none is well again in time.
+        """
+        deadline = time.monotonic() + self.patience
+        while not (alive := [server for server in self.servers if server.well]):
+            if time.monotonic() > deadline:
+                raise ServerDownError(
+                    f"Expected one of {[server.client.url for server in self.servers]} to be well again within "
+                    f"{self.patience:g} s (`patience`), got none. Last: {self.servers[0].why}"
+                )
+            time.sleep(1.0)
+        return self.in_flight * len(alive)
+
+    def open(self, stream: str) -> None:
+        """Make room for the outcomes of a stream."""
+        self._streams[stream] = ThreadPoolExecutor(self.in_flight * len(self.servers)), queue.SimpleQueue()
+
+    def add(self, samples: Sequence[tuple[str, list[int], int | None]], arguments: Mapping[str, Any]) -> None:
+        """Begin with samples, each in a thread."""
+        for name, prompt, seed in samples:
+            pool, mail = self._streams[_stream_of(name)]
+            pool.submit(self._run, mail, name, prompt, seed, arguments)
+
+    def next(self, stream: str) -> tuple[str, Outcome]:
+        """Wait for a sample to end."""
+        return self._streams[stream][1].get()
+
+    def close_stream(self, stream: str, flying: list[str]) -> None:
+        """Forget a stream and abort its samples."""
+        with self._turn:
+            pool, _ = self._streams.pop(stream)
+        self._cut(flying)
+        pool.shutdown(wait=True, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While nothing is in flight, of any rank: servers abort what they compute; what they do not let go is cut."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._updating)
+            self._updating = True
+        of_all_ranks()  # no rank begins a sample from here on
+        if rank() == 0:
+            Fleet(self.servers).pause()
+        self._wait_for_none()
+        self._cut(list(self._calls))
+        self._wait_for_none()
+        of_all_ranks()  # and none of any rank is in flight
+        try:
+            yield
+        finally:
+            if rank() == 0:
+                Fleet(self.servers).resume()
+            with self._turn:
+                self._updating = False
+                self._turn.notify_all()
+
+    def _wait_for_none(self) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: not self._calls, timeout=LETTING_GO)
+
+    def _run(self, mail: queue.SimpleQueue[tuple[str, Outcome]], name: str, *request: Any) -> None:
+        outcome: Outcome = None
+        try:
+            outcome = self._sample(name, *request)
+        except ServerDownError:
+            pass  # it was lost
+        except Exception as error:
+            outcome = error
+        mail.put((name, outcome))
+
+    def _sample(self, name: str, prompt: list[int], seed: int | None, arguments: Mapping[str, Any]) -> Sample:
+        """Draw one sample; go on from its last token after each weight update that cuts it."""
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        spans: list[tuple[str, int, int]] = []
+        while True:
+            server, call, version = self._begin(name, _body(prompt, tokens, seed, arguments))
+            finish, start = None, len(tokens)
+            try:
+                for choice in call.pieces():
+                    tokens += choice["token_ids"]
+                    logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
+                    finish = choice.get("finish_reason") or finish
+            except ServerDownError as error:
+                if not call.cut_off:
+                    server.fail(error)
+                raise
+            finally:
+                self._end(name, server)
+            spans.append((str(version), start, len(tokens)))
+            if finish not in (None, "abort"):  # None: aborted before its first token
+                return tokens, logprobs, finish, spans
+            if version == self.version and not self._updating:
+                raise ServerDownError(f"{server.client.url} aborted a sample for no reason of ours")
+
+    def _begin(self, name: str, body: dict[str, Any]) -> tuple[Server, SampleCall, int]:
+        """Take a place at the server with the fewest samples, and the version of its weights."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._updating)
+            alive = [server for server in self.servers if server.well]
+            if not alive or _stream_of(name) not in self._streams:
+                raise ServerDownError("no server is well, or nobody waits any more")
+            server = min(alive, key=lambda server: server.samples)
+            server.samples += 1
+            call = self._calls[name] = SampleCall(server.client, body | {"model": server.model})
+            return server, call, self.version
+
+    def _end(self, name: str, server: Server) -> None:
+        with self._turn:
+            server.samples -= 1
+            self._calls.pop(name, None)
+            self._turn.notify_all()
+
+    def _cut(self, names: Sequence[str]) -> None:
+        with self._turn:
+            calls = [self._calls[name] for name in names if name in self._calls]
+        for call in calls:
+            call.cut()
+
+
+def _stream_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _body(prompt: list[int], tokens: list[int], seed: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What to ask for the rest of a sample that has these tokens."""
+    return {
+        **arguments,
+        "max_tokens": arguments["max_tokens"] - len(tokens),
+        "prompt": [*prompt, *tokens],
+        "seed": None if seed is None else seed ^ len(tokens),
+        "logprobs": 0,
+        "repetition_penalty": 1.0,  # the server may have defaults of the model's
+        "min_p": 0.0,
+        "stream": True,
+        "stream_interval": PIECE,
+        "return_token_ids": True,
+    }

@@ -8,9 +8,7 @@ It leaves out speculative decoding.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import itertools
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,25 +19,17 @@ from torch import Tensor
 
 from prime_lightning.engines import FinishedSamples
 from prime_lightning.engines.number_format import dtype_of, warn_of_float32
-from prime_lightning.engines.samples import (
-    Work,
-    check_fits,
-    completion_of,
-    end_token_ids,
-    generation_end,
-    sampling_arguments,
-)
+from prime_lightning.engines.samples import Channel, EngineDiedError, StreamingEngine
 from prime_lightning.engines.vllm.adapters import Adapters, room_for
 from prime_lightning.engines.vllm.arguments import arguments_of, environment_of
 from prime_lightning.engines.vllm.devices import check_devices, own_gpu, transfer_of
 from prime_lightning.engines.vllm.errors import MISSING, explain, may_pass
-from prime_lightning.engines.vllm.process import Channel, EngineDiedError, EngineProcess, ProcessClient
+from prime_lightning.engines.vllm.process import EngineProcess
 from prime_lightning.engines.weights.transfer import HostSender, WeightCopy
-from prime_lightning.models.pretrained import ids_with_token, load_tokenizer
 from prime_lightning.rollout import Completion, Prompt, Sampling
 
 
-class VLLMEngine:
+class VLLMEngine(StreamingEngine):
     """An `Engine` on vLLM.
 
     Args:
@@ -88,12 +78,12 @@ class VLLMEngine:
         args: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
-        self.version = -1
+        super().__init__(seeded)
         self.cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         self.dtype, self.max_model_len = dtype_of(dtype, self.cuda), max_model_len
         self.max_sequences, self.max_batched_tokens = max_sequences, max_batched_tokens
         self.kv_cache_gib, self.gpu_memory_utilization = kv_cache_gib, gpu_memory_utilization
-        self.tensor_parallel, self.devices, self.seeded, self.threads = tensor_parallel, devices, seeded, threads
+        self.tensor_parallel, self.devices, self.threads = tensor_parallel, devices, threads
         self.start_timeout, self.stall_timeout, self.restarts = start_timeout, stall_timeout, restarts
         self.lora_rank = lora_rank
         self.sleep_level = sleep_level if lora_rank is None else min(sleep_level, 1)  # nobody would send the weights
@@ -120,7 +110,6 @@ class VLLMEngine:
         self._asleep = self._no_weights = False  # no weights that one could sample with
         self._cacheless = False  # awake, but for keys and values
         self._lock = threading.RLock()  # one sync, restart or sleep at a time
-        self._streams, self._prefix = itertools.count(), "s"
 
     def _check_tensor_parallel(self) -> None:
         """Refuse a model in more parts than there are GPUs for them."""
@@ -136,7 +125,7 @@ class VLLMEngine:
     @property
     def context(self) -> int | None:
         """Longest prompt and completion in tokens; it waits until the model is loaded, and is None before `start`."""
-        return None if self.process is None else int(self.channel().info["max_model_len"])
+        return None if self.process is None else self.channel().context
 
     def start(self, model: str) -> None:
         """Begin to load. On CPU the first use waits for the end of it, so that the trainer loads its own meanwhile.
@@ -196,27 +185,9 @@ class VLLMEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, finished: FinishedSamples | None = None
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
         """Yield each group as soon as its last sample is finished; closing it aborts the others."""
-        process = self.channel()
-        check_fits(prompts, sampling, process.info["max_model_len"])
         if self._asleep or self._no_weights:
             raise ValueError("Expected an engine with weights, got one that sleeps or has none yet: `wake` or sync it.")
-        work = Work(f"{self._prefix}{next(self._streams)}", prompts, sampling, self.seeded, finished=finished)
-        try:
-            process.open(work.name)
-            while work.unfinished:
-                try:
-                    check_fits(work.grow(), sampling, process.info["max_model_len"])
-                    self._feed(process, work)
-                    yield from self._take(process, work)
-                except EngineDiedError as death:
-                    work.give_back()
-                    process = self.channel(process, death)
-                    process.open(work.name)
-        finally:
-            process.close_stream(work.name)
-            if work.flying:
-                with contextlib.suppress(EngineDiedError):  # then nothing flies any more
-                    process.send("abort", list(work.flying))
+        yield from super().stream(prompts, sampling, finished)
 
     def sleep(self) -> None:
         """Give up memory of the trainer's GPU, with the weights; on CPU, and on GPUs of its own, nothing happens."""
@@ -247,11 +218,11 @@ class VLLMEngine:
         """Call the process, or the one in its place if it died meanwhile."""
         process = self.ready()
         try:
-            process.call(method, self.stall_timeout, **arguments)
+            process.call(method, **arguments)
         except EngineDiedError as death:
             self.revive(process, death)  # wide awake, with the last weights
             if method == "sleep":
-                self.ready().call(method, self.stall_timeout, **arguments)
+                self.ready().call(method, **arguments)
 
     def close(self) -> None:
         """End the process and give all memory back."""
@@ -262,24 +233,6 @@ class VLLMEngine:
             self.adapters = None
             self.process, self._sender, self._asleep, self.version = None, None, False, -1
             self._cacheless = False
-
-    # ---- samples
-
-    def _feed(self, process: Channel, work: Work) -> None:
-        """Keep twice as many samples in flight as are computed at a time: the engine never waits for the trainer."""
-        requests = work.take(2 * self.max_sequences)
-        if requests:
-            plain = [(request.name, list(work.prompts[request.prompt].token_ids), request.seed) for request in requests]
-            process.send("add", plain, sampling_arguments(work.sampling, self.end_ids, self.token_ids))
-
-    def _take(self, process: Channel, work: Work) -> Iterator[tuple[Prompt, list[Completion]]]:
-        """Wait for a finished sample; yield its group if it was the last."""
-        kind, name, *rest = process.next(work.name, self.stall_timeout)
-        if kind == "rejected":
-            raise ValueError(f"vLLM does not take a prompt: {rest[0]}")
-        token_ids, logprobs, finish, spans = rest
-        versions = [version for text, start, end in spans for version in [_version(text)] * (end - start)]
-        yield from work.finish(name, completion_of(self.tokenizer, token_ids, logprobs, finish, versions))
 
     # ---- the process
 
@@ -320,7 +273,7 @@ class VLLMEngine:
         raise ValueError("\nThe next start: ".join(dict.fromkeys(failures)))
 
     def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
-        """What draws samples: the process, or the one in the place of one that died."""
+        """The process, or the one in the place of one that died."""
         return self.ready() if died is None or death is None else self.revive(died, death)
 
     def _prepare(self, model: str) -> None:
@@ -329,16 +282,15 @@ class VLLMEngine:
             raise ValueError(MISSING)
         if self.cuda:
             check_devices(self._devices())
-        self.model, self.tokenizer = model, load_tokenizer(model)
-        self.end_ids = end_token_ids(self.tokenizer, generation_end(model))
-        self.token_ids = ids_with_token(model, self.tokenizer)
+        self.model = model
+        self.read_tokenizer(model)
         self._no_weights = self.args.get("load_format") == "dummy"
 
     def _spawn(self) -> EngineProcess:
         if self.cuda:
             torch.cuda.empty_cache()  # an engine that starts beside a trainer gets what that only holds for later
         arguments = arguments_of(self, self._room, self._can_sleep)
-        return EngineProcess(arguments, environment_of(self, self._devices() if self.cuda else []))
+        return EngineProcess(arguments, environment_of(self, self._devices() if self.cuda else []), self.stall_timeout)
 
     def revive(self, died: Channel, death: EngineDiedError) -> EngineProcess:
         """The process in a dead one's place, with the last weights; whoever needs it first starts it.
@@ -373,28 +325,22 @@ class VLLMEngine:
         """Hand them over in a folder of the process, and compare what it has then."""
         folder, columns = process.folder / "adapters", adapters.columns()
         adapters.write(folder)
-        process.call("load_adapters", self.stall_timeout, folder=str(folder), weight_version=str(adapters.version))
-        adapters.compare(columns, process.call("read_adapters", self.stall_timeout, columns=columns))
+        process.call("load_adapters", folder=str(folder), weight_version=str(adapters.version))
+        adapters.compare(columns, process.call("read_adapters", columns=columns))
 
     def _sender_of(self, process: EngineProcess) -> Any:
         """The weight transfer to this process, which has shaken hands."""
         if self._sender is None or self._sender[0] is not process:
-            client = ProcessClient(process, self.stall_timeout)
             if self.transfer == "host":
-                sender: Any = HostSender(client, self.copy)
+                sender: Any = HostSender(process, self.copy)
             else:
                 from prime_lightning.engines.weights.cuda import sender_of  # imports vLLM into the trainer
 
                 workers = process.info["world_size"]
-                sender = sender_of(self.transfer, client, self.copy, workers, devices=self._devices())
+                sender = sender_of(self.transfer, process, self.copy, workers, devices=self._devices())
             self._sender = process, sender
         return self._sender[1]
 
     def _devices(self) -> list[int]:
         """CUDA devices of the engine."""
         return [own_gpu()] if self.devices is None else self.devices
-
-
-def _version(text: str) -> int:
-    """The engine's label of its weights as a number; -1 for those it loaded by itself."""
-    return int(text) if text.isdigit() else -1

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import prime_lightning
+from prime_lightning.engines.samples import EngineDiedError, Outcome
 from prime_lightning.engines.vllm import group as vllm_group
 
 LAUNCHER = (
@@ -38,33 +39,6 @@ LAUNCHER_PREFIXES = (
     *("SLURM_", "PMI_", "PMIX_", "OMPI_", "HYDRA_"),
 )
 TAIL = 25  # lines of the log in an error
-
-
-class EngineDiedError(ChildProcessError):
-    """The engine's process is gone or hangs; what it was sampling is lost."""
-
-
-class Channel(Protocol):
-    """What draws samples, as `EngineProcess` does."""
-
-    info: dict[str, Any]
-    """`max_model_len` and more."""
-
-    def open(self, name: str) -> None:
-        """Make room for the news of samples whose id begins with this name and a dot."""
-        ...
-
-    def close_stream(self, name: str) -> None:
-        """Forget such samples."""
-        ...
-
-    def next(self, name: str, stall: float) -> tuple[Any, ...]:
-        """The next news of a stream."""
-        ...
-
-    def send(self, *message: Any) -> None:
-        """Send a message."""
-        ...
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -84,14 +58,17 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 class EngineProcess:
-    """One process with one vLLM engine.
+    """One process with one vLLM engine: a `Channel`, and the control calls of a weight transfer.
 
     Args:
         arguments: vLLM's engine arguments.
         environment: Of the process, besides what `clean_environment` gives.
+        stall: Seconds to wait for the answer to a call, and for a sign of life.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Mapping[str, Any], environment: Mapping[str, str], stall: float = 300.0) -> None:
+        self.stall = stall
+        self.window = 2 * arguments["max_num_seqs"]  # computed and queued: the engine never waits for the trainer
         self.folder = Path(tempfile.mkdtemp(prefix="prime_lightning_vllm_"))
         self._connection, theirs = Pipe()
         extra = {"TMPDIR": str(self.folder), "PRIME_LIGHTNING_ENGINE_FOLDER": str(self.folder), **environment}
@@ -111,7 +88,7 @@ class EngineProcess:
         self._ready, self._dead = threading.Event(), threading.Event()
         self._sending, self._numbers = threading.Lock(), itertools.count()
         self._answers: dict[int, queue.SimpleQueue[tuple[bool, Any] | None]] = {}
-        self._mail: dict[str, queue.SimpleQueue[tuple[Any, ...] | None]] = {}
+        self._mail: dict[str, queue.SimpleQueue[Any]] = {}  # of `next`; None: dead
         self._heard = time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # it died at once: the reader says so
             self._connection.send(dict(arguments))
@@ -131,49 +108,76 @@ class EngineProcess:
         if not self.info:
             raise self._death("ended while it started")
 
-    def open(self, name: str) -> None:
-        """Make room for the news of samples whose id begins with this name and a dot."""
-        self._mail[name] = queue.SimpleQueue()
+    # ---- the channel
+
+    @property
+    def context(self) -> int:
+        """Longest prompt and completion in tokens."""
+        return int(self.info["max_model_len"])
+
+    def open(self, stream: str) -> None:
+        """Make room for the outcomes of a stream."""
+        self._mail[stream] = queue.SimpleQueue()
         if self._dead.is_set():
-            self._mail[name].put(None)
+            self._mail[stream].put(None)
 
-    def close_stream(self, name: str) -> None:
-        """Forget such samples."""
-        self._mail.pop(name, None)
+    def add(self, samples: Sequence[tuple[str, list[int], int | None]], arguments: Mapping[str, Any]) -> None:
+        """Begin with samples.
 
-    def next(self, name: str, stall: float) -> tuple[Any, ...]:
-        """The next news of a stream.
+        Raises:
+            EngineDiedError: if nobody can take them.
+        """
+        self._send("add", samples, arguments)
+
+    def next(self, stream: str) -> tuple[str, Outcome]:
+        """Wait for a sample to end.
 
         Raises:
             EngineDiedError: if the process is gone, or gave no sign of life for `stall` seconds.
         """
         while True:
             with contextlib.suppress(queue.Empty):
-                news = self._mail[name].get(timeout=min(1.0, stall))
+                news: tuple[str, Outcome] | None = self._mail[stream].get(timeout=min(1.0, self.stall))
                 if news is None:
                     raise self._death("died")
                 return news
-            if time.monotonic() - self._heard > stall:
-                raise self._death(f"gave no sign of life for {stall:g} s (`stall_timeout`)")
+            if time.monotonic() - self._heard > self.stall:
+                raise self._death(f"gave no sign of life for {self.stall:g} s (`stall_timeout`)")
 
-    def send(self, *message: Any) -> None:
-        """Send a message.
+    def close_stream(self, stream: str, flying: list[str]) -> None:
+        """Forget a stream and abort its samples."""
+        self._mail.pop(stream, None)
+        if flying:
+            with contextlib.suppress(EngineDiedError):  # then nothing flies any more
+                self._send("abort", flying)
+
+    # ---- calls
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Shake hands."""
+        self.call("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        """Make the model ready to take weights."""
+        self.call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Take one piece."""
+        self.call("update_weights", update_info=update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Take the weights into use."""
+        self.call("finish_weight_update", weight_version=weight_version)
+
+    def read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
+        """Values of the engine's own weights."""
+        return self.call("read_back", columns=columns)  # type: ignore[no-any-return]
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Run a method of `child.Server` and wait for its answer.
 
         Raises:
-            EngineDiedError: if nobody can get it.
-        """
-        try:
-            with self._sending:
-                self._connection.send(message)
-        except OSError:
-            raise self._death("died") from None
-        self._heard = max(self._heard, time.monotonic())
-
-    def call(self, method: str, timeout: float, **arguments: Any) -> Any:
-        """Run a method of `vllm_child.Server` and wait for its answer.
-
-        Raises:
-            EngineDiedError: if the process dies, or does not answer in `timeout` seconds.
+            EngineDiedError: if the process dies, or does not answer in `stall` seconds.
             RuntimeError: with its traceback, if the method fails.
         """
         number = next(self._numbers)
@@ -181,10 +185,10 @@ class EngineProcess:
         try:
             if self._dead.is_set():
                 raise self._death("died")
-            self.send("call", number, method, arguments)
-            answer = answers.get(timeout=timeout)
+            self._send("call", number, method, arguments)
+            answer = answers.get(timeout=self.stall)
         except queue.Empty:
-            raise self._death(f"did not answer `{method}` in {timeout:g} s (`stall_timeout`)") from None
+            raise self._death(f"did not answer `{method}` in {self.stall:g} s (`stall_timeout`)") from None
         finally:
             del self._answers[number]
         if answer is None:
@@ -193,6 +197,8 @@ class EngineProcess:
         if not ok:
             raise RuntimeError(f"The vLLM engine failed at `{method}`:\n{value}")
         return value
+
+    # ---- life and death
 
     def close(self, patience: float = 10.0) -> None:
         """End the process, its children and its files. Calling it twice is fine."""
@@ -210,6 +216,14 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-TAIL:])
         return ""
+
+    def _send(self, *message: Any) -> None:
+        try:
+            with self._sending:
+                self._connection.send(message)
+        except OSError:
+            raise self._death("died") from None
+        self._heard = max(self._heard, time.monotonic())
 
     def _read(self) -> None:
         """Distribute what comes, until the process is gone."""
@@ -234,15 +248,15 @@ class EngineProcess:
         elif kind == "ret" and rest[0] in self._answers:
             self._answers[rest[0]].put((rest[1], rest[2]))
         elif kind == "done":
-            for sample in rest[0]:
-                self._deliver("done", sample)
+            for name, *sample in rest[0]:
+                self._deliver(name, tuple(sample))
         elif kind == "rejected":
-            self._deliver("rejected", rest)
+            self._deliver(rest[0], ValueError(f"vLLM does not take a prompt: {rest[1]}"))
 
-    def _deliver(self, kind: str, sample: Any) -> None:
-        box = self._mail.get(sample[0].split(".")[0])
+    def _deliver(self, name: str, outcome: Any) -> None:
+        box = self._mail.get(name.split(".")[0])
         if box is not None:  # else its stream was closed
-            box.put((kind, *sample))
+            box.put((name, outcome))
 
     def _death(self, why: str, log: bool = True) -> EngineDiedError:
         """Make sure that it is dead, and say how it died."""
@@ -263,35 +277,3 @@ class EngineProcess:
             self.process.wait()
             self._ended = True
         self._dead.set()
-
-
-class ProcessClient:
-    """The control calls of a weight transfer, over the process's socket.
-
-    Args:
-        process: Where they go.
-        timeout: Seconds for each.
-    """
-
-    def __init__(self, process: EngineProcess, timeout: float) -> None:
-        self.process, self.timeout = process, timeout
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Shake hands."""
-        self.process.call("init_weight_transfer_engine", self.timeout, init_info=init_info)
-
-    def start_weight_update(self) -> None:
-        """Make the model ready to take weights."""
-        self.process.call("start_weight_update", self.timeout)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Take one piece."""
-        self.process.call("update_weights", self.timeout, update_info=update_info)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Take the weights into use."""
-        self.process.call("finish_weight_update", self.timeout, weight_version=weight_version)
-
-    def read_back(self, columns: dict[str, int]) -> dict[str, list[float]]:
-        """Values of the engine's own weights."""
-        return self.process.call("read_back", self.timeout, columns=columns)  # type: ignore[no-any-return]

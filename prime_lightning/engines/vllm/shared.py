@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from prime_lightning.engines.host_group import of_all_ranks, rank, together
+from prime_lightning.engines.samples import Channel, EngineDiedError
 from prime_lightning.engines.vllm.devices import own_gpu
 from prime_lightning.engines.vllm.engine import VLLMEngine
-from prime_lightning.engines.vllm.process import Channel, EngineDiedError
-from prime_lightning.engines.vllm.remote import OwnerClient, ProcessProxy, ProcessServer
+from prime_lightning.engines.vllm.remote import Address, OwnerClient, ProcessProxy, share
 
 
 class SharedVLLMEngine(VLLMEngine):
@@ -52,7 +52,7 @@ class SharedVLLMEngine(VLLMEngine):
             raise ValueError(f"Expected `lora_rank` null for an engine that ranks share, got {self.lora_rank}.")
         self.owner, self.owns = 0, True
         self._places: list[int] = []
-        self._server: ProcessServer | None = None
+        self._address: Address | None = None
         self._client: OwnerClient | None = None
 
     # ---- the Engine protocol
@@ -60,7 +60,7 @@ class SharedVLLMEngine(VLLMEngine):
     @property
     def context(self) -> int | None:
         """As of a `VLLMEngine`, on all ranks."""
-        return super().context if self._client is None else int(self._client.process().info["max_model_len"])
+        return super().context if self._client is None else self._client.present().context
 
     def start(self, model: str) -> None:
         """Begin to load, at the rank that owns the engine; on all ranks.
@@ -72,8 +72,7 @@ class SharedVLLMEngine(VLLMEngine):
         self._meet()
         gathered = together(lambda: self._begin(model))
         if not self.owns:
-            address, key = gathered[self.owner]
-            self._client = OwnerClient(address, key, self.owner)
+            self._client = OwnerClient(gathered[self.owner], self.owner)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send all weights, and compare a sample of them with what the engine then has; on all ranks.
@@ -106,21 +105,15 @@ class SharedVLLMEngine(VLLMEngine):
 
     def close(self) -> None:
         """End the process, at the rank that owns it."""
-        if self._server is not None:
-            self._server.close()
-        if self._client is not None:
-            self._client.close()
-        self._server = self._client = None
+        self._client = None
         super().close()
 
     def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
         """What draws samples: the process, wherever it is, or the one in the place of one that died."""
         if self._client is None:
             return super().channel(died, death)
-        if died is None or death is None:
-            return self._client.process()
-        assert isinstance(died, ProcessProxy)
-        return self._client.revive(died, death)
+        assert died is None or isinstance(died, ProcessProxy)
+        return self._client.present(died, death)
 
     # ---- the ranks
 
@@ -152,12 +145,12 @@ class SharedVLLMEngine(VLLMEngine):
         self.owns, self._prefix = self.owner == rank(), f"r{rank()}s"
         self._places = [device for _, device in places[self.owner : self.owner + self.ranks]]
 
-    def _begin(self, model: str) -> tuple[str, bytes] | None:
+    def _begin(self, model: str) -> Address | None:
         """Start the process and say where it can be reached, or get ready for that."""
         if self.owns:
             super().start(model)
-            self._server = ProcessServer(self)
-            return self._server.address, self._server.key
+            self._address = self._address or share(self)
+            return self._address
         self._prepare(model)
         return None
 
