@@ -125,7 +125,7 @@ def train(
         config: Further layers over conf/train.yaml: YAML files, or mappings like them.
         folder: New folder of the run.
         **overrides: Options by name: of the trainer (`max_steps=20`), the module, the data module
-            (`sampling={"samples": 8}`) or of the data set (`template=`, `answer_field=`). A mapping changes only the
+            (`sampling={"samples": 8}`) or of the data set (`template=`, `columns=`). A mapping changes only the
             options that it names.
 
     Returns:

@@ -72,7 +72,7 @@ def call_layer(
         asked["model"] |= {"prm": prm, "reference": prm}
     rows: dict[str, Any] = {"path": path, "kind": kind}
     asked["data"] = {"train": {"class_path": import_path(DatasetPrompts), "init_args": rows}}
-    rows["template"] = _template(model, kind, columns)
+    rows["template"] = _template(model, kind, {*columns, *overrides.get("columns", ())})
     for name, value in overrides.items():
         name = "seed_everything" if name == "seed" else name
         group = _group(name)

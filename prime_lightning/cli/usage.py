@@ -109,7 +109,7 @@ def explained(parser: Any, message: str, given: Sequence[str]) -> Iterator[str]:
         name = unknown[1] or unknown[2]
         names, group = options_of(inner), name.split(".")[0]
         yield f"prime-lightning: `{name}` is no option of `{command}`{place_of(name, given)}."
-        yield from nearest(name, names)
+        yield from list(nearest(name, names)) or wanting(inner, given)
     else:
         where = place_of(key[1], given) if key else ""
         words = [line.strip()[:LONGEST_LINE] for line in _bare(message).splitlines() if line.strip()]
@@ -138,6 +138,13 @@ def nearest(name: str, names: Iterable[str]) -> Iterator[str]:
         yield f"Did you mean {' or '.join(f'`{n}`' for n in close)}?"
     elif names and len(names) <= 20:
         yield f"There are {', '.join(names)}."
+
+
+def wanting(parser: Any, given: Sequence[str]) -> Iterator[str]:
+    """One line with the options that have to be given and were not: one of them may have been meant."""
+    flags = {word.partition("=")[0] for word in given}
+    if missing := [a.option_strings[0] for a in parser._actions if a.required and flags.isdisjoint(a.option_strings)]:
+        yield f"Expected {' and '.join(missing)}, got none."
 
 
 def elsewhere(message: str) -> Iterator[str]:

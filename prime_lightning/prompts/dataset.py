@@ -124,10 +124,11 @@ class DatasetPrompts(Prompts):
         split: Split of a hub data set.
         name: Configuration of a hub data set.
         revision: Commit of a hub data set; pin it, since data sets change.
-        answer_field: Field with the reference answer, or its path (`reward_model.ground_truth`). Every row needs it,
-            but for `code`. A list of answers means all of them, in any order.
-        answer_pattern: Regular expression whose first group is the answer inside that field; `boxed` takes the last
-            box, and None all of it.
+        columns: What these rows call otherwise, `{answer: solution}`: our name, and theirs or a path
+            (`reward_model.ground_truth`). Every row needs an `answer`, but for `code`; a list of answers means all of
+            them, in any order.
+        answer_pattern: Regular expression whose first group is the answer in what its column says; `boxed` takes the
+            last box, and None all of it.
         source: Name for counts per source; by default the file's or data set's name.
         shuffle: Permute each pass; False keeps the file's order.
         seed: Of the permutation.
@@ -146,7 +147,7 @@ class DatasetPrompts(Prompts):
         split: str = "train",
         name: str | None = None,
         revision: str | None = None,
-        answer_field: str = "answer",
+        columns: dict[str, str] | None = None,
         answer_pattern: str | None = None,
         source: str | None = None,
         shuffle: bool = True,
@@ -155,18 +156,23 @@ class DatasetPrompts(Prompts):
         drop_unanswered: bool = False,
     ) -> None:
         self.kind, self.shuffle, self.seed = kind, shuffle, seed
-        self.answer_field, self.answer_pattern = answer_field, answer_pattern
+        self.columns, self.answer_pattern = columns or {}, answer_pattern
         first = path if isinstance(path, str) else path[0]
         self.source = source or Path(first.removesuffix(".gz")).stem
-        self.rows = load_rows(path, split=split, name=name, revision=revision, exact=answer_field)
+        self.rows = load_rows(path, split=split, name=name, revision=revision, exact=self.answer)
         if limit is not None:
             self.rows = self.rows.select(range(min(limit, len(self.rows))))
         self.template = template or self._usual_template()
         self._check(first, drop=drop_unanswered)
 
+    @property
+    def answer(self) -> str:
+        """Column of the answer, or its path."""
+        return self.columns.get("answer", "answer")
+
     def _usual_template(self) -> Template:
         """That of PRIME's authors; the messages themselves, where rows have a `prompt` of messages and no `problem`."""
-        if "problem" not in self.rows.column_names and len(self.rows):
+        if "problem" not in {*self.rows.column_names, *self.columns} and len(self.rows):
             talks = (name for name in TALKS if is_conversation(structure(self.rows[0].get(name))))
             for name in talks:
                 return Template(user=f"{{{name}}}")
@@ -184,7 +190,8 @@ class DatasetPrompts(Prompts):
         row = self.flat(self.rows[0])
         names = dict.fromkeys(self.template.fields(row))
         for name in names:
-            check_filled(self.rows, name, path, option="template.user", blank=len(names) > 1)
+            option = "columns" if name in self.columns else "template.user"
+            check_filled(self.rows, self.columns.get(name, name), path, option=option, blank=len(names) > 1)
         self.template.messages(row, self.hidden())
         if strangers := self.template.strangers(row):
             warnings.warn(
@@ -195,9 +202,9 @@ class DatasetPrompts(Prompts):
 
     def _check_answers(self, path: str, drop: bool) -> None:
         """Every row must have an answer, or is left out."""
-        missing = missing_rows(self.rows, self.answer_field)
+        missing = missing_rows(self.rows, self.answer)
         if missing is None or (missing and not drop):
-            check_filled(self.rows, self.answer_field, path, option="answer_field")
+            check_filled(self.rows, self.answer, path, option="columns")
         bad = dict.fromkeys(missing or (), "no answer")
         for i, row in enumerate(self.rows.select_columns(self._answer_columns())):
             if i not in bad and (reason := self._unread(row)):
@@ -208,7 +215,7 @@ class DatasetPrompts(Prompts):
         said = f"in {len(bad)} of {len(self.rows)} rows of {path!r} (counted from 0; {named}{' ...' * (len(bad) > 5)})"
         if not drop or len(bad) == len(self.rows):
             raise ValueError(
-                f"Expected an answer in `{self.answer_field}`, got none {said}. Set `answer_field` or "
+                f"Expected an answer in `{self.answer}`, got none {said}. Set `columns` or "
                 "`answer_pattern`, or leave these rows out with `drop_unanswered: true`."
             )
         warnings.warn(f"Left out, for want of an answer: {said}.", stacklevel=2)
@@ -216,7 +223,7 @@ class DatasetPrompts(Prompts):
 
     def _answer_columns(self) -> list[str]:
         names = self.rows.column_names
-        return [self.answer_field if self.answer_field in names else re.split(r"[.\[]", self.answer_field)[0]]
+        return [self.answer if self.answer in names else re.split(r"[.\[]", self.answer)[0]]
 
     def _unread(self, row: Mapping[str, Any]) -> str:
         """Why a row has no answer; empty if it has one."""
@@ -227,7 +234,7 @@ class DatasetPrompts(Prompts):
         return ""
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
-        """The answer's field, or what the pattern finds in it.
+        """The answer, or what the pattern finds in it.
 
         A verifier of one's own gets a mapping as JSON text.
 
@@ -235,7 +242,7 @@ class DatasetPrompts(Prompts):
             ValueError: if it is no answer, or the pattern does not find one.
         """
         try:
-            answer = at(row, self.answer_field)
+            answer = at(row, self.answer)
         except KeyError:
             return ""
         if isinstance(answer, Mapping) and self.kind not in OURS:
@@ -249,8 +256,8 @@ class DatasetPrompts(Prompts):
         return found
 
     def hidden(self) -> tuple[str, ...]:
-        """The answer's field; and `answer`, whatever it is called."""
-        return tuple(dict.fromkeys((self.answer_field, "answer")))
+        """The answer's column; and `answer`, whatever it is called."""
+        return tuple(dict.fromkeys((self.answer, "answer")))
 
     def references(self) -> Iterator[Prompt]:
         """All rows in the order of the file."""
@@ -261,8 +268,16 @@ class DatasetPrompts(Prompts):
         self.rows = self.rows.select(rows)
 
     def flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row of the file as templates and verifiers read it."""
-        return row
+        """A row of the file as templates and verifiers read it.
+
+        Raises:
+            ValueError: if it lacks one of `columns`.
+        """
+        try:
+            named = {ours: at(row, theirs) for ours, theirs in self.columns.items() if ours != "answer"}
+        except KeyError as error:
+            raise ValueError(f"Expected {error} (`columns`) in each row, got {sorted(row)}.") from None
+        return {**row, **named} if named else row
 
     def __len__(self) -> int:
         """Rows in one pass."""

@@ -41,7 +41,9 @@ class EurusPrompts(DatasetPrompts):
         **options: Any,
     ) -> None:
         template = template or Template(user="{prompt}")
-        super().__init__(path, revision=revision, template=template, source=source, answer_field=TRUTH, **options)
+        super().__init__(
+            path, revision=revision, template=template, source=source, columns={"answer": TRUTH}, **options
+        )
 
     def flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row, with its tests on the top level if it is one of code."""
@@ -75,7 +77,7 @@ class BenchmarkRows(DatasetPrompts):
     Args:
         path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
         split: Split of a hub data set.
-        fields: Where a column of the left name is missing, it is read from the column of the right name.
+        columns: As there, but only where a column of our name is missing: files may have them under either name.
         where: Only rows with these values, in files that have such columns.
         **options: Of `DatasetPrompts`.
 
@@ -87,11 +89,11 @@ class BenchmarkRows(DatasetPrompts):
         self,
         path: str,
         split: str = "test",
-        fields: dict[str, str] | None = None,
+        columns: dict[str, str] | None = None,
         where: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
-        self.fields, self.where = fields or {}, where or {}
+        self.theirs, self.where = columns or {}, where or {}
         super().__init__(path, split=split, shuffle=False, **options)
 
     def _check(self, path: str, *, drop: bool = False) -> None:
@@ -99,15 +101,15 @@ class BenchmarkRows(DatasetPrompts):
             if column in self.rows.column_names:
                 chosen = [i for i, value in enumerate(self.rows[column]) if value == wanted]
                 self.rows = self.rows.select(chosen)
-        for field, column in self.fields.items():
-            if field not in self.rows.column_names and column in self.rows.column_names:
-                self.rows = self.rows.add_column(field, self.rows[column])
+        for ours, theirs in self.theirs.items():
+            if ours not in self.rows.column_names and theirs in self.rows.column_names:
+                self.rows = self.rows.add_column(ours, self.rows[theirs])
         columns = self.rows.column_names
-        missing = [field for field in NEEDED.get(self.kind, ()) if field not in columns]
-        if self.kind == "code" and not any(field in columns for field in ASSERTS):
+        missing = [name for name in NEEDED.get(self.kind, ()) if name not in columns]
+        if self.kind == "code" and not any(name in columns for name in ASSERTS):
             missing.append(" or ".join(ASSERTS))
         if missing:
-            other = {field: self.fields[field] for field in missing if field in self.fields}
+            other = {name: self.theirs[name] for name in missing if name in self.theirs}
             raise ValueError(
                 f"Expected the columns {missing} in {path!r}"
                 f"{f' (or, on the hub, {other})' if other else ''}, got {sorted(columns)}."
@@ -116,4 +118,4 @@ class BenchmarkRows(DatasetPrompts):
 
     def hidden(self) -> tuple[str, ...]:
         """The answer, by its name on the hub too."""
-        return (*super().hidden(), *([self.fields["answer"]] if "answer" in self.fields else []))
+        return (*super().hidden(), *([self.theirs["answer"]] if "answer" in self.theirs else []))

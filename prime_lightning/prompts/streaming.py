@@ -101,13 +101,13 @@ class StreamedPrompts(DatasetPrompts):
 
     Args:
         path: A jsonl, parquet or csv file (`.gz` too), a list of such files or URLs, or a hub id.
-        kind: As there; so are `template`, `split`, `name`, `revision`, `answer_field`, `answer_pattern` and `source`.
+        kind: As there; so are `template`, `split`, `name`, `revision`, `columns`, `answer_pattern` and `source`.
         template: How a row becomes text.
         split: Split of a hub data set.
         name: Configuration of a hub data set.
         revision: Commit of a hub data set; pin it, or a resumed run may go on in other rows.
-        answer_field: Field with the reference answer, or its path.
-        answer_pattern: What the answer is inside that field.
+        columns: What these rows call otherwise: our name, and theirs or a path.
+        answer_pattern: What the answer is in what its column says.
         source: Name for counts per source.
         block: Rows that are shuffled together, and kept in memory; 1 keeps the order.
         seed: Of the shuffling.
@@ -125,7 +125,7 @@ class StreamedPrompts(DatasetPrompts):
         split: str = "train",
         name: str | None = None,
         revision: str | None = None,
-        answer_field: str = "answer",
+        columns: dict[str, str] | None = None,
         answer_pattern: str | None = None,
         source: str | None = None,
         block: int = 1000,
@@ -135,7 +135,7 @@ class StreamedPrompts(DatasetPrompts):
         if block < 1:
             raise ValueError(f"Expected `block` of at least 1 row, got {block}.")
         self.kind, self.block, self.seed, self.drop = kind, block, seed, drop_unanswered
-        self.answer_field, self.answer_pattern = answer_field, answer_pattern
+        self.columns, self.answer_pattern = columns or {}, answer_pattern
         self.source = source or (path if isinstance(path, str) else path[0]).rsplit("/", 1)[-1].split(".")[0]
         rows = stream_rows(path, split=split, name=name, revision=revision)
         self.stream = Stream(rows, keep=2 * block)
@@ -162,8 +162,8 @@ class StreamedPrompts(DatasetPrompts):
         reason = "" if self.kind_of(row) == "code" else self._unread(row) or (not self.answer_of(row) and "no answer")
         if reason and not self.drop:
             raise ValueError(
-                f"Expected an answer in `{self.answer_field}`, got none in row {self.place(draw)} of {self.source!r}: "
-                f"{reason}. Set `answer_field` or `answer_pattern`, or `drop_unanswered: true`, which passes over them."
+                f"Expected an answer in `{self.answer}`, got none in row {self.place(draw)} of {self.source!r}: "
+                f"{reason}. Set `columns` or `answer_pattern`, or `drop_unanswered: true`, which passes over them."
             )
         return not reason
 

@@ -111,7 +111,7 @@ def _field_of(value: Mapping[Any, Any]) -> str:
     """What to do about a mapping."""
     likely = ("ground_truth", "answer", "final_answer", "value", "target", "label", "solution")
     name = next((name for name in likely if name in value), next(iter(value), "value"))
-    return f"not an answer; name its field by a path, such as `answer_field: <column>.{name}`"
+    return f"not an answer; name its field by a path, such as `columns: {{answer: <column>.{name}}}`"
 
 
 def _scalar(value: Any) -> str:

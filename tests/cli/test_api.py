@@ -136,7 +136,7 @@ class Plain:
         ({"sampling": Sampling(samples=8)}, ("data", "sampling"), {"samples": 8}),
         ({"advantage": grpo}, ("model",), {"advantage": "prime_lightning.algorithms.advantage.grpo"}),
         ({"credit": {"process_weight": 0.5}}, ("model",), {"credit": {"process_weight": 0.5}}),
-        ({"answer_field": "solution"}, ("data", "train", "init_args"), {"answer_field": "solution"}),
+        ({"columns": {"answer": "solution"}}, ("data", "train", "init_args"), {"columns": {"answer": "solution"}}),
         ({"template": {"user": "{problem}!"}}, ("data", "train", "init_args", "template"), {"chat": False}),
         ({"seed": 7}, (), {"seed_everything": 7}),
         ({"loading": Plain()}, ("model",), {"loading": {"a": 1}}),

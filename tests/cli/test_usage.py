@@ -65,6 +65,11 @@ OTHERS = [
     (["score", "--prm.folders", "x"], "prm.folders", ""),
     (["export", "--ckpt"], "ckpt", "export --help"),
     (["verify", "--knd", "math"], "knd", ""),
+    (
+        ["processbench", "--data", "x.jsonl", "--out", "x.json"],
+        "`data` is no option",
+        "Expected --input and --prm.folder, got none.",
+    ),
 ]
 
 

@@ -160,20 +160,20 @@ def test_countdown_is_for_a_verifier_of_ones_own(tmp_path, tokenizer, verifiers)
     assert prompt.text == "<user>Make 24 of [4, 6]."
     assert [verifiers.verify(prompt, text).score for text in ("6*4=24", "3*8=24")] == [1.0, 0.0]
     with pytest.raises(ValueError, match="without the reference"):
-        DatasetPrompts(path, answer_field="target", template=Template(user="Make {target} of {nums}."))
+        DatasetPrompts(path, columns={"answer": "target"}, template=Template(user="Make {target} of {nums}."))
 
 
 def test_a_mapping_is_for_a_verifier_of_ones_own(tmp_path, tokenizer, verifiers):
     mapping = {"target": 24, "numbers": [4, 6]}
     path = write_jsonl(tmp_path / "rows.jsonl", [{**mapping, "truth": mapping}])
     template = Template(user="Make {target} of {numbers}.")
-    prompts = DatasetPrompts(path, kind="test_formats.countdown", answer_field="truth", template=template)
+    prompts = DatasetPrompts(path, kind="test_formats.countdown", columns={"answer": "truth"}, template=template)
     prompt = prompts.prompt(0, tokenizer)
     assert prompt.text == "<user>Make 24 of [4, 6]."
     assert json.loads(prompt.answer) == mapping
     assert [verifiers.verify(prompt, text).score for text in ("4*6=24", "4+6=10")] == [1.0, 0.0]
     with pytest.raises(ValueError, match=r"a mapping with the fields \['numbers', 'target'\]"):
-        DatasetPrompts(path, answer_field="truth", template=template)
+        DatasetPrompts(path, columns={"answer": "truth"}, template=template)
 
 
 NONE = [
@@ -185,7 +185,7 @@ NONE = [
 
 def test_rows_without_an_answer_are_named_and_left_out_on_request(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", NONE)
-    options = {"answer_field": "solution", "answer_pattern": "boxed", "shuffle": False}
+    options = {"columns": {"answer": "solution"}, "answer_pattern": "boxed", "shuffle": False}
     with pytest.raises(ValueError, match=r"none in 2 of 3 rows .*row 1: nothing that matches .*drop_unanswered: true"):
         DatasetPrompts(path, **options)
     with pytest.warns(UserWarning, match="Left out, for want of an answer: in 2 of 3 rows"):

@@ -96,7 +96,7 @@ def test_code_rows_carry_their_tests_and_need_no_answer(tmp_path, tokenizer):
 
 def test_answers_that_are_numbers_become_text(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "n.jsonl", [{"problem": "1", "final": n} for n in (0, 12)])
-    prompts = DatasetPrompts(path, template=PLAIN, answer_field="final", shuffle=False)
+    prompts = DatasetPrompts(path, template=PLAIN, columns={"answer": "final"}, shuffle=False)
     assert [prompts.prompt(draw, tokenizer).answer for draw in (0, 1)] == ["0", "12"]
 
 
@@ -120,13 +120,25 @@ def test_a_pattern_finds_the_answer_in_its_field(tmp_path, tokenizer):
             r"in 1 of 2 \(rows \[1\]",
         ),
         ("blank.jsonl", '{"problem": "a", "answer": "  "}\n', r"`answer` in every row .* none in 1 of 1"),
-        ("other.jsonl", '{"question": "a"}\n', r"field 'answer' .* got \['question'\]. Set `answer_field`"),
+        ("other.jsonl", '{"question": "a"}\n', r"field 'answer' .* got \['question'\]. Set `columns`"),
     ],
 )
 def test_data_that_cannot_work_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         DatasetPrompts(str(tmp_path / name))
+
+
+def test_columns_of_other_names_are_read_as_ours(tmp_path, tokenizer):
+    rows = [{"problem": "not this", "asked": {"text": f"{i}+1="}, "solution": str(i + 1)} for i in range(2)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    prompts = DatasetPrompts(
+        path, template=PLAIN, columns={"problem": "asked.text", "answer": "solution"}, shuffle=False
+    )
+    prompt = prompts.prompt(1, tokenizer)
+    assert (prompt.text, prompt.answer, prompt.row["problem"]) == ("1+1=", "2", "1+1=")
+    with pytest.raises(ValueError, match=r"Expected 'askt' \(`columns`\) in each row, got \['asked', 'problem'"):
+        DatasetPrompts(path, template=PLAIN, columns={"problem": "askt", "answer": "solution"})
 
 
 def test_missing_data_is_refused(tmp_path, sums):

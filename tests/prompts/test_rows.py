@@ -43,7 +43,7 @@ def test_numbers_in_json_and_csv_keep_their_digits(tmp_path, written):
     (tmp_path / "table.csv").write_text("problem,answer\n" + "".join(f"p,{text}\n" for text in written))
     for name in ("plain.jsonl", "list.json", "packed.jsonl.gz", "table.csv"):
         assert answers(tmp_path / name) == written, name
-    assert answers(tmp_path / "inside.jsonl", answer_field="truth.value") == written
+    assert answers(tmp_path / "inside.jsonl", columns={"answer": "truth.value"}) == written
 
 
 def test_numbers_and_texts_in_one_column_stay_what_they_are(tmp_path):
@@ -91,7 +91,7 @@ def test_lists_as_rows_have_numbered_fields(tmp_path):
     for name, text in (("rows.json", json.dumps([row, row])), ("rows.jsonl", f"{json.dumps(row)}\n" * 2)):
         (tmp_path / name).write_text(text)
         template = Template(user="{0.value}", chat=False)
-        prompts = DatasetPrompts(str(tmp_path / name), template=template, answer_field="1.ground_truth.value")
+        prompts = DatasetPrompts(str(tmp_path / name), template=template, columns={"answer": "1.ground_truth.value"})
         assert (prompts.answer_of(prompts.row(0)), template.messages(prompts.row(0))[0]["content"]) == ("2", "1+1")
 
 

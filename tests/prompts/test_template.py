@@ -127,9 +127,9 @@ def test_a_data_set_never_shows_its_reference(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "6*7?", "solution": "42"}])
     template = Template(user="{problem} {solution}", chat=False)
     with pytest.raises(ValueError, match=r"without the reference, got \{solution\}"):
-        DatasetPrompts(path, template=template, answer_field="solution")
+        DatasetPrompts(path, template=template, columns={"answer": "solution"})
     boxed = Template(user=r"{problem} Write \boxed{solution}.", chat=False)
-    assert "42" not in DatasetPrompts(path, template=boxed, answer_field="solution").prompt(0, tokenizer).text
+    assert "42" not in DatasetPrompts(path, template=boxed, columns={"answer": "solution"}).prompt(0, tokenizer).text
 
 
 def test_names_that_are_no_fields_are_said_at_the_start(tmp_path):
