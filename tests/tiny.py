@@ -17,7 +17,7 @@ from prime_lightning.prompts.arithmetic import ArithmeticLessons, ArithmeticProm
 from prime_lightning.rollout import Prompt, Sampling, Verdict
 from prime_lightning.sampling.acceptance import AccuracyFilter
 from prime_lightning.sampling.datamodule import RolloutDataModule
-from prime_lightning.training.callbacks.files import HuggingFaceExport
+from prime_lightning.training.callbacks.outputs import HuggingFaceExport
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.options import Update
 from prime_lightning.training.sft import LessonDataModule, SFTModule

@@ -24,7 +24,7 @@ from prime_lightning.models.options import cpu_precision, precision_of
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.callbacks.alarms import Alarms
-from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutLog
+from prime_lightning.training.callbacks.outputs import HuggingFaceExport, RolloutLog
 from prime_lightning.training.callbacks.progress import PrimeProgress
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.sft import LessonDataModule, SFTModule

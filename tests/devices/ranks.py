@@ -29,7 +29,7 @@ from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prm.train import LabelledDataModule, PRMModule
 from prime_lightning.prompts.arithmetic import ArithmeticPrompts
 from prime_lightning.sampling.sync import PolicyWeights
-from prime_lightning.training.callbacks.files import HuggingFaceExport
+from prime_lightning.training.callbacks.outputs import HuggingFaceExport
 from prime_lightning.training.options import Credit, PolicyLoss, ProcessReward, Replaying, Update
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.stepping import RoleStrategy, devices

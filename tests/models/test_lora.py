@@ -20,7 +20,7 @@ from prime_lightning.models.options import Loading, Lora
 from prime_lightning.models.pretrained import load_causal_lm, load_tokenizer, save
 from prime_lightning.rollout import Prompt, Sampling, Verdict
 from prime_lightning.sampling.sync import PolicyWeights
-from prime_lightning.training.callbacks.files import HuggingFaceExport
+from prime_lightning.training.callbacks.outputs import HuggingFaceExport
 from prime_lightning.verifiers import Verifiers
 
 LORA = Lora(rank=4, alpha=8.0)

@@ -193,7 +193,7 @@ def test_weights_of_another_model_leave_nothing_behind(prime_run, chat_model, tm
 
 
 def test_a_second_run_says_that_it_will_replace_models(prime_run, warm_model, tmp_path):
-    from prime_lightning.training.callbacks.files import HuggingFaceExport
+    from prime_lightning.training.callbacks.outputs import HuggingFaceExport
 
     (tmp_path / "policy").mkdir()
     with pytest.warns(UserWarning, match="When training ends, new models will replace those in .*policy"):

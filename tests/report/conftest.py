@@ -5,7 +5,7 @@ import tiny
 from lightning.pytorch.loggers import CSVLogger
 
 from prime_lightning.prompts.arithmetic import written_steps
-from prime_lightning.training.callbacks.files import RolloutLog
+from prime_lightning.training.callbacks.outputs import RolloutLog
 from report.lines import HOSTILE, row, write_rollouts
 
 

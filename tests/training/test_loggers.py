@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prime_lightning.rollout import Completion
-from prime_lightning.training.callbacks.files import COLUMNS, SampleTable, as_text, visible
+from prime_lightning.training.callbacks.outputs import COLUMNS, SampleTable, as_text, visible
 
 HOSTILE = "7\n```\n<script>alert(1)</script>\x1b[2J\u202e\ud800 | x | y\r\n# head"
 

@@ -11,7 +11,7 @@ from toys import rollout
 from prime_lightning.models.batch import Batch
 from prime_lightning.prompts.arithmetic import build_tokenizer
 from prime_lightning.rollout import Finish
-from prime_lightning.training.callbacks.files import RolloutLog
+from prime_lightning.training.callbacks.outputs import RolloutLog
 from prime_lightning.training.panel import Iteration
 
 MODULE = SimpleNamespace(tokenizer=build_tokenizer(), reward=SimpleNamespace(beta=0.5))

@@ -8,16 +8,16 @@ from prime_lightning import lazily
 
 if TYPE_CHECKING:
     from prime_lightning.training.callbacks.alarms import Alarms
-    from prime_lightning.training.callbacks.files import HuggingFaceExport, RolloutLog, SampleTable
+    from prime_lightning.training.callbacks.outputs import HuggingFaceExport, RolloutLog, SampleTable
     from prime_lightning.training.callbacks.progress import PrimeProgress
 
 __all__ = ["Alarms", "HuggingFaceExport", "PrimeProgress", "RolloutLog", "SampleTable"]
 HOMES = {
     "Alarms": "alarms",
-    "HuggingFaceExport": "files",
-    "RolloutLog": "files",
+    "HuggingFaceExport": "outputs",
+    "RolloutLog": "outputs",
     "PrimeProgress": "progress",
-    "SampleTable": "files",
+    "SampleTable": "outputs",
 }
 """Files of the names that users write; each is imported when it is first asked for."""
 

@@ -1,4 +1,4 @@
-"""What happens between iterations: rollouts to disk, models to folders, sample completions to loggers."""
+"""What a run hands out: rollouts to disk, models to folders, sample completions to loggers."""
 
 from __future__ import annotations
 
