@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.prompts.rows import at, check_filled, is_conversation, load_rows, missing_rows
-from prime_lightning.prompts.template import CODE_USER, MATHS_USER, Template
+from prime_lightning.prompts.rows import check_filled, load_rows, missing_rows
+from prime_lightning.prompts.template import CODE_USER, MATHS_USER, Template, at, messages_of
 from prime_lightning.rollout import Prompt
-from prime_lightning.verifiers.references import boxed, reference_text, structure
+from prime_lightning.verifiers.references import boxed, reference_text
 
 __all__ = [
     "CODE_USER",
@@ -173,7 +173,7 @@ class DatasetPrompts(Prompts):
     def _usual_template(self) -> Template:
         """That of PRIME's authors; the messages themselves, where rows have a `prompt` of messages and no `problem`."""
         if "problem" not in {*self.rows.column_names, *self.columns} and len(self.rows):
-            talks = (name for name in TALKS if is_conversation(structure(self.rows[0].get(name))))
+            talks = (name for name in TALKS if messages_of(self.rows[0].get(name)))
             for name in talks:
                 return Template(user=f"{{{name}}}")
         return Template(user=CODE_USER if self.kind == "code" else MATHS_USER)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prime_lightning.prompts.dataset import DatasetPrompts, Template
-from prime_lightning.prompts.rows import at
+from prime_lightning.prompts.template import at
 from prime_lightning.verifiers.references import structure
 
 REVISION = "9776b13264b5aaa0b16495fcf086a0a8d86fd655"

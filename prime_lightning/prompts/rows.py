@@ -1,4 +1,4 @@
-"""Files and hub data sets -> rows, and values in rows by the path of their field.
+"""Files and hub data sets -> rows.
 
 Hugging Face `datasets` reads jsonl, json, parquet and csv files (gzip too) and hub ids. Numbers that it would round (it
 holds them in 64 bits) are read once more from JSON and csv files, as text.
@@ -8,46 +8,20 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_lightning.prompts.template import at, has, is_conversation
 from prime_lightning.rollout.files import Row, read_rows
-from prime_lightning.verifiers.references import structure
 
 if TYPE_CHECKING:
     import datasets
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NULLS = frozenset({"", "NULL", "null", "None", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A"})
-_STEP = re.compile(r"\.?([^.\[\]]+)|\[(-?\d+)\]")
-_ROLES = ({"role", "content"}, {"from", "value"})
-
-
-def at(row: Any, path: str) -> Any:
-    """The value of a field by its path; a field may stand in a mapping, a list or the JSON text of one.
-
-    Raises:
-        KeyError: if there is none.
-
-    Example:
-        >>> at({"a": {"b": [1, 2]}}, "a.b[1]"), at({"a": '{"b": 3}'}, "a.b"), at({"a.b": 4}, "a.b")
-        (2, 3, 4)
-    """
-    if isinstance(row, Mapping) and path in row:
-        return row[path]
-    for name, index in _STEP.findall(path):
-        row = structure(row)
-        if isinstance(row, str):
-            raise KeyError(path)
-        try:
-            row = row[int(index)] if index else row[name] if isinstance(row, Mapping) else row[int(name)]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise KeyError(path) from None
-    return row
 
 
 def check_filled(rows: datasets.Dataset, field: str, path: str, *, option: str, blank: bool = False) -> None:
@@ -80,7 +54,7 @@ def missing_rows(rows: datasets.Dataset, field: str, *, blank: bool = False) -> 
         return None
     values = list(rows[column]) if column == field else [_found({column: value}, field) for value in rows[column]]
     missing = [i for i, value in enumerate(values) if value is None or not (blank or _fills(value))]
-    absent = column != field and len(missing) == len(rows) and not any(_has(value, field) for value in rows)
+    absent = column != field and len(missing) == len(rows) and not any(has(value, field) for value in rows)
     return None if absent else missing
 
 
@@ -89,14 +63,6 @@ def _found(row: Mapping[str, Any], path: str) -> Any:
         return at(row, path)
     except KeyError:
         return None
-
-
-def _has(row: Mapping[str, Any], path: str) -> bool:
-    try:
-        at(row, path)
-    except KeyError:
-        return False
-    return True
 
 
 def _fills(value: Any) -> bool:
@@ -268,15 +234,6 @@ def _spread(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         return columns[0]
     numbered = all(not isinstance(v, dict) or all(key.isdigit() for key in v) for v in row.values())
     return [dict(zip(row, values, strict=True)) for values in zip(*columns, strict=True)] if numbered else None
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of chat messages, `role` and `content`, or `from` and `value` as ShareGPT writes."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, Mapping) and any(keys <= part.keys() for keys in _ROLES) for part in value)
-    )
 
 
 def _with_digits(table: datasets.Dataset, files: Sequence[str], field: str | None) -> datasets.Dataset:

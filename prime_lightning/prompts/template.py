@@ -16,7 +16,6 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from prime_lightning.prompts.rows import at, is_conversation
 from prime_lightning.verifiers.references import structure
 
 MATHS_USER = "{problem}\n\nPresent the answer in LaTex format: \\boxed{{Your answer}}"
@@ -28,9 +27,11 @@ _BRACES = re.compile(
     r"|(?P<latex>\\(?![nt]\{)[A-Za-z]+\*?(?:\[[^\[\]{}]*\])?(?:\{[^{}]*\})+|\\[{}])"
     r"|\{(?P<field>[^{}]*)\}"
 )
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(-?\d+)\]")
 _STEPS = r"(?:\.\w+|\[-?\d+\])"
 _PATH = re.compile(rf"[A-Za-z_]\w*{_STEPS}*|\d+{_STEPS}+")
 _OWN = frozenset({"tokenize", "add_generation_prompt", "conversation", "return_tensors", "return_dict", "padding"})
+_ROLES = ({"role", "content"}, {"from", "value"})
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 Message = dict[str, str]
@@ -210,16 +211,40 @@ def _check_variables(variables: Mapping[str, Any], tokenizer: PreTrainedTokenize
         )
 
 
-def _is_field(name: str, row: Mapping[str, Any]) -> bool:
-    if name in row:
-        return True
-    if not _PATH.fullmatch(name):
-        return False
+def at(row: Any, path: str) -> Any:
+    """The value of a field by its path; a field may stand in a mapping, a list or the JSON text of one.
+
+    Raises:
+        KeyError: if there is none.
+
+    Example:
+        >>> at({"a": {"b": [1, 2]}}, "a.b[1]"), at({"a": '{"b": 3}'}, "a.b"), at({"a.b": 4}, "a.b")
+        (2, 3, 4)
+    """
+    if isinstance(row, Mapping) and path in row:
+        return row[path]
+    for name, index in _STEP.findall(path):
+        row = structure(row)
+        if isinstance(row, str):
+            raise KeyError(path)
+        try:
+            row = row[int(index)] if index else row[name] if isinstance(row, Mapping) else row[int(name)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise KeyError(path) from None
+    return row
+
+
+def has(row: Any, path: str) -> bool:
+    """Whether there is such a value."""
     try:
-        at(row, name)
+        at(row, path)
     except KeyError:
         return False
     return True
+
+
+def _is_field(name: str, row: Mapping[str, Any]) -> bool:
+    return name in row or (_PATH.fullmatch(name) is not None and has(row, name))
 
 
 def _overlap(name: str, hidden: str) -> bool:
@@ -234,6 +259,15 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
         return match[0] if match["latex"] else str(values.get(match["field"], match[0]))
 
     return _BRACES.sub(one, template)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of chat messages, `role` and `content`, or `from` and `value` as ShareGPT writes."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and any(keys <= part.keys() for keys in _ROLES) for part in value)
+    )
 
 
 def messages_of(value: Any) -> list[Message] | None:

@@ -1,4 +1,4 @@
-"""Files to rows: numbers keep their digits, a file that is one mapping is read as what it means, paths find fields."""
+"""Files to rows: numbers keep their digits, and a file that is one mapping is read as what it means."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import pytest
 from toys import write_jsonl
 
 from prime_lightning.prompts.dataset import DatasetPrompts
-from prime_lightning.prompts.rows import at, is_conversation, load_rows
+from prime_lightning.prompts.rows import load_rows
 from prime_lightning.prompts.template import Template
 
 PLAIN = Template(user="{problem}", chat=False)
@@ -93,40 +93,3 @@ def test_lists_as_rows_have_numbered_fields(tmp_path):
         template = Template(user="{0.value}", chat=False)
         prompts = DatasetPrompts(str(tmp_path / name), template=template, columns={"answer": "1.ground_truth.value"})
         assert (prompts.answer_of(prompts.row(0)), template.messages(prompts.row(0))[0]["content"]) == ("2", "1+1")
-
-
-@pytest.mark.parametrize(
-    ("row", "path", "value"),
-    [
-        ({"a": 1}, "a", 1),
-        ({"a.b": 1, "a": {"b": 2}}, "a.b", 1),
-        ({"a": {"b": {"c": 3}}}, "a.b.c", 3),
-        ({"a": [{"b": 3}, {"b": 4}]}, "a[1].b", 4),
-        ({"a": [{"b": 3}, {"b": 4}]}, "a.1.b", 4),
-        ({"a": '{"b": "3"}'}, "a.b", "3"),
-        ({"a": "{'b': ['x', 'y']}"}, "a.b[-1]", "y"),
-    ],
-)
-def test_a_path_finds_a_field(row, path, value):
-    assert at(row, path) == value
-
-
-@pytest.mark.parametrize("path", ["b", "a.c", "a.b.c", "a[0]", "a.b[0]", "d[7]", "t[0]"])
-def test_a_path_to_nowhere_is_a_key_error(path):
-    with pytest.raises(KeyError):
-        at({"a": {"b": 1}, "d": [1], "t": "text"}, path)
-
-
-def test_conversations_are_known_by_their_fields():
-    assert is_conversation([{"role": "user", "content": "x"}])
-    assert is_conversation([{"from": "human", "value": "x", "weight": 1}])
-    for other in (
-        [],
-        "x",
-        [1],
-        [{"role": "user"}],
-        [{"role": "user", "content": "x"}, {"a": 1}],
-        None,
-        {"role": "user"},
-    ):
-        assert not is_conversation(other)

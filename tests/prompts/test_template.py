@@ -1,4 +1,4 @@
-r"""Templates: fields and other braces, messages, chat templates without a system role, variables of chat templates."""
+r"""Templates: fields, paths and other braces, messages, chat templates without a system role or with variables."""
 
 import json
 
@@ -9,7 +9,7 @@ from toys import write_jsonl
 
 from prime_lightning.prompts.arithmetic import build_tokenizer
 from prime_lightning.prompts.dataset import DatasetPrompts
-from prime_lightning.prompts.template import Template, rendered
+from prime_lightning.prompts.template import Template, at, is_conversation, rendered
 
 ROW = {"problem": "6*7?", "answer": "42", "tests": ["a", "b"], "extra_info": {"question": "q", "answer": "42"}, "n": 3}
 CHATML = (
@@ -256,3 +256,40 @@ def test_variables_that_the_chat_template_does_not_read_are_refused(tokenizer, n
 def test_a_prompt_of_no_tokens_is_refused(tokenizer):
     with pytest.raises(ValueError, match="at least one token of a prompt, got none for the text 'ü'"):
         Template(user="{problem}", chat=False).encode({"problem": "ü"}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "value"),
+    [
+        ({"a": 1}, "a", 1),
+        ({"a.b": 1, "a": {"b": 2}}, "a.b", 1),
+        ({"a": {"b": {"c": 3}}}, "a.b.c", 3),
+        ({"a": [{"b": 3}, {"b": 4}]}, "a[1].b", 4),
+        ({"a": [{"b": 3}, {"b": 4}]}, "a.1.b", 4),
+        ({"a": '{"b": "3"}'}, "a.b", "3"),
+        ({"a": "{'b': ['x', 'y']}"}, "a.b[-1]", "y"),
+    ],
+)
+def test_a_path_finds_a_field(row, path, value):
+    assert at(row, path) == value
+
+
+@pytest.mark.parametrize("path", ["b", "a.c", "a.b.c", "a[0]", "a.b[0]", "d[7]", "t[0]"])
+def test_a_path_to_nowhere_is_a_key_error(path):
+    with pytest.raises(KeyError):
+        at({"a": {"b": 1}, "d": [1], "t": "text"}, path)
+
+
+def test_conversations_are_known_by_their_fields():
+    assert is_conversation([{"role": "user", "content": "x"}])
+    assert is_conversation([{"from": "human", "value": "x", "weight": 1}])
+    for other in (
+        [],
+        "x",
+        [1],
+        [{"role": "user"}],
+        [{"role": "user", "content": "x"}, {"a": 1}],
+        None,
+        {"role": "user"},
+    ):
+        assert not is_conversation(other)
