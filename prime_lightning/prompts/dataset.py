@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prime_lightning.prompts.rows import check_filled, load_rows, missing_rows
-from prime_lightning.prompts.template import CODE_USER, MATHS_USER, Template, at, messages_of
+from prime_lightning.prompts.template import CODE_USER, MATHS_USER, Template, at, messages_of, renamed
 from prime_lightning.rollout import Prompt
 from prime_lightning.verifiers.references import boxed, reference_text
 
@@ -273,11 +273,8 @@ class DatasetPrompts(Prompts):
         Raises:
             ValueError: if it lacks one of `columns`.
         """
-        try:
-            named = {ours: at(row, theirs) for ours, theirs in self.columns.items() if ours != "answer"}
-        except KeyError as error:
-            raise ValueError(f"Expected {error} (`columns`) in each row, got {sorted(row)}.") from None
-        return {**row, **named} if named else row
+        others = {ours: theirs for ours, theirs in self.columns.items() if ours != "answer"}
+        return renamed(row, others) if others else row
 
     def __len__(self) -> int:
         """Rows in one pass."""

@@ -243,6 +243,26 @@ def has(row: Any, path: str) -> bool:
     return True
 
 
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """A row with values under our names as well.
+
+    Args:
+        row: As it was read.
+        columns: Our names, and those of the row, or paths.
+
+    Raises:
+        ValueError: if the row lacks one.
+
+    Example:
+        >>> renamed({"q": {"text": "1+1"}}, {"problem": "q.text"})
+        {'q': {'text': '1+1'}, 'problem': '1+1'}
+    """
+    try:
+        return {**row, **{ours: at(row, theirs) for ours, theirs in columns.items()}}
+    except KeyError as error:
+        raise ValueError(f"Expected {error} (`columns`) in each row, got {sorted(row)}.") from None
+
+
 def _is_field(name: str, row: Mapping[str, Any]) -> bool:
     return name in row or (_PATH.fullmatch(name) is not None and has(row, name))
 

@@ -23,7 +23,7 @@ from prime_lightning.models.options import Loading, precision_of
 from prime_lightning.models.pretrained import load_tokenizer
 from prime_lightning.prompts.dataset import permutation
 from prime_lightning.prompts.rows import check_filled, load_rows
-from prime_lightning.prompts.template import Template, messages_of
+from prime_lightning.prompts.template import Template, at, has, messages_of, renamed
 from prime_lightning.training.run_metadata import run_metadata
 from prime_lightning.training.scoring import load_scoring
 from prime_lightning.training.stepping import devices
@@ -51,8 +51,8 @@ class DatasetLessons:
 
     Args:
         path: A jsonl, parquet or csv file (`.gz` too), or a hub id.
-        response_field: Field with the response; or with chat messages, of which the last answer is the response, and
-            what stands before it the prompt.
+        columns: What these rows call otherwise: our name, and theirs or a path. The `response` may be chat messages, of
+            which the last answer is learnt, and what stands before it is the prompt.
         template: How a row becomes the prompt; by default PRIME's for mathematics, or the row's own messages.
         split: Split of a hub data set.
         name: Configuration of a hub data set.
@@ -62,29 +62,32 @@ class DatasetLessons:
     def __init__(
         self,
         path: str,
-        response_field: str = "response",
+        columns: dict[str, str] | None = None,
         template: Template | None = None,
         split: str = "train",
         name: str | None = None,
         revision: str | None = None,
     ) -> None:
-        self.response_field = response_field
+        self.columns = columns or {}
+        self.response = self.columns.get("response", "response")
         self.rows = load_rows(path, split=split, name=name, revision=revision)
-        check_filled(self.rows, response_field, path, option="response_field")
-        without = [i for i, value in enumerate(self.rows[response_field]) if not response_of(value)]
+        check_filled(self.rows, self.response, path, option="columns")
+        without = [i for i, row in enumerate(self.rows) if not response_of(at(row, self.response))]
         if without:
             raise ValueError(
-                f"Expected an answer at the end of `{response_field}` in every row of {path!r}, got none in "
+                f"Expected an answer at the end of `{self.response}` in every row of {path!r}, got none in "
                 f"{len(without)} of {len(self.rows)} (rows {without[:5]} ..., counted from 0). Drop these rows."
             )
         self.template = template or self._usual_template()
-        for field in dict.fromkeys(self.template.fields(self.rows[0])):
-            check_filled(self.rows, field, path, option="template.user", blank=True)
+        for field in dict.fromkeys(self.template.fields(renamed(self.rows[0], self.columns))):
+            option = "columns" if field in self.columns else "template.user"
+            check_filled(self.rows, self.columns.get(field, field), path, option=option, blank=True)
 
     def _usual_template(self) -> Template:
         """The messages before the response, where there are some; otherwise that of PRIME's authors."""
-        for field in (self.response_field, "prompt"):
-            if any(message["role"] == "user" for message in messages_of(self.rows[0].get(field)) or ()):
+        row = self.rows[0]
+        for field in (self.response, "prompt"):
+            if has(row, field) and any(part["role"] == "user" for part in messages_of(at(row, field)) or ()):
                 return Template(user=f"{{{field}}}")
         return Template()
 
@@ -94,8 +97,8 @@ class DatasetLessons:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """A row, its response under `response`."""
-        row = self.rows[index]
-        return {**row, "response": response_of(row[self.response_field])}
+        row = renamed(self.rows[index], self.columns)
+        return {**row, "response": response_of(row["response"])}
 
 
 def response_of(value: Any) -> str:

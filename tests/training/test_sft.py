@@ -176,10 +176,10 @@ def test_too_few_lessons_for_a_batch_are_refused(model_folder):
 
 
 def test_lessons_from_a_file(tmp_path, model_folder):
-    rows = [{"problem": f"^{i}+1=", "solution": f"{i + 1};#{i + 1}"} for i in range(4)]
+    rows = [{"asked": f"^{i}+1=", "solution": f"{i + 1};#{i + 1}"} for i in range(4)]
     path = write_jsonl(tmp_path / "lessons.jsonl", rows)
     template = Template(user="{problem}", chat=False)
-    made = DatasetLessons(path, response_field="solution", template=template)
+    made = DatasetLessons(path, columns={"problem": "asked", "response": "solution"}, template=template)
     assert [made[i]["response"] for i in range(len(made))] == [row["solution"] for row in rows]
     data = LessonDataModule(model_folder, made, batch_size=4)
     data.setup("fit")
@@ -190,7 +190,7 @@ def test_lessons_from_a_file(tmp_path, model_folder):
     ("rows", "message"),
     [
         ([], "Expected rows in"),
-        ([{"problem": "1"}], r"field 'response' in .*, got \['problem'\]. Set `response_field`"),
+        ([{"problem": "1"}], r"field 'response' in .*, got \['problem'\]. Set `columns`"),
         ([{"problem": "1", "response": "2"}, {"problem": "3", "response": None}], r"in 1 of 2 \(rows \[1\]"),
     ],
 )
@@ -217,7 +217,7 @@ SHAREGPT = [{"from": "system", "value": "-"}, {"from": "human", "value": "1+1="}
     ],
 )
 def test_the_last_answer_of_messages_is_the_response_and_the_rest_the_prompt(tmp_path, model_folder, row, field):
-    lessons = DatasetLessons(write_jsonl(tmp_path / "rows.jsonl", [row]), response_field=field)
+    lessons = DatasetLessons(write_jsonl(tmp_path / "rows.jsonl", [row]), columns={"response": field})
     assert lessons[0]["response"] == "2"
     assert lessons.template.messages(lessons[0]) == ASKED
 
@@ -225,4 +225,4 @@ def test_the_last_answer_of_messages_is_the_response_and_the_rest_the_prompt(tmp
 def test_messages_without_an_answer_are_named(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TALK}, {"messages": ASKED}])
     with pytest.raises(ValueError, match=r"an answer at the end of `messages` .* none in 1 of 2 \(rows \[1\]"):
-        DatasetLessons(path, response_field="messages")
+        DatasetLessons(path, columns={"response": "messages"})
