@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import launching
 import pytest
@@ -11,8 +14,10 @@ import shared_ranks
 import torch
 
 from prime_lightning.engines.hf import HFEngine
+from prime_lightning.engines.samples import EngineDiedError
 from prime_lightning.engines.vllm.arguments import environment_of
 from prime_lightning.engines.vllm.engine import VLLMEngine
+from prime_lightning.engines.vllm.remote import OwnerClient, share
 from prime_lightning.engines.vllm.shared import SharedVLLMEngine
 from prime_lightning.prompts.arithmetic import write_model
 from prime_lightning.rollout import Prompt
@@ -194,3 +199,30 @@ def test_an_engine_lies_on_the_gpus_of_its_ranks(rank, owner, devices, monkeypat
         assert environment_of(engine, engine._devices()) == {
             "CUDA_VISIBLE_DEVICES": ",".join(str(4 + device) for device in devices)
         }
+
+
+def refuse(*_):
+    raise EngineDiedError("dead")
+
+
+def test_an_interrupted_call_to_the_owner_leaves_no_answer_behind():
+    """The calls go to a process that is made up, from a thread of the same process."""
+    answers = {"next": lambda stream: time.sleep(0.5) or ("late", None), "add": refuse}
+    process = SimpleNamespace(process=SimpleNamespace(pid=7), context=128, window=4, **answers)
+    owner = SimpleNamespace(process=process, ready=lambda: process, revive=lambda died, death: process)
+    client = OwnerClient(share(owner), 0)
+    proxy = client.present()
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(KeyboardInterrupt):
+            proxy.next("s0")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (client.present().pid, proxy.context, proxy.window) == (7, 128, 4)
+    with pytest.raises(EngineDiedError, match=r"^dead$"):
+        proxy.add([], {})
+    assert proxy.next("s0") == ("late", None)
+    owner.process = None
+    with pytest.raises(EngineDiedError, match="The vLLM process 7 is gone"):
+        proxy.next("s0")

@@ -87,10 +87,12 @@ class OwnerClient:
         """
         try:
             return getattr(self._door, method)(*arguments)
-        except EngineDiedError:
+        except BaseException as error:
+            if line := vars(self._door._tls).pop("connection", None):
+                line.close()  # an answer that nobody took would be taken for the next one
+            if isinstance(error, OSError | EOFError) and not isinstance(error, EngineDiedError):
+                raise EngineDiedError(f"Rank {self.owner}, which owns the vLLM engine, is gone.") from None
             raise
-        except (OSError, EOFError):
-            raise EngineDiedError(f"Rank {self.owner}, which owns the vLLM engine, is gone.") from None
 
 
 class ProcessProxy:
