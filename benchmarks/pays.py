@@ -65,7 +65,7 @@ def main(args: Sequence[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=["tune", "run", "summary"])
-    made.add_argument("--task", nargs="+", default=["A", "D", "lookups"])
+    made.add_argument("--task", nargs="+", default=["A", "D", "lookups", "hops"])
     made.add_argument("--method", nargs="+", help="all by default")
     made.add_argument("--seeds", type=int, nargs="+", help="those of the settings by default")
     made.add_argument("--settings", default=str(SETTINGS))
@@ -139,7 +139,7 @@ def common(settings: Mapping[str, Any], task: str, seed: int) -> dict[str, Any]:
 def seeded(made: Mapping[str, Any], seed: int, table_seed: int) -> dict[str, Any]:
     """A class with its seeds; the secret table, or the teacher's habits, are another for each seed of the benchmark."""
     given = dict(made["init_args"]) | {"seed": seed}
-    if "Lookup" in made["class_path"]:
+    if "pays_tasks" in made["class_path"]:
         given["table_seed"] = table_seed
     if "teacher" in given:
         given["teacher"] = dict(given["teacher"]) | {"seed": 1234 + table_seed}

@@ -1,8 +1,8 @@
 """The tasks of benchmarks/pays.py, and their oracle: step truths that are known because the tasks are made up.
 
-Chains of arithmetic are the package's own (`prime_lightning.prompts.arithmetic`), with another teacher. Look-ups are
-another kind of problem: each answer is a list of values of a secret table, right only if all of them are, and no value
-depends on the one before.
+Chains of arithmetic are the package's own (`prime_lightning.prompts.arithmetic`), with another teacher. Look-ups and
+hops ask for values of a secret table: look-ups for a list of them, right only if all are, of which none depends on the
+one before; hops for the last of a chain, in which each value is the key of the next.
 """
 
 from __future__ import annotations
@@ -97,12 +97,99 @@ def written(keys: Any) -> str:
     return "^" + "".join(OPERATIONS[k // len(DIGITS)] + DIGITS[k % len(DIGITS)] for k in keys) + "="
 
 
+class HopPrompts(Prompts):
+    """Problems such as `^5+-*=` with an answer such as `g`: from 5 by the relation `+`, from there by `-`, and so on.
+
+    A fact is a relation and the value that one stands on; there are 96.
+
+    Args:
+        seed: Of the problems.
+        hops: Of one problem.
+        table_seed: Where the relations lead.
+    """
+
+    kind = "exact"
+    source = "hops"
+    template = ArithmeticPrompts.template
+
+    def __init__(self, seed: int = 0, hops: int = 12, table_seed: int = 0) -> None:
+        self.seed, self.hops, self.table_seed = seed, hops, table_seed
+
+    def row(self, draw: int) -> Mapping[str, Any]:
+        """The problem, its answer, and which table it asks for."""
+        problem = hops(np.random.default_rng([self.seed, draw]), self.hops)
+        answer = followed(problem, hop_table(self.table_seed)[0])[-1]
+        return {"problem": problem, "answer": answer, "table_seed": self.table_seed}
+
+
+class HopLessons:
+    """Answers of a teacher with a fixed misconception for some of the facts, written as `e;3;g;#g`.
+
+    Args:
+        size: Number of lessons.
+        seed: Of the problems and of the slips.
+        hops: Of one problem.
+        table_seed: Where the relations lead.
+    """
+
+    template = HopPrompts.template
+
+    def __init__(self, size: int = 64_000, seed: int = 10_000, hops: int = 12, table_seed: int = 0) -> None:
+        self.size, self.seed, self.hops, self.table_seed = size, seed, hops, table_seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, index])
+        true, wrong, right = hop_table(self.table_seed)
+        problem = hops(rng, self.hops)
+        said = followed(problem, np.where(rng.random(len(true)) < right, true, wrong))
+        return {"problem": problem, "response": "".join(f"{s};" for s in said) + "#" + said[-1]}
+
+
+@functools.lru_cache(maxsize=4)
+def hop_table(seed: int) -> tuple[Any, Any, Any]:
+    """As `table`, for facts; a relation leads from no two values to the same one, so that a wrong step seldom heals."""
+    rng = np.random.default_rng([8765, seed])
+    true = np.concatenate([rng.permutation(len(DIGITS)) for _ in OPERATIONS])
+    wrong = (true + rng.integers(1, len(DIGITS), len(true))) % len(DIGITS)
+    right = np.full(len(true), 0.985)
+    shaky = rng.permutation(len(true))[: round(0.3 * len(true))]
+    right[shaky] = np.linspace(0.2, 0.6, len(shaky))
+    return true, wrong, right
+
+
+def hops(rng: np.random.Generator, count: int) -> str:
+    """A value to start from, and relations."""
+    return f"^{rng.choice(list(DIGITS))}{''.join(rng.choice(list(OPERATIONS), count))}="
+
+
+def followed(problem: str, facts: Any) -> list[str]:
+    """The values that a problem's relations lead to, by these facts."""
+    found = [problem[1]]
+    for relation in problem[2:-1]:
+        found.append(DIGITS[facts[fact(relation, found[-1])]])
+    return found[1:]
+
+
+def fact(relation: str, value: str) -> int:
+    """The key of a relation from a value."""
+    return OPERATIONS.index(relation) * len(DIGITS) + DIGITS.index(value)
+
+
 def truths(rollout: Rollout) -> list[bool]:
     """Whether each written step of an answer is right, given what was written before it."""
     row, text = rollout.prompt.row, rollout.completion.text
     if rollout.prompt.source == "arithmetic":
         return step_truth(rollout.prompt.text, text, Chains(modulus=row["modulus"]))
     said = text.split("#")[0].split(";")[:-1]
+    if rollout.prompt.source == "hops":
+        facts = hop_table(row["table_seed"])[0]
+        hops = zip(rollout.prompt.text[2:-1], [rollout.prompt.text[1], *said], said, strict=False)
+        return [len(a) == len(b) == 1 and DIGITS[facts[fact(relation, a)]] == b for relation, a, b in hops]
     return [one == DIGITS[true] for one, true in zip(said, row["results"], strict=False)]
 
 

@@ -208,6 +208,39 @@ def test_each_step_has_its_tokens_and_its_truth():
     assert [right for *_, right in found] == step_truth("^5-8+7*2=", "7;5;0;#0") == [True, False, True]
 
 
+def test_hops_follow_their_relations_and_a_step_is_judged_from_the_one_before():
+    true, wrong, right = pays_tasks.hop_table(5)
+    assert sorted(true[32:64]) == list(range(32))
+    assert (len(true), int((right < 0.9).sum())) == (96, 29)
+    assert all(true != wrong)
+    prompt = pays_tasks.HopPrompts(seed=1, hops=4, table_seed=5).prompt(0, build_tokenizer())
+    stood, walked = prompt.text[1], []
+    for relation in prompt.text[2:-1]:
+        stood = pays_tasks.DIGITS[true["+-*".index(relation) * 32 + pays_tasks.DIGITS.index(stood)]]
+        walked.append(stood)
+    assert prompt.answer == walked[-1]
+    assert pays_tasks.truths(answered(prompt, ";".join([*walked, "#" + prompt.answer]))) == [True] * 4
+    third = pays_tasks.DIGITS[true["+-*".index(prompt.text[4]) * 32]]  # from 0, which the second step says wrongly
+    assert walked[1] != "0"
+    assert pays_tasks.truths(answered(prompt, f"{walked[0]};0;{third};;")) == [True, False, True, False]
+
+
+def test_lessons_of_hops_slip_as_often_as_their_table_says():
+    true, wrong, right = pays_tasks.hop_table(5)
+    said = torch.zeros(2, 96)
+    for lesson in pays_tasks.HopLessons(size=2000, hops=6, table_seed=5):
+        steps, final = lesson["response"].split("#")
+        stood = [lesson["problem"][1], *steps.split(";")[:-1]]
+        assert stood[-1] == final
+        for relation, left, value in zip(lesson["problem"][2:-1], stood, stood[1:], strict=False):
+            key = pays_tasks.fact(relation, left)
+            assert value in (pays_tasks.DIGITS[true[key]], pays_tasks.DIGITS[wrong[key]])
+            said[:, key] += torch.tensor([value == pays_tasks.DIGITS[true[key]], 1.0])
+    gaps = said[0] / said[1] - torch.tensor(right)
+    assert float(gaps.abs().max()) < 0.2
+    assert abs(float(gaps.mean())) < 0.01
+
+
 def test_the_step_auc_is_the_share_of_pairs():
     prompts = pays_tasks.LookupPrompts(seed=1, keys=3)
     prompt = prompts.prompt(0, build_tokenizer())
