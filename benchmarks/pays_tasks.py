@@ -189,7 +189,7 @@ def truths(rollout: Rollout) -> list[bool]:
     if rollout.prompt.source == "hops":
         facts = hop_table(row["table_seed"])[0]
         hops = zip(rollout.prompt.text[2:-1], [rollout.prompt.text[1], *said], said, strict=False)
-        return [len(a) == len(b) == 1 and DIGITS[facts[fact(relation, a)]] == b for relation, a, b in hops]
+        return [a in [*DIGITS] and DIGITS[facts[fact(relation, a)]] == b for relation, a, b in hops]
     return [one == DIGITS[true] for one, true in zip(said, row["results"], strict=False)]
 
 

@@ -223,6 +223,7 @@ def test_hops_follow_their_relations_and_a_step_is_judged_from_the_one_before():
     third = pays_tasks.DIGITS[true["+-*".index(prompt.text[4]) * 32]]  # from 0, which the second step says wrongly
     assert walked[1] != "0"
     assert pays_tasks.truths(answered(prompt, f"{walked[0]};0;{third};;")) == [True, False, True, False]
+    assert pays_tasks.truths(answered(prompt, "+;;?;")) == [False] * 3
 
 
 def test_lessons_of_hops_slip_as_often_as_their_table_says():
