@@ -21,6 +21,7 @@ import launching
 import lightning.pytorch as pl
 import tiny
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from prime_lightning import algorithms as alg
@@ -131,7 +132,6 @@ def resume(folder: Path, scene: str) -> None:
 
 def endless(folder: Path, scene: str) -> None:
     """Saves sharded weights again and again until it is killed; all of a save have the number of the save."""
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -372,4 +372,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for scene in sys.argv[2:]:
         run(Path(sys.argv[1]), scene)
+    if (
+        dist.is_initialized()
+    ):  # Lightning leaves gloo's threads behind, which now and then abort the process at its exit
+        dist.destroy_process_group()
     print(json.dumps("done"))
