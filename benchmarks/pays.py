@@ -65,7 +65,7 @@ def main(args: Sequence[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=["tune", "run", "summary"])
-    made.add_argument("--task", nargs="+", default=["A", "D", "lookups", "hops"])
+    made.add_argument("--task", nargs="+", default=["A", "D", "lookups", "hops", "hops6"])
     made.add_argument("--method", nargs="+", help="all by default")
     made.add_argument("--seeds", type=int, nargs="+", help="those of the settings by default")
     made.add_argument("--settings", default=str(SETTINGS))

@@ -24,7 +24,8 @@ from prime_lightning.rollout import Rollout
 from prime_lightning.training.module import PrimeModule
 from prime_lightning.training.panel import Iteration
 
-VALUES = 12
+VALUES = 12  # of look-ups
+RELATIONS = OPERATIONS + DIGITS  # of hops, as they are written
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,26 +101,27 @@ def written(keys: Any) -> str:
 class HopPrompts(Prompts):
     """Problems such as `^5+-*=` with an answer such as `g`: from 5 by the relation `+`, from there by `-`, and so on.
 
-    A fact is a relation and the value that one stands on; there are 96.
+    A fact is where a relation leads from a value; each relation has 32.
 
     Args:
         seed: Of the problems.
         hops: Of one problem.
-        table_seed: Where the relations lead.
+        relations: How many there are.
+        table_seed: Where they lead.
     """
 
     kind = "exact"
     source = "hops"
     template = ArithmeticPrompts.template
 
-    def __init__(self, seed: int = 0, hops: int = 12, table_seed: int = 0) -> None:
-        self.seed, self.hops, self.table_seed = seed, hops, table_seed
+    def __init__(self, seed: int = 0, hops: int = 12, relations: int = 3, table_seed: int = 0) -> None:
+        self.seed, self.hops, self.table = seed, hops, (table_seed, relations)
 
     def row(self, draw: int) -> Mapping[str, Any]:
         """The problem, its answer, and which table it asks for."""
-        problem = hops(np.random.default_rng([self.seed, draw]), self.hops)
-        answer = followed(problem, hop_table(self.table_seed)[0])[-1]
-        return {"problem": problem, "answer": answer, "table_seed": self.table_seed}
+        problem = hops(np.random.default_rng([self.seed, draw]), self.hops, self.table[1])
+        answer = followed(problem, hop_table(*self.table)[0])[-1]
+        return {"problem": problem, "answer": answer, "table": self.table}
 
 
 class HopLessons:
@@ -129,13 +131,16 @@ class HopLessons:
         size: Number of lessons.
         seed: Of the problems and of the slips.
         hops: Of one problem.
-        table_seed: Where the relations lead.
+        relations: How many there are.
+        table_seed: Where they lead.
     """
 
     template = HopPrompts.template
 
-    def __init__(self, size: int = 64_000, seed: int = 10_000, hops: int = 12, table_seed: int = 0) -> None:
-        self.size, self.seed, self.hops, self.table_seed = size, seed, hops, table_seed
+    def __init__(
+        self, size: int = 64_000, seed: int = 10_000, hops: int = 12, relations: int = 3, table_seed: int = 0
+    ) -> None:
+        self.size, self.seed, self.hops, self.table = size, seed, hops, (table_seed, relations)
 
     def __len__(self) -> int:
         return self.size
@@ -144,17 +149,17 @@ class HopLessons:
         if not 0 <= index < self.size:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, index])
-        true, wrong, right = hop_table(self.table_seed)
-        problem = hops(rng, self.hops)
+        true, wrong, right = hop_table(*self.table)
+        problem = hops(rng, self.hops, self.table[1])
         said = followed(problem, np.where(rng.random(len(true)) < right, true, wrong))
         return {"problem": problem, "response": "".join(f"{s};" for s in said) + "#" + said[-1]}
 
 
 @functools.lru_cache(maxsize=4)
-def hop_table(seed: int) -> tuple[Any, Any, Any]:
+def hop_table(seed: int, relations: int) -> tuple[Any, Any, Any]:
     """As `table`, for facts; a relation leads from no two values to the same one, so that a wrong step seldom heals."""
     rng = np.random.default_rng([8765, seed])
-    true = np.concatenate([rng.permutation(len(DIGITS)) for _ in OPERATIONS])
+    true = np.concatenate([rng.permutation(len(DIGITS)) for _ in range(relations)])
     wrong = (true + rng.integers(1, len(DIGITS), len(true))) % len(DIGITS)
     right = np.full(len(true), 0.985)
     shaky = rng.permutation(len(true))[: round(0.3 * len(true))]
@@ -162,9 +167,9 @@ def hop_table(seed: int) -> tuple[Any, Any, Any]:
     return true, wrong, right
 
 
-def hops(rng: np.random.Generator, count: int) -> str:
+def hops(rng: np.random.Generator, count: int, relations: int) -> str:
     """A value to start from, and relations."""
-    return f"^{rng.choice(list(DIGITS))}{''.join(rng.choice(list(OPERATIONS), count))}="
+    return f"^{rng.choice(list(DIGITS))}{''.join(rng.choice(list(RELATIONS[:relations]), count))}="
 
 
 def followed(problem: str, facts: Any) -> list[str]:
@@ -177,7 +182,7 @@ def followed(problem: str, facts: Any) -> list[str]:
 
 def fact(relation: str, value: str) -> int:
     """The key of a relation from a value."""
-    return OPERATIONS.index(relation) * len(DIGITS) + DIGITS.index(value)
+    return RELATIONS.index(relation) * len(DIGITS) + DIGITS.index(value)
 
 
 def truths(rollout: Rollout) -> list[bool]:
@@ -187,7 +192,7 @@ def truths(rollout: Rollout) -> list[bool]:
         return step_truth(rollout.prompt.text, text, Chains(modulus=row["modulus"]))
     said = text.split("#")[0].split(";")[:-1]
     if rollout.prompt.source == "hops":
-        facts = hop_table(row["table_seed"])[0]
+        facts = hop_table(*row["table"])[0]
         hops = zip(rollout.prompt.text[2:-1], [rollout.prompt.text[1], *said], said, strict=False)
         return [a in [*DIGITS] and DIGITS[facts[fact(relation, a)]] == b for relation, a, b in hops]
     return [one == DIGITS[true] for one, true in zip(said, row["results"], strict=False)]

@@ -209,27 +209,27 @@ def test_each_step_has_its_tokens_and_its_truth():
 
 
 def test_hops_follow_their_relations_and_a_step_is_judged_from_the_one_before():
-    true, wrong, right = pays_tasks.hop_table(5)
+    true, wrong, right = pays_tasks.hop_table(5, 4)
     assert sorted(true[32:64]) == list(range(32))
-    assert (len(true), int((right < 0.9).sum())) == (96, 29)
+    assert (len(true), int((right < 0.9).sum())) == (128, 38)
     assert all(true != wrong)
-    prompt = pays_tasks.HopPrompts(seed=1, hops=4, table_seed=5).prompt(0, build_tokenizer())
+    prompt = pays_tasks.HopPrompts(seed=1, hops=4, relations=4, table_seed=5).prompt(0, build_tokenizer())
     stood, walked = prompt.text[1], []
     for relation in prompt.text[2:-1]:
-        stood = pays_tasks.DIGITS[true["+-*".index(relation) * 32 + pays_tasks.DIGITS.index(stood)]]
+        stood = pays_tasks.DIGITS[true["+-*0".index(relation) * 32 + pays_tasks.DIGITS.index(stood)]]
         walked.append(stood)
     assert prompt.answer == walked[-1]
     assert pays_tasks.truths(answered(prompt, ";".join([*walked, "#" + prompt.answer]))) == [True] * 4
-    third = pays_tasks.DIGITS[true["+-*".index(prompt.text[4]) * 32]]  # from 0, which the second step says wrongly
+    third = pays_tasks.DIGITS[true["+-*0".index(prompt.text[4]) * 32]]  # from 0, which the second step says wrongly
     assert walked[1] != "0"
     assert pays_tasks.truths(answered(prompt, f"{walked[0]};0;{third};;")) == [True, False, True, False]
     assert pays_tasks.truths(answered(prompt, "+;;?;")) == [False] * 3
 
 
 def test_lessons_of_hops_slip_as_often_as_their_table_says():
-    true, wrong, right = pays_tasks.hop_table(5)
-    said = torch.zeros(2, 96)
-    for lesson in pays_tasks.HopLessons(size=2000, hops=6, table_seed=5):
+    true, wrong, right = pays_tasks.hop_table(5, 4)
+    said = torch.zeros(2, 128)
+    for lesson in pays_tasks.HopLessons(size=3000, hops=6, relations=4, table_seed=5):
         steps, final = lesson["response"].split("#")
         stood = [lesson["problem"][1], *steps.split(";")[:-1]]
         assert stood[-1] == final
