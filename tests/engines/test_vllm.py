@@ -284,7 +284,7 @@ def test_a_killed_engine_comes_back_and_nothing_is_lost_or_doubled(engine, model
 def test_a_hanging_engine_is_replaced_during_a_sync(engine, model, prompts):
     named = weights(model, noise=7)
     os.kill(engine.process.process.pid, signal.SIGSTOP)
-    engine._sender[1].client.timeout = 2.0
+    engine.process.stall = 2.0
     with pytest.warns(UserWarning, match="did not answer `start_weight_update` in 2 s"):
         engine.load_weights(named, 9)
     assert engine.version == 9
