@@ -192,10 +192,16 @@ def options_of(parser: Any) -> list[str]:
 
 
 def accepted_by(class_path: str) -> list[str]:
-    """Names of a class's or function's parameters."""
+    """Names of a class's or function's parameters, and of its parents' where it hands more on to them."""
     module, _, name = class_path.rpartition(".")
     made = getattr(import_module(module), name)
-    return [n for n in inspect.signature(made).parameters if n not in ("self", "args", "kwargs")]
+    names: dict[str, None] = {}
+    for one in made.__mro__ if inspect.isclass(made) else [made]:
+        given = inspect.signature(one).parameters.values()
+        names |= dict.fromkeys(p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if not any(p.kind is p.VAR_KEYWORD for p in given):
+            break
+    return list(names)
 
 
 def parser_of(parser: Any, given: Sequence[str]) -> tuple[Any, list[str]]:

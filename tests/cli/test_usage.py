@@ -9,7 +9,7 @@ import pytest
 
 from prime_lightning.__main__ import main
 from prime_lightning.cli.lightning_cli import PrimeCLI
-from prime_lightning.cli.usage import line_of, place_of
+from prime_lightning.cli.usage import accepted_by, line_of, place_of
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.module import PrimeModule
 
@@ -193,3 +193,9 @@ def test_versions_name_what_a_report_needs(capsys):
         re.search(rf"^{name} (\S+)", text, re.MULTILINE) for name in ("prime-lightning", "python", "torch", "vllm")
     )
     assert "NVIDIA driver" in text
+
+
+def test_options_that_a_class_hands_on_to_its_parent_are_its_own():
+    names = accepted_by("prime_lightning.prompts.EurusPrompts")
+    assert {"path", "columns", "answer_pattern"} <= {*names}
+    assert "options" not in names
