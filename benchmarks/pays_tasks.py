@@ -193,8 +193,8 @@ def truths(rollout: Rollout) -> list[bool]:
     said = text.split("#")[0].split(";")[:-1]
     if rollout.prompt.source == "hops":
         facts = hop_table(*row["table"])[0]
-        hops = zip(rollout.prompt.text[2:-1], [rollout.prompt.text[1], *said], said, strict=False)
-        return [a in [*DIGITS] and DIGITS[facts[fact(relation, a)]] == b for relation, a, b in hops]
+        steps = zip(rollout.prompt.text[2:-1], [rollout.prompt.text[1], *said], said, strict=False)
+        return [a in [*DIGITS] and DIGITS[facts[fact(relation, a)]] == b for relation, a, b in steps]
     return [one == DIGITS[true] for one, true in zip(said, row["results"], strict=False)]
 
 

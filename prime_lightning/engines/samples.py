@@ -9,6 +9,7 @@ servers (`server/fleet.py`).
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -313,7 +314,7 @@ class Channel(Protocol):
         ...
 
 
-class StreamingEngine:
+class StreamingEngine(ABC):
     """The half of an `Engine` that draws samples; the other half has the channel and sends weights.
 
     Args:
@@ -324,9 +325,9 @@ class StreamingEngine:
         self.version, self.seeded = -1, seeded
         self._streams, self._prefix = itertools.count(), "s"
 
+    @abstractmethod
     def channel(self, died: Channel | None = None, death: EngineDiedError | None = None) -> Channel:
         """What computes samples, or what is in the place of one that died."""
-        raise NotImplementedError
 
     def read_tokenizer(self, model: str) -> None:
         """Read what turns prompts into requests and tokens into text."""

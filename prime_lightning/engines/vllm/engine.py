@@ -117,7 +117,7 @@ class VLLMEngine(StreamingEngine):
             raise ValueError(
                 f"Expected `devices` with {self.tensor_parallel} GPUs of the engine's own for tensor_parallel "
                 f"{self.tensor_parallel}, got {self.devices}. To share the GPUs of as many ranks, take "
-                "engines.vllm_shared.SharedVLLMEngine."
+                "prime_lightning.engines.vllm.SharedVLLMEngine."
             )
 
     # ---- the Engine protocol
