@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 import yaml
 from pays import merged
 from word_problems_credit import credit
-from word_problems_lessons import evenly, lessons, rows_of, write
+from word_problems_lessons import drills, lessons, one_step, prepared, rows_of, write
 from word_problems_summary import summary
 
 from prime_lightning.cli.commands.evaluate import main as evaluate
@@ -69,22 +70,31 @@ def parser() -> argparse.ArgumentParser:
 
 
 def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
-    """Split the problems, learn from the worked answers of some, and choose those for `rl`."""
+    """Split the problems, learn from worked answers, part after part, and choose the problems for `rl`."""
     chosen, file = settings[options.device], Path(options.train or "")
     if not file.is_file():
         raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
 
-    def run() -> dict[str, Any]:
-        rows = rows_of(file)
-        write(out / "train.jsonl", evenly(rows[: -chosen["held_out"]]))
-        write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
-        count = write(out / "lessons.jsonl", lessons(rows[: chosen["lessons"]]))
-        given = {"init_args": {"path": str(out / "lessons.jsonl"), "template": template()}}
-        layer = merged(chosen["warm"], {"data": {"lessons": given}, "model": {"policy": model_of(options, settings)}})
-        configs = [config("sft.yaml"), config("strategy/cpu.yaml")]
-        return {"lessons": count, "seconds": trained("sft", configs, layer, out / "warm", 42, chosen["save_every"])}
+    rows, parts, start = rows_of(file), chosen["lessons"], model_of(options, settings)
+    write(out / "train.jsonl", one_step(rows[: -chosen["held_out"]]))
+    write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
+    for number, part in enumerate(parts, 1):
+        folder = out / "warm" if number == len(parts) else out / "parts" / str(number)
+        layer = merged(chosen["warm"], {"model": {"policy": start}, "data": {"batch_size": part["batch_size"]}})
+        given = [*lessons(rows[slice(*part["rows"])]), *drills(part["drills"])]
+        key = {"stage": "warm", "part": number, "settings": digest(chosen["warm"], parts[:number])}
+        once(out, key, partial(taught, given, layer, folder, chosen["save_every"]))
+        start = str(folder / "policy")
 
-    once(out, {"stage": "warm", "settings": digest(chosen["warm"], chosen["lessons"], chosen["held_out"])}, run)
+
+def taught(given: Sequence[Mapping[str, Any]], layer: dict[str, Any], folder: Path, every: int) -> dict[str, Any]:
+    """Learn from some lessons."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "lessons.jsonl"
+    count = write(file, given)
+    layer = merged(layer, {"data": {"lessons": {"init_args": {"path": str(file), "template": template()}}}})
+    configs = [config("sft.yaml"), config("strategy/cpu.yaml")]
+    return {"lessons": count, "seconds": trained("sft", configs, layer, folder, 42, every)}
 
 
 def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
@@ -166,7 +176,8 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
 
         def run(folder: Path = folder, words: Sequence[str] = tuple(words)) -> dict[str, Any]:
             evaluate(words)
-            return {"result": json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]}
+            result = json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]
+            return {"result": result, "set_up": prepared(rows_of(folder / f"{asked['benchmark']}.jsonl"))}
 
         once(out, {"stage": "eval", "model": name, "settings": digest(asked)}, run)
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from word_problems_lessons import checked, numbers
+from word_problems_lessons import NEAR, checked, numbers
 
 from prime_lightning.engines.hf import HFEngine
 from prime_lightning.evaluation.statistics import bootstrap
-from prime_lightning.models.options import Loading
+from prime_lightning.models.options import Loading, cpu_precision
 from prime_lightning.models.steps import StepRule, steps_of_tokens
 from prime_lightning.prm.credit import step_auc
 from prime_lightning.prm.implicit import ImplicitPRM, Scored
@@ -32,7 +32,6 @@ from prime_lightning.prompts.dataset import DatasetPrompts, Template
 from prime_lightning.rollout import Sampling
 
 LINES = StepRule(rule="newline")
-NEAR = Fraction(1, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Judged:
 def credit(folder: Path, held_out: Path, template: Mapping[str, Any], wrong: int = 100) -> dict[str, Any]:
     """Step AUC of a run's PRM on fresh answers of its policy, until so many have a known wrong line."""
     prm = ImplicitPRM.from_pretrained(
-        folder / "prm", reference=str(folder / "policy"), loading=Loading(dtype="bfloat16"), device="cpu"
+        folder / "prm", reference=str(folder / "policy"), loading=Loading(dtype=number_format()), device="cpu"
     )
     judged = list(until(answers(str(folder / "policy"), held_out, Template(**template), prm), wrong))
     of_wrong = [one for one in judged if not one.right]
@@ -71,6 +70,11 @@ def credit(folder: Path, held_out: Path, template: Mapping[str, Any], wrong: int
     }
 
 
+def number_format() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the processor multiplies it; elsewhere it is several times slower than float32."""
+    return "bfloat16" if cpu_precision() == "bf16-mixed" else "float32"
+
+
 def until(judged: Iterator[Judged], wrong: int) -> Iterator[Judged]:
     """All answers up to the last of so many with a wrong step."""
     for one in judged:
@@ -82,7 +86,7 @@ def until(judged: Iterator[Judged], wrong: int) -> Iterator[Judged]:
 
 def answers(policy: str, held_out: Path, template: Template, prm: ImplicitPRM, at_a_time: int = 32) -> Iterator[Judged]:
     """One answer to each problem at temperature 1, judged and scored; without those that hold no wrong number."""
-    engine = HFEngine(batch_size=at_a_time, dtype="bfloat16", device="cpu")
+    engine = HFEngine(batch_size=at_a_time, dtype=number_format(), device="cpu")
     engine.start(policy)
     prompts = DatasetPrompts(str(held_out), template=template, shuffle=False)
     for start in range(0, len(prompts), at_a_time):

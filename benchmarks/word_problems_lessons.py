@@ -3,11 +3,11 @@ r"""Worked answers to word problems, made from their equations: the warm start o
     python benchmarks/word_problems_lessons.py mawps_asdiv_train.jsonl lessons.jsonl
 
 A row has `problem`, `answer` and `equation`: prefix form over the numbers of the text in their order, such as
-`- number0 * number1 number2`. Its lesson says each operation in words and numbers, a line each, and ends in a box:
+`- number0 * number1 number2`. Its lesson says each operation in a word and in numbers, a line each, and ends in a box:
 
-    First, multiply 1500 by 8: 1500 * 8 = 12000.
-    Then, subtract 12000 from 25000: 25000 - 12000 = 13000.
-    The answer is \boxed{13000}.
+    Multiply: 1500 * 8 = 12000
+    Subtract: 25000 - 12000 = 13000
+    \boxed{13000}
 
 Rows whose equation does not give their answer are left out. Nothing here is written by a model.
 """
@@ -17,19 +17,23 @@ from __future__ import annotations
 import itertools
 import json
 import operator
+import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-SAID = {"+": "add {0} and {1}", "-": "subtract {1} from {0}", "*": "multiply {0} by {1}", "/": "divide {0} by {1}"}
-BEGINNINGS = ("First", "Then", "Next", "After that", "Finally")
+SAID = {"+": "Add", "-": "Subtract", "*": "Multiply", "/": "Divide"}
+NEAR = Fraction(1, 1000)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_LINE = re.compile(
+    r"\w+: (?P<left>-?\d+(?:\.\d+)?) (?P<operation>[-+*/]) (?P<right>-?\d+(?:\.\d+)?) = (?P<result>-?\d+(?:\.\d+)?)"
+)
 
 
 @dataclass(frozen=True)
@@ -100,22 +104,20 @@ def written(value: Fraction) -> str:
     return str(value) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")
 
 
-def line(step: Step, beginning: str) -> str:
-    """A step in words and numbers.
+def line(step: Step) -> str:
+    """A step in a word and numbers.
 
     Example:
-        >>> line(Step(Fraction(7), "-", Fraction(3)), "First")
-        'First, subtract 3 from 7: 7 - 3 = 4.'
+        >>> line(Step(Fraction(7), "-", Fraction(3)))
+        'Subtract: 7 - 3 = 4'
     """
     left, right = written(step.left), written(step.right)
-    said = SAID[step.operation].format(left, right)
-    return f"{beginning}, {said}: {left} {step.operation} {right} = {written(step.result)}."
+    return f"{SAID[step.operation]}: {left} {step.operation} {right} = {written(step.result)}"
 
 
 def worked(steps: list[Step]) -> str:
     """All steps and the box."""
-    lines = [line(step, BEGINNINGS[min(i, len(BEGINNINGS) - 1)]) for i, step in enumerate(steps)]
-    return "\n".join([*lines, f"The answer is \\boxed{{{written(steps[-1].result)}}}."])
+    return "\n".join([*map(line, steps), f"\\boxed{{{written(steps[-1].result)}}}"])
 
 
 def checked(row: Mapping[str, Any]) -> list[Step] | None:
@@ -125,7 +127,7 @@ def checked(row: Mapping[str, Any]) -> list[Step] | None:
         wrong = abs(steps[-1].result - Fraction(row["answer"]))
     except (ValueError, ZeroDivisionError):
         return None
-    return steps if wrong < Fraction(1, 1000) else None
+    return steps if wrong < NEAR else None
 
 
 def lessons(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -135,17 +137,90 @@ def lessons(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"problem": row["problem"], "answer": row["answer"], "response": worked(steps)}
 
 
-def evenly(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """As many rows of each operation that begins a solution as there are of the rarest, in their order.
+def set_up(text: str) -> Fraction | None:
+    """What the lines of an answer come to if each is computed right; None where they are not lines of `worked`.
 
-    Nearly half of the first problems begin with an addition; whoever learns from rewards for them learns to add.
+    A wrong result that a later line takes up is replaced there: what counts is which numbers are taken, and what is
+    done with them.
 
     Example:
-        >>> made = [{"problem": "2, 3", "answer": a, "equation": f"{e} number0 number1"} for a, e in ("5+", "5+", "6*")]
-        >>> [row["answer"] for row in evenly(made)]
-        ['5', '6']
+        >>> print(set_up("Multiply: 3 * 9 = 28\\nSubtract: 28 - 7 = 20\\n\\\\boxed{20}"))
+        20
+        >>> print(set_up("Multiply: 3 * 9 = 28\\nSubtract: 28 - 8 = 20\\n\\\\boxed{20}"))
+        19
     """
-    begun = [(steps[0].operation, row) for row in rows if (steps := checked(row))]
+    computed: dict[Fraction, Fraction] = {}
+    value = None
+    for one in text.strip().splitlines()[:-1]:
+        found = _LINE.fullmatch(one.strip())
+        if found is None:
+            return None
+        left, right, result = (Fraction(found[part]) for part in ("left", "right", "result"))
+        step = Step(computed.get(left, left), found["operation"], computed.get(right, right))
+        if step.operation == "/" and not step.right:
+            return None
+        value = computed[result] = step.result
+    return value
+
+
+def prepared(answers: Sequence[Mapping[str, Any]]) -> float:
+    """The share of answers that would be right if each line were computed right.
+
+    Args:
+        answers: With `completion` and `answer`.
+
+    Example:
+        >>> prepared([{"completion": "Add: 3 + 9 = 13\\n\\\\boxed{13}", "answer": "12"}])
+        1.0
+    """
+    found = [(set_up(one["completion"]), Fraction(one["answer"])) for one in answers]
+    return sum(value is not None and abs(value - answer) < NEAR for value, answer in found) / len(found)
+
+
+def drills(count: int, sums: int = 10, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Lessons that are sums alone: a small model knows which numbers to take before it can compute with them.
+
+    Example:
+        >>> lesson = next(drills(1, sums=2))
+        >>> print(lesson["problem"], lesson["response"], sep="\\n")
+        10 * 64, 76 * 5
+        Multiply: 10 * 64 = 640
+        Multiply: 76 * 5 = 380
+        \\boxed{380}
+    """
+    rng = random.Random(seed)
+    for _ in range(count):
+        steps = [_sum(rng) for _ in range(sums)]
+        asked = ", ".join(f"{written(one.left)} {one.operation} {written(one.right)}" for one in steps)
+        yield {"problem": asked, "answer": written(steps[-1].result), "response": worked(steps)}
+
+
+def _sum(rng: random.Random) -> Step:
+    """Of two or three digits, or a product of a number up to 99 and one up to 12; nothing below zero, no rest."""
+    operation = rng.choice("++---**//")
+    if operation in "+-":
+        top = rng.choice((20, 99, 99, 999))
+        small, great = sorted(Fraction(rng.randint(1, top)) for _ in range(2))
+        left, right = (great, small) if operation == "-" or rng.random() < 0.5 else (small, great)
+        return Step(left, operation, right)
+    one, other = (Fraction(rng.randint(2, top)) for top in rng.sample((12, rng.choice((12, 99))), 2))
+    return Step(one, "*", other) if operation == "*" else Step(one * other, "/", one)
+
+
+def one_step(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The problems of one operation, as many of each as of the rarest, first those that give a number too many.
+
+    SVAMP's are of this kind: one operation, often with a number that misleads. Additions are the largest part of the
+    file, and few of its problems mislead; whoever learns from rewards for them learns to add, and to use every number.
+
+    Example:
+        >>> given = [("2, 3", "5", "+"), ("2, 3, 9", "5", "+"), ("2, 3", "6", "*")]
+        >>> made = [{"problem": p, "answer": a, "equation": f"{sign} number0 number1"} for p, a, sign in given]
+        >>> [row["problem"] for row in one_step(made)]
+        ['2, 3, 9', '2, 3']
+    """
+    begun = [(steps[0].operation, row) for row in rows if len(steps := checked(row) or ()) == 1]
+    begun.sort(key=lambda pair: len(numbers(pair[1]["problem"])) <= 2)  # stable: else in their order
     count = min(Counter(operation for operation, _ in begun).values(), default=0)
     places: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
     return [row for operation, row in begun if next(places[operation]) < count]

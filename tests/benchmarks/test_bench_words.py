@@ -1,6 +1,7 @@
 """The benchmark on word problems: lessons from equations, its stages in their smallest form, and whom it blames."""
 
 import json
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -38,20 +39,29 @@ def problems(count):
         yield {"problem": text, "answer": str(a * b - c), "equation": "- * number0 number1 number2"}
 
 
+def simple(count):
+    """Rows of one step, every other with a number too many."""
+    for i in range(count):
+        text = f"{NAMES[i % 3]} has {9 + i} eggs and eats {1 + i % 4}" + (", says one of 7 men." if i % 2 else ".")
+        yield {"problem": text, "answer": str(8 + i - i % 4), "equation": "- number0 number1"}
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, chat_model):
     """The shipped settings, cut down; files of made-up problems; and the options that name them."""
     folder = tmp_path_factory.mktemp("words")
     settings = json.loads(json.dumps(SETTINGS))
     cpu = settings["cpu"]
-    cpu |= {"lessons": 8, "held_out": 4, "save_every": 1}
-    cpu["warm"]["data"]["batch_size"] = 4
+    cpu |= {"lessons": [{"rows": [0, 3], "drills": 1, "batch_size": 2}, {"rows": [3, 8], "drills": 0, "batch_size": 4}]}
+    cpu |= {"held_out": 4, "save_every": 1}
     cpu["rl"]["trainer"]["max_steps"] = 2
+    for lora in ("policy_lora", "prm_lora"):
+        cpu["rl"]["model"][lora]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
     cpu["rl"]["data"] |= {"prompts_per_batch": 2, "sampling": {"samples": 4, "max_tokens": 6}}
     cpu["evaluation"] |= {"limit": 2, "max_tokens": 6}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    for name, count in (("train", 20), ("test", 1000)):
-        teach.write(folder / f"{name}.jsonl", problems(count))
+    teach.write(folder / "train.jsonl", [*problems(4), *simple(12), *problems(4)])
+    teach.write(folder / "test.jsonl", problems(1000))
     files = ["--train", str(folder / "train.jsonl"), "--test", str(folder / "test.jsonl")]
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     config = AutoConfig.from_pretrained(chat_model, vocab_size=len(tokenizer), tie_word_embeddings=False)
@@ -74,13 +84,13 @@ def test_all_stages_run_once_and_are_told(small, tmp_path, capsys):
     for stage in (["warm"], ["rl", "--method", "rloo"], ["rl"], ["eval"], ["credit"]):
         word_problems.main([*stage, *words])
     stages = noted(tmp_path)
-    assert [one["stage"] for one in stages] == ["warm", "rl", "rl", *["eval"] * 4, "credit"]
-    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 16  # all begin alike; 4 more are held out
-    assert stages[0]["lessons"] == 8
-    for run in stages[1:3]:
+    assert [one["stage"] for one in stages] == ["warm", "warm", "rl", "rl", *["eval"] * 4, "credit"]
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 12  # of one step
+    assert [one["lessons"] for one in stages[:2]] == [4, 5]
+    for run in stages[2:4]:
         assert run["curve"]["rollout/responses"] == [8.0, 8.0]  # equal cost
         assert bool(run["curve"]["prm/ce"]) == (run["method"] == "prime")
-    assert {one["model"] for one in stages[3:7]} == {"untrained", "warm", "rloo-seed0", "prime-seed0"}
+    assert {one["model"] for one in stages[4:8]} == {"untrained", "warm", "rloo-seed0", "prime-seed0"}
     told = capsys.readouterr().out
     assert "| SVAMP, greedy |" in told
     assert "| prime, seed 0 |" in told
@@ -106,7 +116,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(small, tmp_path):
         word_problems.main(["rl", *small, "--out", str(out)])
     whole, stopped = (weights(out / "prime-seed0" / "policy") for out in outs)
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
-    curves = [noted(out)[1]["curve"] for out in outs]
+    curves = [noted(out)[2]["curve"] for out in outs]
     assert curves[0] == curves[1]
     assert list(read_metrics(folder / "csv" / "version_1" / "metrics.csv")) == [1]  # the second iteration alone
     assert not (folder / "checkpoints").exists()
@@ -141,10 +151,28 @@ def test_a_lesson_says_each_operation_in_its_order():
         ]
     )
     assert lesson["response"].splitlines() == [
-        "First, multiply 1500 by 8: 1500 * 8 = 12000.",
-        "Then, subtract 12000 from 25000: 25000 - 12000 = 13000.",
-        r"The answer is \boxed{13000}.",
+        "Multiply: 1500 * 8 = 12000",
+        "Subtract: 25000 - 12000 = 13000",
+        r"\boxed{13000}",
     ]
+
+
+@given(st.integers(0, 1000))
+def test_a_drill_asks_for_sums_that_children_do_and_does_them(seed):
+    (lesson,) = teach.drills(1, sums=9, seed=seed)
+    *lines, box = lesson["response"].splitlines()
+    asked = lesson["problem"].split(", ")
+    assert len(lines) == len(asked) == 9
+    for task, line in zip(asked, lines, strict=True):
+        left, sign, right, result = re.fullmatch(r"\w+: (\d+) ([-+*/]) (\d+) = (\d+)", line).groups()
+        assert task == f"{left} {sign} {right}"
+        assert line.split(":")[0] == teach.SAID[sign]
+        a, b, c = int(left), int(right), int(result)
+        assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": c * b == a}[sign]
+        assert max(a, b) <= (1188 if sign == "/" else 999)
+    assert box == rf"\boxed{{{lesson['answer']}}}"
+    assert lines[-1].endswith(f"= {lesson['answer']}")
+    assert next(teach.drills(2, sums=9, seed=seed)) == lesson
 
 
 def slow(words, given):
@@ -176,6 +204,27 @@ def test_the_steps_lead_to_the_equations_value(equation, values):
     assert len(steps) == sum(equation.count(sign) for sign in "+-*/")
 
 
+@given(EQUATIONS, st.lists(st.integers(1, 99), min_size=3, max_size=3), st.integers(1, 9))
+def test_an_answer_that_only_computes_wrongly_is_set_up_right(equation, values, off):
+    """Each result is replaced by a wrong one, there and where it is taken up."""
+    text = "There are {} hens, {} eggs and {} men.".format(*values)
+    try:
+        steps = teach.solution(text, equation)
+    except ZeroDivisionError:
+        return
+    lines, wrong = [], {}
+    for i, step in enumerate(steps):
+        left, right = (wrong.get(side, side) for side in (step.left, step.right))
+        wrong[step.result] = Fraction(100_000 * (i + 1) + off)
+        lines.append(f"{teach.SAID[step.operation]}: {left} {step.operation} {right} = {wrong[step.result]}")
+    if all(step.left.denominator == step.right.denominator == 1 and step.result not in values for step in steps):
+        found = teach.set_up("\n".join([*lines, rf"\boxed{{{wrong[steps[-1].result]}}}"]))
+        assert found == steps[-1].result
+    assert teach.set_up("It is 12.\n\\boxed{12}") is None
+    assert teach.set_up("Divide: 3 / 0 = 3\n\\boxed{3}") is None
+    assert teach.set_up("\\boxed{3}") is None
+
+
 @pytest.mark.parametrize(
     "equation", ["+ number0", "number0 number1", "number0", "+ number0 number9", "+ number0 x", ""]
 )
@@ -186,22 +235,27 @@ def test_an_equation_that_is_none_gives_no_lesson(equation):
     assert list(teach.lessons([row])) == []
 
 
-def test_rl_gets_as_many_problems_of_each_first_operation():
+def test_rl_gets_as_many_problems_of_each_operation_and_those_that_mislead_first():
     rows = [
-        {"problem": f"{i + 2} and {j} and 4", "answer": str(answer), "equation": equation}
+        {"problem": f"{i + 2} and {j}{more}", "answer": str(answer), "equation": equation}
         for i in range(6)
-        for j, equation, answer in (
-            (1, "+ number0 number1", i + 3),
-            (2, "+ - number0 number1 number2", i + 4),
-            *([(3, "* number0 number2", 4 * (i + 2))] if i % 2 else []),
-            (5, "- number1 number0", 0),  # leads elsewhere but for i = 3
+        for j, more, equation, answer in (
+            (1, "", "+ number0 number1", i + 3),
+            (1, " and 4", "+ - number0 number1 number2", i - 1),  # two steps
+            *([(3, " and 4", "* number0 number2", 4 * (i + 2))] if i % 2 else []),
+            (5, " and 7" if i == 4 else "", "- number1 number0", 3 - i),
+            (6, "", "- number1 number0", 0),  # leads elsewhere but for i = 4
         )
     ]
-    chosen = teach.evenly(rows)
-    first = [teach.checked(row)[0].operation for row in chosen]
-    assert {operation: first.count(operation) for operation in "+-*"} == {"+": 3, "-": 3, "*": 3}
-    assert [rows.index(row) for row in chosen] == sorted(rows.index(row) for row in chosen)
-    assert teach.evenly([]) == []
+    chosen = teach.one_step(rows)
+    assert sorted(row["equation"][0] for row in chosen) == ["*"] * 3 + ["+"] * 3 + ["-"] * 3
+    assert all(len(teach.checked(row)) == 1 for row in chosen)
+    misleading = [len(teach.numbers(row["problem"])) > 2 for row in chosen]
+    assert misleading == [True] * 4 + [False] * 5
+    for part in (chosen[:4], chosen[4:]):
+        assert [rows.index(row) for row in part] == sorted(rows.index(row) for row in part)
+    assert [row["answer"] for row in chosen[4:] if row["equation"][0] == "+"] == ["3", "4", "5"]
+    assert teach.one_step([]) == []
 
 
 def test_a_row_whose_equation_leads_elsewhere_gives_no_lesson():
@@ -242,10 +296,10 @@ def test_the_interval_of_an_auc_holds_it_and_narrows():
 def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
     def evaluated(model, accuracy):
         result = {"title": "SVAMP", "problems": 10, "metrics": {"accuracy": accuracy}, "interval": {"accuracy": [0, 1]}}
-        return {"stage": "eval", "model": model, "result": result}
+        return {"stage": "eval", "model": model, "result": result, "set_up": 0.5}
 
     table = word_problems_summary.summary(
         [evaluated("warm", 0.9), evaluated("warm", 0.2), evaluated("prime-seed0", 0.3)]
     )
     assert table.count("| warm |") == 1
-    assert "| prime-seed0 | 30.0% | 0.0% to 100.0% | 10 | +10.0 |" in table
+    assert "| prime-seed0 | 30.0% | 0.0% to 100.0% | 10 | +10.0 | 50.0% |" in table
