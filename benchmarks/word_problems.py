@@ -72,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
 def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
     """Split the problems, learn from worked answers, part after part, and choose the problems for `rl`."""
     chosen, file = settings[options.device], Path(options.train or "")
+    if "warm" not in chosen:
+        raise SystemExit(
+            f"Expected settings with a warm start, got {options.device!r}, which has none: begin with `rl`."
+        )
     if not file.is_file():
         raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
 
@@ -100,6 +104,8 @@ def taught(given: Sequence[Mapping[str, Any]], layer: dict[str, Any], folder: Pa
 def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
     """Train by one method from the warm start."""
     chosen, folder = settings[options.device], folder_of(out, options)
+    if "warm" in chosen:
+        needed(out / "warm" / "policy", "warm --train FILE")
     configs, layer = rl_layers(options, settings, out)
 
     def run() -> dict[str, Any]:
@@ -177,6 +183,8 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
         def run(folder: Path = folder, words: Sequence[str] = tuple(words)) -> dict[str, Any]:
             evaluate(words)
             result = json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]
+            if "warm" not in settings[options.device]:  # its answers have no lines like those of lessons
+                return {"result": result}
             return {"result": result, "set_up": prepared(rows_of(folder / f"{asked['benchmark']}.jsonl"))}
 
         once(out, {"stage": "eval", "model": name, "settings": digest(asked)}, run)
@@ -184,6 +192,7 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
 
 def blame(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
     """Does the process reward fall at the first wrong number of an answer to a problem that was never trained on?"""
+    needed(folder_of(out, options) / "prm", f"rl --method prime --seed {options.seed}")
     key = {"stage": "credit", "method": options.method, "seed": options.seed}
     once(out, key, lambda: credit(folder_of(out, options), out / "held_out.jsonl", template()))
 
@@ -194,6 +203,12 @@ STAGES: dict[str, Callable[[argparse.Namespace, Mapping[str, Any], Path], None]]
     "eval": score,
     "credit": blame,
 }
+
+
+def needed(folder: Path, stage: str) -> None:
+    """A stage says which other comes before it."""
+    if not folder.is_dir():
+        raise SystemExit(f"Expected a model in {str(folder)!r}, got none. First: python {sys.argv[0]} {stage}")
 
 
 def once(out: Path, key: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> None:

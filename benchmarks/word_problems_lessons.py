@@ -125,6 +125,8 @@ def checked(row: Mapping[str, Any]) -> list[Step] | None:
     try:
         steps = solution(row["problem"], row["equation"])
         wrong = abs(steps[-1].result - Fraction(row["answer"]))
+    except KeyError as error:
+        raise SystemExit(f"Expected rows of problem, answer and equation, got one without {error}: {row}") from None
     except (ValueError, ZeroDivisionError):
         return None
     return steps if wrong < NEAR else None
@@ -227,8 +229,20 @@ def one_step(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file."""
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    """A jsonl file.
+
+    Raises:
+        SystemExit: if a line is not a JSON object.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                rows.append(dict(json.loads(text)))
+            except (ValueError, TypeError):
+                where = f"line {number} of {str(path)!r}"
+                raise SystemExit(f"Expected a JSON object in {where}, got {text[:60]!r}.") from None
+    return rows
 
 
 def write(target: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -34,8 +34,9 @@ def accuracies(stages: Sequence[Stage]) -> Iterator[str]:
         result = one["result"]
         value, (low, high) = result["metrics"]["accuracy"], result["interval"]["accuracy"]
         gain = "" if base is None or one["model"] in ("untrained", "warm") else f"{100 * (value - base):+.1f}"
+        set_up = f"{one['set_up']:.1%}" if "set_up" in one else ""
         counts = f"{value:.1%} | {low:.1%} to {high:.1%} | {result['problems']}"
-        yield f"| {one['model']} | {counts} | {gain} | {one['set_up']:.1%} |"
+        yield f"| {one['model']} | {counts} | {gain} | {set_up} |"
 
 
 def runs(stages: Sequence[Stage]) -> Iterator[str]:

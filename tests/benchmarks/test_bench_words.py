@@ -295,6 +295,31 @@ def test_the_interval_of_an_auc_holds_it_and_narrows():
     assert blame.measured([blame.Parts(truths=[True], rewards=[0.3])])["interval"] is None
 
 
+@pytest.mark.parametrize(
+    ("stage", "train", "said"),
+    [
+        (["warm"], '{"problem": "2 and 3", "answer": "5"}', "without 'equation'"),
+        (["warm"], "# Problems", "a JSON object in line 1"),
+        (["warm", "--device", "cuda24"], "{}", "begin with `rl`"),
+        (["rl"], "{}", "warm --train FILE"),
+        (["credit", "--seed", "3"], "{}", "rl --method prime --seed 3"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_line(stage, train, said, tmp_path):
+    (tmp_path / "train.jsonl").write_text(train + "\n")
+    words = ["--train", str(tmp_path / "train.jsonl"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as error:
+        word_problems.main([*stage, *words])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_without_a_set_up_share_leaves_its_cell_empty():
+    result = {"title": "GSM8K", "problems": 5, "metrics": {"accuracy": 0.1}, "interval": {"accuracy": [0, 1]}}
+    table = word_problems_summary.summary([{"stage": "eval", "model": "untrained", "result": result}])
+    assert table.endswith("| 5 |  |  |")
+
+
 def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
     def evaluated(model, accuracy):
         result = {"title": "SVAMP", "problems": 10, "metrics": {"accuracy": accuracy}, "interval": {"accuracy": [0, 1]}}
