@@ -22,15 +22,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 from pays import merged
 from word_problems_credit import credit
-from word_problems_lessons import drills, lessons, one_step, prepared, rows_of, write
+from word_problems_lessons import lessons, numbers, rows_of, write
+from word_problems_practice import practice
 from word_problems_summary import summary
 
 from prime_lightning.cli.commands.evaluate import main as evaluate
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
-    """Split the problems, learn from worked answers, part after part, and choose the problems for `rl`."""
+    """Split the problems, learn from worked answers, and choose the problems for `rl`."""
     chosen, file = settings[options.device], Path(options.train or "")
     if "warm" not in chosen:
         raise SystemExit(
@@ -79,26 +80,21 @@ def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) ->
     if not file.is_file():
         raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
 
-    rows, parts, start = rows_of(file), chosen["lessons"], model_of(options, settings)
-    write(out / "train.jsonl", one_step(rows[: -chosen["held_out"]]))
+    rows = rows_of(file)
+    write(out / "train.jsonl", practice(rows[: -chosen["held_out"]], chosen["of_each"]))
     write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
-    for number, part in enumerate(parts, 1):
-        folder = out / "warm" if number == len(parts) else out / "parts" / str(number)
-        layer = merged(chosen["warm"], {"model": {"policy": start}, "data": {"batch_size": part["batch_size"]}})
-        given = [*lessons(rows[slice(*part["rows"])]), *drills(part["drills"])]
-        key = {"stage": "warm", "part": number, "settings": digest(chosen["warm"], parts[:number])}
-        once(out, key, partial(taught, given, layer, folder, chosen["save_every"]))
-        start = str(folder / "policy")
+    folder = out / "warm"
+    folder.mkdir(exist_ok=True)
+    count = write(folder / "lessons.jsonl", lessons(rows[: chosen["lessons"]]))
+    read_in = {"init_args": {"path": str(folder / "lessons.jsonl"), "template": template()}}
+    start = {"model": {"policy": model_of(options, settings)}, "data": {"lessons": read_in}}
 
+    def run() -> dict[str, Any]:
+        configs = [config("sft.yaml"), config("strategy/cpu.yaml")]
+        seconds = trained("sft", configs, merged(chosen["warm"], start), folder, 42, chosen["save_every"])
+        return {"lessons": count, "seconds": seconds}
 
-def taught(given: Sequence[Mapping[str, Any]], layer: dict[str, Any], folder: Path, every: int) -> dict[str, Any]:
-    """Learn from some lessons."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "lessons.jsonl"
-    count = write(file, given)
-    layer = merged(layer, {"data": {"lessons": {"init_args": {"path": str(file), "template": template()}}}})
-    configs = [config("sft.yaml"), config("strategy/cpu.yaml")]
-    return {"lessons": count, "seconds": trained("sft", configs, layer, folder, 42, every)}
+    once(out, {"stage": "warm", "settings": digest(chosen["warm"], chosen["lessons"])}, run)
 
 
 def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
@@ -183,15 +179,28 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
         def run(folder: Path = folder, words: Sequence[str] = tuple(words)) -> dict[str, Any]:
             evaluate(words)
             result = json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]
-            if "warm" not in settings[options.device]:  # its answers have no lines like those of lessons
-                return {"result": result}
-            return {"result": result, "set_up": prepared(rows_of(folder / f"{asked['benchmark']}.jsonl"))}
+            rows = rows_of(folder / f"{asked['benchmark']}.jsonl")
+            return {"result": result, "parts": by_numbers(rows)}
 
         once(out, {"stage": "eval", "model": name, "settings": digest(asked)}, run)
 
 
+def by_numbers(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy where the problem gives two numbers, and where it gives more.
+
+    Example:
+        >>> given = [("2 and 3", 1.0), ("2, 3 and 4", 0.0), ("6 of 7", 0.0)]
+        >>> by_numbers([{"prompt": prompt, "score": score} for prompt, score in given])
+        {'two numbers': 0.5, 'more numbers': 0.0}
+    """
+    scores: dict[str, list[float]] = {"two numbers": [], "more numbers": []}
+    for one in answers:
+        scores["more numbers" if len(numbers(one["prompt"])) > 2 else "two numbers"].append(one["score"])
+    return {name: fmean(some) if some else 0.0 for name, some in scores.items()}
+
+
 def blame(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
-    """Does the process reward fall at the first wrong number of an answer to a problem that was never trained on?"""
+    """Does the process reward fall at the first wrong word of an answer to a problem that was never trained on?"""
     needed(folder_of(out, options) / "prm", f"rl --method prime --seed {options.seed}")
     key = {"stage": "credit", "method": options.method, "seed": options.seed}
     once(out, key, lambda: credit(folder_of(out, options), out / "held_out.jsonl", template()))

@@ -23,20 +23,21 @@ def of(stages: Sequence[Stage], which: str) -> list[Stage]:
 
 
 def accuracies(stages: Sequence[Stage]) -> Iterator[str]:
-    """Accuracy of each model, with its interval, what is gained on the warm start, and what was set up right."""
+    """Accuracy of each model, with its interval, what is gained on the warm start, and it by numbers in the problem."""
     if not stages:
         return
     base = next((one["result"]["metrics"]["accuracy"] for one in stages if one["model"] == "warm"), None)
     title = stages[0]["result"]["title"]
-    yield f"| model | {title}, greedy | 95 % interval | problems | points above the warm start | if computed right |"
-    yield "|---|---|---|---|---|---|"
+    parts = list(stages[0]["parts"])
+    yield f"| model | {title}, greedy | 95 % interval | problems | points above the warm start | {' | '.join(parts)} |"
+    yield "|---" * (5 + len(parts)) + "|"
     for one in stages:
         result = one["result"]
         value, (low, high) = result["metrics"]["accuracy"], result["interval"]["accuracy"]
         gain = "" if base is None or one["model"] in ("untrained", "warm") else f"{100 * (value - base):+.1f}"
-        set_up = f"{one['set_up']:.1%}" if "set_up" in one else ""
+        shares = " | ".join(f"{one['parts'][name]:.1%}" for name in parts)
         counts = f"{value:.1%} | {low:.1%} to {high:.1%} | {result['problems']}"
-        yield f"| {one['model']} | {counts} | {gain} | {set_up} |"
+        yield f"| {one['model']} | {counts} | {gain} | {shares} |"
 
 
 def runs(stages: Sequence[Stage]) -> Iterator[str]:
@@ -64,16 +65,17 @@ def fifths(values: Sequence[float]) -> list[float]:
 
 
 def credits_of(stages: Sequence[Stage]) -> Iterator[str]:
-    """Step AUC of each PRM, and how often the first wrong number has less than the mean of the words before it."""
+    """Step AUC of each PRM, and how often the first wrong word has less than the mean of those before it."""
     if not stages:
         return
-    yield "| PRM of | wrong answers | AUC of lines | of lines, wrong answers | of words, wrong answers | falls |"
+    yield "| PRM of | answers | wrong ones | AUC of answers | of words, wrong answers | falls |"
     yield "|---|---|---|---|---|---|"
     for one in stages:
         falls = one["falls"]
         share = "" if falls["share"] is None else f"{falls['share']:.0%} of {falls['of']}"
-        aucs = " | ".join(said(one[name]) for name in ("lines", "lines_of_wrong", "words_of_wrong"))
-        yield f"| {one['method']}, seed {one['seed']} | {one['wrong_answers']} | {aucs} | {share} |"
+        aucs = " | ".join(said(one[name]) for name in ("whole", "words_of_wrong"))
+        counts = f"{one['answers']} | {one['wrong_answers']}"
+        yield f"| {one['method']}, seed {one['seed']} | {counts} | {aucs} | {share} |"
 
 
 def said(measured: Mapping[str, Any]) -> str:

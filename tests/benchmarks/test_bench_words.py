@@ -1,12 +1,15 @@
 """The benchmark on word problems: lessons from equations, its stages in their smallest form, and whom it blames."""
 
 import json
+import random
 import re
 import sys
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 import yaml
 from hypothesis import given, settings
@@ -20,12 +23,15 @@ import models
 import word_problems
 import word_problems_credit as blame
 import word_problems_lessons as teach
+import word_problems_practice as mislead
 import word_problems_summary
 
 from prime_lightning.__main__ import main
 from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.prm.implicit import Scored
 from prime_lightning.report.runs import read_metrics
+from prime_lightning.rollout import Prompt
+from prime_lightning.verifiers import Verifiers
 
 SETTINGS = yaml.safe_load(word_problems.SETTINGS.read_text())
 NAMES = ["Ann", "Bo", "Cy"]
@@ -52,11 +58,10 @@ def small(tmp_path_factory, chat_model):
     folder = tmp_path_factory.mktemp("words")
     settings = json.loads(json.dumps(SETTINGS))
     cpu = settings["cpu"]
-    cpu |= {"lessons": [{"rows": [0, 3], "drills": 1, "batch_size": 2}, {"rows": [3, 8], "drills": 0, "batch_size": 4}]}
-    cpu |= {"held_out": 4, "save_every": 1}
+    cpu |= {"lessons": 8, "of_each": 10, "held_out": 4, "save_every": 1}
+    cpu["warm"]["data"]["batch_size"] = 4
     cpu["rl"]["trainer"]["max_steps"] = 2
-    for lora in ("policy_lora", "prm_lora"):
-        cpu["rl"]["model"][lora]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
+    cpu["rl"]["model"]["policy_lora"]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
     cpu["rl"]["data"] |= {"prompts_per_batch": 2, "sampling": {"samples": 4, "max_tokens": 6}}
     cpu["evaluation"] |= {"limit": 2, "max_tokens": 6}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
@@ -84,13 +89,13 @@ def test_all_stages_run_once_and_are_told(small, tmp_path, capsys):
     for stage in (["warm"], ["rl", "--method", "rloo"], ["rl"], ["eval"], ["credit"]):
         word_problems.main([*stage, *words])
     stages = noted(tmp_path)
-    assert [one["stage"] for one in stages] == ["warm", "warm", "rl", "rl", *["eval"] * 4, "credit"]
-    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 12  # of one step
-    assert [one["lessons"] for one in stages[:2]] == [4, 5]
-    for run in stages[2:4]:
+    assert [one["stage"] for one in stages] == ["warm", "rl", "rl", *["eval"] * 4, "credit"]
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 10  # of one step
+    assert stages[0]["lessons"] == 8
+    for run in stages[1:3]:
         assert run["curve"]["rollout/responses"] == [8.0, 8.0]  # equal cost
         assert bool(run["curve"]["prm/ce"]) == (run["method"] == "prime")
-    assert {one["model"] for one in stages[4:8]} == {"untrained", "warm", "rloo-seed0", "prime-seed0"}
+    assert {one["model"] for one in stages[3:7]} == {"untrained", "warm", "rloo-seed0", "prime-seed0"}
     told = capsys.readouterr().out
     assert "| SVAMP, greedy |" in told
     assert "| prime, seed 0 |" in told
@@ -116,7 +121,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(small, tmp_path):
         word_problems.main(["rl", *small, "--out", str(out)])
     whole, stopped = (weights(out / "prime-seed0" / "policy") for out in outs)
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
-    curves = [noted(out)[2]["curve"] for out in outs]
+    curves = [noted(out)[1]["curve"] for out in outs]
     assert curves[0] == curves[1]
     assert list(read_metrics(folder / "csv" / "version_1" / "metrics.csv")) == [1]  # the second iteration alone
     assert not (folder / "checkpoints").exists()
@@ -141,39 +146,9 @@ def test_the_settings_for_a_card_fit_it(device, gib, fits, method, tmp_path):
 
 
 def test_a_lesson_says_each_operation_in_its_order():
-    (lesson,) = teach.lessons(
-        [
-            {
-                "problem": "Of 25000 he spends 1500 in each of 8.",
-                "answer": "13000",
-                "equation": "- number0 * number1 number2",
-            }
-        ]
-    )
-    assert lesson["response"].splitlines() == [
-        "Multiply: 1500 * 8 = 12000",
-        "Subtract: 25000 - 12000 = 13000",
-        r"\boxed{13000}",
-    ]
-
-
-@given(st.integers(0, 1000))
-@settings(deadline=None)
-def test_a_drill_asks_for_sums_that_children_do_and_does_them(seed):
-    (lesson,) = teach.drills(1, sums=9, seed=seed)
-    *lines, box = lesson["response"].splitlines()
-    asked = lesson["problem"].split(", ")
-    assert len(lines) == len(asked) == 9
-    for task, line in zip(asked, lines, strict=True):
-        left, sign, right, result = re.fullmatch(r"\w+: (\d+) ([-+*/]) (\d+) = (\d+)", line).groups()
-        assert task == f"{left} {sign} {right}"
-        assert line.split(":")[0] == teach.SAID[sign]
-        a, b, c = int(left), int(right), int(result)
-        assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": c * b == a}[sign]
-        assert max(a, b) <= (1188 if sign == "/" else 999)
-    assert box == rf"\boxed{{{lesson['answer']}}}"
-    assert lines[-1].endswith(f"= {lesson['answer']}")
-    assert next(teach.drills(2, sums=9, seed=seed)) == lesson
+    row = {"problem": "Of 25000 he spends 1500 in each of 8.", "answer": "13000"}
+    (lesson,) = teach.lessons([row | {"equation": "- number0 * number1 number2"}])
+    assert lesson == row | {"response": r"Multiply, subtract: \boxed{25000 - (1500 * 8)}"}
 
 
 def slow(words, given):
@@ -193,38 +168,56 @@ EQUATIONS = st.recursive(
 ).filter(lambda equation: " " in equation)
 
 
-@given(EQUATIONS, st.lists(st.integers(1, 99), min_size=3, max_size=3))
-def test_the_steps_lead_to_the_equations_value(equation, values):
+def solved(equation, values):
+    """Its calculation, of a text with these numbers; None where it divides by nothing."""
     text = "There are {} hens, {} eggs and {} men.".format(*values)
+    found = teach.calculation(text, equation)
     try:
-        expected, _ = slow(equation.split(), [Fraction(v) for v in values])
+        return found if [way.value for way in found.ways()] else None
     except ZeroDivisionError:
-        return
-    steps = teach.solution(text, equation)
-    assert steps[-1].result == expected
-    assert len(steps) == sum(equation.count(sign) for sign in "+-*/")
+        return None
 
 
-@given(EQUATIONS, st.lists(st.integers(1, 99), min_size=3, max_size=3), st.integers(1, 9))
+VALUES = st.lists(st.integers(1, 99), min_size=3, max_size=3)
+
+
+@given(EQUATIONS, VALUES)
 @settings(deadline=None)
-def test_an_answer_that_only_computes_wrongly_is_set_up_right(equation, values, off):
-    """Each result is replaced by a wrong one, there and where it is taken up."""
-    text = "There are {} hens, {} eggs and {} men.".format(*values)
-    try:
-        steps = teach.solution(text, equation)
-    except ZeroDivisionError:
+def test_a_calculation_and_what_is_written_of_it_come_to_the_equations_value(equation, values):
+    found = solved(equation, values)
+    if found is None:
+        with pytest.raises(ZeroDivisionError):
+            slow(equation.split(), [Fraction(v) for v in values])
         return
-    lines, wrong = [], {}
-    for i, step in enumerate(steps):
-        left, right = (wrong.get(side, side) for side in (step.left, step.right))
-        wrong[step.result] = Fraction(100_000 * (i + 1) + off)
-        lines.append(f"{teach.SAID[step.operation]}: {left} {step.operation} {right} = {wrong[step.result]}")
-    if all(step.left.denominator == step.right.denominator == 1 and step.result not in values for step in steps):
-        found = teach.set_up("\n".join([*lines, rf"\boxed{{{wrong[steps[-1].result]}}}"]))
-        assert found == steps[-1].result
-    assert teach.set_up("It is 12.\n\\boxed{12}") is None
-    assert teach.set_up("Divide: 3 / 0 = 3\n\\boxed{3}") is None
-    assert teach.set_up("\\boxed{3}") is None
+    expected, _ = slow(equation.split(), [Fraction(v) for v in values])
+    assert found.value == expected
+    assert Fraction(str(sympy.sympify(str(found), rational=True))) == expected
+    assert sorted(found.operations) == sorted(sign for sign in equation.split() if sign in "+-*/")
+    assert found.operations[-1] == equation[0]
+
+
+@given(EQUATIONS, VALUES)
+@settings(deadline=None)
+def test_the_ways_of_a_calculation_are_all_orders_of_its_addends_and_factors(equation, values):
+    found = solved(equation, values)
+    if found is None:
+        return
+    ways = list(found.ways())
+    assert ways[0] == found
+    assert len(ways) == 2 ** sum(sign in "+*" for sign in found.operations)
+    assert {way.value for way in ways} == {found.value}
+    assert {tuple(sorted(re.findall(r"[\d.]+|[-+*/]", str(way)))) for way in ways} == {
+        tuple(sorted(re.findall(r"[\d.]+|[-+*/]", str(found))))
+    }
+
+
+def test_the_verifier_computes_what_lessons_have_in_their_box():
+    rows = [*problems(6), *simple(6), {"problem": "of 9 a 4th", "answer": "2.25", "equation": "/ number0 number1"}]
+    with Verifiers() as verifiers:
+        for row, lesson in zip(rows, teach.lessons(rows), strict=True):
+            for answer, label in ((row["answer"], "correct"), (row["answer"] + "1", "wrong")):
+                prompt = Prompt(draw=0, token_ids=(), text=row["problem"], kind="math", answer=answer)
+                assert verifiers.verify(prompt, lesson["response"]).label.value == label
 
 
 @pytest.mark.parametrize(
@@ -233,11 +226,11 @@ def test_an_answer_that_only_computes_wrongly_is_set_up_right(equation, values, 
 def test_an_equation_that_is_none_gives_no_lesson(equation):
     row = {"problem": "2 and 3", "answer": "5", "equation": equation}
     with pytest.raises(ValueError, match="Expected"):
-        teach.solution(row["problem"], equation)
+        teach.calculation(row["problem"], equation)
     assert list(teach.lessons([row])) == []
 
 
-def test_rl_gets_as_many_problems_of_each_operation_and_those_that_mislead_first():
+def test_rl_gets_so_many_problems_of_each_kind_and_those_that_mislead_first():
     rows = [
         {"problem": f"{i + 2} and {j}{more}", "answer": str(answer), "equation": equation}
         for i in range(6)
@@ -246,45 +239,134 @@ def test_rl_gets_as_many_problems_of_each_operation_and_those_that_mislead_first
             (1, " and 4", "+ - number0 number1 number2", i - 1),  # two steps
             *([(3, " and 4", "* number0 number2", 4 * (i + 2))] if i % 2 else []),
             (5, " and 7" if i == 4 else "", "- number1 number0", 3 - i),
+            (1, "", "- number0 number1", i + 1),
             (6, "", "- number1 number0", 0),  # leads elsewhere but for i = 4
         )
     ]
-    chosen = teach.one_step(rows)
-    assert sorted(row["equation"][0] for row in chosen) == ["*"] * 3 + ["+"] * 3 + ["-"] * 3
-    assert all(len(teach.checked(row)) == 1 for row in chosen)
+    chosen = mislead.one_step(rows, 4)
+    kinds = [mislead.kind(teach.checked(row), row["problem"]) for row in chosen]
+    wanted = {("*", False): 3, ("+", False): 4, ("-", False): 4, ("-", True): 4}
+    assert Counter(kinds) == wanted
+    assert all(len(teach.checked(row).operations) == 1 for row in chosen)
     misleading = [len(teach.numbers(row["problem"])) > 2 for row in chosen]
-    assert misleading == [True] * 4 + [False] * 5
+    assert misleading == [True] * 4 + [False] * 11
     for part in (chosen[:4], chosen[4:]):
         assert [rows.index(row) for row in part] == sorted(rows.index(row) for row in part)
-    assert [row["answer"] for row in chosen[4:] if row["equation"][0] == "+"] == ["3", "4", "5"]
-    assert teach.one_step([]) == []
+    assert [row["answer"] for row in chosen[4:] if row["equation"][0] == "+"] == ["3", "4", "5", "6"]
+    assert mislead.one_step([], 4) == []
+
+
+@pytest.mark.parametrize(
+    ("equation", "problem", "expected"),
+    [
+        ("- number0 number1", "9 of 2", ("-", False)),
+        ("- number1 number0", "2 of 9", ("-", True)),
+        ("/ number2 number0", "2 or 3 of 8", ("/", True)),
+        ("+ number1 number0", "2 and 9", ("+", False)),
+        ("* number1 number0", "2 by 9", ("*", False)),
+        ("- number0 number1", "2 and 2", ("-", False)),
+        ("/ number0 7.0", "49 in a week", ("/", False)),
+    ],
+)
+def test_the_kind_of_a_problem_is_its_operation_and_which_number_comes_first(equation, problem, expected):
+    assert mislead.kind(teach.calculation(problem, equation), problem) == expected
+
+
+def test_rl_gets_no_problem_whose_answer_is_rounded():
+    rounded = {"problem": "10 by 3", "answer": "3.3333", "equation": "/ number0 number1"}
+    assert teach.checked(rounded)
+    assert mislead.one_step([rounded], 4) == []
+
+
+def test_a_misleading_problem_says_the_same_and_counts_other_things():
+    given = "Ann has 5 big Eggs. Bo has 7 eggs. Cy has none. How many eggs are there?"
+    other = r"(hens|cats)"
+    within = [
+        rf"Ann has (?P<a>\d+) {other} and 5 big Eggs. Bo has (?P<b>\d+) \2 and 7 eggs. ",
+        rf"Ann has 5 big Eggs and (?P<a>\d+) {other}. Bo has 7 eggs and (?P<b>\d+) \2. ",
+    ]
+    more = [rf"Ann has (?P<a>\d+) big {other}. ", rf"Bo has (?P<a>\d+) {other}. "]
+    kept = ["Ann has 5 big Eggs. ", "Bo has 7 eggs. ", "Cy has none. "]
+    forms = [form + kept[2] for form in within]
+    forms += [more[0] + "".join(kept), "".join(kept) + more[0], kept[0] + more[1] + "".join(kept[1:])]
+    forms += ["".join(kept) + more[1]]
+    seen = set()
+    for seed in range(100):
+        made = mislead.misleading(given, ["eggs", "hens", "cats"], random.Random(seed))
+        assert made == mislead.misleading(given, ["eggs", "hens", "cats"], random.Random(seed))
+        (which,) = (
+            i
+            for i, form in enumerate(forms)
+            if re.fullmatch(form.replace(". ", r"\. ") + r"How many eggs are there\?", made)
+        )
+        found = teach.numbers(made)
+        assert len(set(found)) == len(found) == (4 if which < 2 else 3)
+        seen.add(which)
+    assert seen == set(range(6))
+
+
+@given(st.lists(st.integers(1, 999), min_size=2, max_size=2, unique=True), st.integers(0, 1000))
+@settings(deadline=None)
+def test_practice_keeps_answers_and_the_numbers_that_lead_to_them(values, seed):
+    texts = [
+        f"{values[0]} {things} came. {values[1]} {things} left. How many {things} stay?" for things in ("hens", "men")
+    ]
+    rows = [
+        {"problem": text, "answer": str(values[0] - values[1]), "equation": "- number0 number1"}
+        for text in (*texts, texts[0].replace("hens", "cats"))
+    ]
+    made = mislead.practice(rows, of_each=3, seed=seed)
+    assert [row["answer"] for row in made] == [row["answer"] for row in rows]
+    for row, old in zip(made, rows, strict=True):
+        assert set(map(Fraction, values)) <= set(teach.numbers(row["problem"]))
+        assert row["problem"].endswith(old["problem"].split(". ")[-1])
+    assert made[1]["problem"] == texts[1]  # not a plural with an s
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "Ann has 2 eggs, 3 hens and 4 cats. How many eggs?",  # has more already
+        "Ann has 2 eggs and gets 3 eggs. How many eggs?",  # no sentence with one number
+        "Ann has 2 of them. Bo has 3. How many eggs?",  # none that counts what is asked for
+        "Ann has 2 eggs. Bo has 3 eggs. What is their price?",  # does not say what it asks for
+        "Ann has 2 eggs. Bo has 3 eggs. Hens? How many eggs?",  # nothing that it does not speak of
+    ],
+)
+def test_a_problem_that_cannot_mislead_stays(problem):
+    assert mislead.misleading(problem, ["eggs", "hens"], random.Random(0)) == problem
+
+
+def test_no_sentence_comes_between_things_and_more_of_them():
+    given = "Ann has 2 eggs. If she gets 9 more, how many eggs has she?"
+    for seed in range(20):
+        made = mislead.misleading(given, ["hens"], random.Random(seed))
+        assert re.fullmatch(r"Ann has (\d+ hens\. Ann has 2 eggs|2 eggs and \d+ hens|\d+ hens and 2 eggs)\. .+", made)
+        assert made.endswith(given.split(". ")[1])
 
 
 def test_a_row_whose_equation_leads_elsewhere_gives_no_lesson():
     assert list(teach.lessons([{"problem": "40 by 7", "answer": "5", "equation": "/ number0 number1"}])) == []
 
 
-@given(st.integers(0, 19), st.integers(0, 2), st.integers(1, 50))
-def test_the_first_wrong_number_is_blamed_and_what_follows_is_left_out(which, place, off):
+@given(st.integers(0, 19), st.integers(0, 5), st.integers(1, 50), st.booleans())
+def test_the_first_wrong_word_is_blamed_and_what_follows_is_left_out(which, place, off, swapped):
     row = list(problems(20))[which]
-    steps = teach.checked(row)
-    lines = teach.worked(steps).splitlines()
-    assert blame.line_truths(lines, row) == (True, [True] * 3)
-    known = [str(step.result) for step in steps] + [row["answer"]]
-    wrong = next(str(n) for n in range(1000 + off, 2000) if str(n) not in known)
-    broken = [*lines[:place], f"so = {wrong}.", *lines[place + 1 : 2], rf"The answer is \boxed{{{wrong}}}."][:3]
-    assert blame.line_truths(broken, row) == (False, [True] * place + [False])
-    words = " ".join(broken).split()
-    assert blame.word_truths(words, row) == [True] * next(i for i, word in enumerate(words) if wrong in word) + [False]
+    way = list(teach.checked(row).ways())[swapped]
+    words = teach.worked(way).split()
+    assert blame.word_truths(words, row) == [True] * len(words)
+    broken = [*words[:place], str(1000 + off), *words[place + 1 :]]
+    assert blame.word_truths(broken, row) == [True] * place + [False]
 
 
 def test_rewards_of_words_are_the_sums_of_their_tokens():
-    tokens, rewards = ["It", " is", " 1", "2", ".", " So", "<end>"], [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
-    one = Scored(tokens=tokens, token_rewards=rewards, steps=[], step_rewards=[], step_tokens=[], reward=127.0)
+    tokens = ["Add", ":", " \\boxed{2", " *", " 1", "2}", " <", "<end>"]
+    rewards = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+    one = Scored(tokens=tokens, token_rewards=rewards, steps=[], step_rewards=[], step_tokens=[], reward=255.0)
     row = {"problem": "2 and 3", "answer": "5", "equation": "+ number0 number1"}
-    parts = blame.judged_words("It is 12. So", one, row)
+    parts = blame.judged_words("Add: \\boxed{2 * 12} <", one, row)
     assert parts.truths == [True, True, False]
-    assert parts.rewards == [1, 2, 4 + 8 + 16, 32 + 64]
+    assert parts.rewards == [3, 4, 8]
 
 
 def test_the_interval_of_an_auc_holds_it_and_narrows():
@@ -314,19 +396,13 @@ def test_what_is_missing_is_said_in_a_line(stage, train, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_an_evaluation_without_a_set_up_share_leaves_its_cell_empty():
-    result = {"title": "GSM8K", "problems": 5, "metrics": {"accuracy": 0.1}, "interval": {"accuracy": [0, 1]}}
-    table = word_problems_summary.summary([{"stage": "eval", "model": "untrained", "result": result}])
-    assert table.endswith("| 5 |  |  |")
-
-
 def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
     def evaluated(model, accuracy):
         result = {"title": "SVAMP", "problems": 10, "metrics": {"accuracy": accuracy}, "interval": {"accuracy": [0, 1]}}
-        return {"stage": "eval", "model": model, "result": result, "set_up": 0.5}
+        return {"stage": "eval", "model": model, "result": result, "parts": {"few": 0.5, "many": 0.25}}
 
     table = word_problems_summary.summary(
         [evaluated("warm", 0.9), evaluated("warm", 0.2), evaluated("prime-seed0", 0.3)]
     )
     assert table.count("| warm |") == 1
-    assert "| prime-seed0 | 30.0% | 0.0% to 100.0% | 10 | +10.0 | 50.0% |" in table
+    assert "| prime-seed0 | 30.0% | 0.0% to 100.0% | 10 | +10.0 | 50.0% | 25.0% |" in table
