@@ -180,7 +180,7 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
             evaluate(words)
             result = json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]
             rows = rows_of(folder / f"{asked['benchmark']}.jsonl")
-            return {"result": result, "parts": by_numbers(rows)}
+            return {"result": result, "parts": by_numbers(rows), "right": [row["score"] for row in rows]}
 
         once(out, {"stage": "eval", "model": name, "settings": digest(asked)}, run)
 

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from prime_lightning.evaluation.statistics import Z95, mean_and_error
+
 Stage = Mapping[str, Any]
 
 
@@ -23,21 +25,31 @@ def of(stages: Sequence[Stage], which: str) -> list[Stage]:
 
 
 def accuracies(stages: Sequence[Stage]) -> Iterator[str]:
-    """Accuracy of each model, with its interval, what is gained on the warm start, and it by numbers in the problem."""
+    """Accuracy of each model with its interval, what is gained on the warm start, and it by numbers in the problem."""
     if not stages:
         return
-    base = next((one["result"]["metrics"]["accuracy"] for one in stages if one["model"] == "warm"), None)
-    title = stages[0]["result"]["title"]
-    parts = list(stages[0]["parts"])
-    yield f"| model | {title}, greedy | 95 % interval | problems | points above the warm start | {' | '.join(parts)} |"
-    yield "|---" * (5 + len(parts)) + "|"
+    base = next((one for one in stages if one["model"] == "warm"), None)
+    title, parts = stages[0]["result"]["title"], list(stages[0]["parts"])
+    yield f"| model | {title}, greedy | problems | points above the warm start | {' | '.join(parts)} |"
+    yield "|---" * (4 + len(parts)) + "|"
     for one in stages:
         result = one["result"]
         value, (low, high) = result["metrics"]["accuracy"], result["interval"]["accuracy"]
-        gain = "" if base is None or one["model"] in ("untrained", "warm") else f"{100 * (value - base):+.1f}"
+        gain = "" if base is None or one["model"] in ("untrained", "warm") else gained(base["right"], one["right"])
         shares = " | ".join(f"{one['parts'][name]:.1%}" for name in parts)
-        counts = f"{value:.1%} | {low:.1%} to {high:.1%} | {result['problems']}"
-        yield f"| {one['model']} | {counts} | {gain} | {shares} |"
+        yield f"| {one['model']} | {value:.1%} ({low:.1%} to {high:.1%}) | {result['problems']} | {gain} | {shares} |"
+
+
+def gained(before: Sequence[float], after: Sequence[float]) -> str:
+    """Points of accuracy on the same problems, and the 95 % interval of the mean difference.
+
+    Example:
+        >>> gained([0, 0, 1, 0], [1, 0, 1, 1])
+        '+50.0 (-6.6 to +106.6)'
+    """
+    mean, error = mean_and_error([b - a for a, b in zip(before, after, strict=True)])
+    low, high = (100 * (mean + side * Z95 * error) for side in (-1, 1))
+    return f"{100 * mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def runs(stages: Sequence[Stage]) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """The benchmark on word problems: lessons from equations, its stages in their smallest form, and whom it blames."""
 
 import json
+import math
 import random
 import re
+import statistics
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -397,12 +399,19 @@ def test_what_is_missing_is_said_in_a_line(stage, train, said, tmp_path):
 
 
 def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
-    def evaluated(model, accuracy):
+    def evaluated(model, right):
+        accuracy = sum(right) / len(right)
         result = {"title": "SVAMP", "problems": 10, "metrics": {"accuracy": accuracy}, "interval": {"accuracy": [0, 1]}}
-        return {"stage": "eval", "model": model, "result": result, "parts": {"few": 0.5, "many": 0.25}}
+        return {
+            "stage": "eval", "model": model, "result": result, "parts": {"few": 0.5, "many": 0.25}, "right": right,
+        }  # fmt: skip
 
+    none, some, most = [0.0] * 10, [0.0] * 8 + [1.0] * 2, [1.0, 0.0] * 4 + [1.0, 1.0]
     table = word_problems_summary.summary(
-        [evaluated("warm", 0.9), evaluated("warm", 0.2), evaluated("prime-seed0", 0.3)]
+        [evaluated("warm", none), evaluated("warm", some), evaluated("prime-seed0", most), evaluated("untrained", none)]
     )
     assert table.count("| warm |") == 1
-    assert "| prime-seed0 | 30.0% | 0.0% to 100.0% | 10 | +10.0 | 50.0% | 25.0% |" in table
+    spread = 196 * statistics.stdev([1, 0] * 4 + [0, 0]) / math.sqrt(10)
+    gain = f"+40.0 ({40 - spread:+.1f} to {40 + spread:+.1f})"
+    assert f"| prime-seed0 | 60.0% (0.0% to 100.0%) | 10 | {gain} | 50.0% | 25.0% |" in table
+    assert "| untrained | 0.0% (0.0% to 100.0%) | 10 |  |" in table
