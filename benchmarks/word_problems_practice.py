@@ -83,9 +83,14 @@ def asked(problem: str) -> str | None:
 
 
 def misleading(problem: str, things: Sequence[str], rng: random.Random) -> str:
-    """A problem of two numbers with more, of other things; as it is where no sentence counts what it asks for."""
+    """A problem of two numbers with more, of other things; as it is where no sentence counts what it asks for.
+
+    Example:
+        >>> misleading("Ann has 2 hens. Bo has 3 hens. How many hens are there?", ["cats"], random.Random(0))
+        'Ann has 2 hens and 57 cats. Bo has 3 hens and 9 cats. How many hens are there?'
+    """
     thing, sentences = asked(problem), _SENTENCE.split(problem)
-    counted = re.compile(rf"(\d+(?:\.\d+)?)( (?:[a-z]+ )?){thing}\b", re.IGNORECASE)
+    counted = re.compile(rf"\d+(?:\.\d+)?( (?:[a-z]+ )?){thing}\b", re.IGNORECASE)
     places = [
         place
         for place, text in enumerate(sentences)
@@ -95,30 +100,13 @@ def misleading(problem: str, things: Sequence[str], rng: random.Random) -> str:
     if thing is None or len(numbers(problem)) != 2 or not places or not others:
         return problem
     other = rng.choice(others)
-    values = iter(rng.sample([one for one in range(2, 100) if one not in numbers(problem)], 2))
-    if rng.random() < 0.5:
-        return " ".join(beside(sentences, places, counted, other, values, rng))
-    place = rng.choice(places)
-    said = counted.sub(lambda found: f"{next(values)}{found[2]}{other}", sentences[place])
-    # Before what it repeats or just before the question, so that no later `9 more` is of the other things.
-    before = [place] if numbers(sentences[-1]) else [place, len(sentences) - 1]
-    sentences.insert(rng.choice(before), said)
+    values = rng.sample([one for one in range(2, 100) if one not in numbers(problem)], 2)
+    if rng.random() < 0.5:  # in the same sentences
+        form = r"{more} and \g<0>" if rng.random() < 0.5 else r"\g<0> and {more}"
+        for place, value in zip(places, values, strict=False):
+            sentences[place] = counted.sub(form.format(more=f"{value} {other}"), sentences[place])
+    else:  # in one more: before what it repeats or just before the question, so that no later `9 more` is of its things
+        place = rng.choice(places)
+        before = [place] if numbers(sentences[-1]) else [place, len(sentences) - 1]
+        sentences.insert(rng.choice(before), counted.sub(rf"{values[0]}\g<1>{other}", sentences[place]))
     return " ".join(sentences)
-
-
-def beside(
-    sentences: Sequence[str],
-    places: Sequence[int],
-    counted: re.Pattern[str],
-    other: str,
-    values: Iterator[int],
-    rng: random.Random,
-) -> list[str]:
-    """The same sentences, with other things counted beside what they count."""
-    first = rng.random() < 0.5
-
-    def both(found: re.Match[str]) -> str:
-        more = f"{next(values)} {other}"
-        return f"{more} and {found[0]}" if first else f"{found[0]} and {more}"
-
-    return [counted.sub(both, text) if place in places else text for place, text in enumerate(sentences)]
