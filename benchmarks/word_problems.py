@@ -46,6 +46,8 @@ CURVE = ("rollout/accuracy", "rollout/responses", "rollout/tokens", "policy/entr
 
 def main(args: Sequence[str]) -> None:
     options = parser().parse_args(args)
+    if not Path(options.settings).is_file():
+        raise SystemExit(f"Expected a file of settings such as {str(SETTINGS)!r}, got {options.settings!r}.")
     settings, out = yaml.safe_load(Path(options.settings).read_text()), Path(options.out)
     if options.stage != "summary":
         quiet()
@@ -109,8 +111,8 @@ def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> N
         rows = read_run(folder).rows.values()
         return {"seconds": seconds, "curve": {name: [row[name] for row in rows if name in row] for name in CURVE}}
 
-    names = [path.name for path in configs]
-    once(out, {"stage": "rl", "method": options.method, "seed": options.seed, "settings": digest(layer, names)}, run)
+    given = [path.name for path in configs], rows_of(out / "train.jsonl") if "warm" in chosen else None
+    once(out, {"stage": "rl", "method": options.method, "seed": options.seed, "settings": digest(layer, *given)}, run)
 
 
 def rl_layers(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -186,7 +188,7 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
 
 
 def by_numbers(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracy where the problem gives two numbers, and where it gives more.
+    """Accuracy where the problem gives two numbers, and where it gives more; what templates add has none.
 
     Example:
         >>> given = [("2 and 3", 1.0), ("2, 3 and 4", 0.0), ("6 of 7", 0.0)]

@@ -29,14 +29,18 @@ def accuracies(stages: Sequence[Stage]) -> Iterator[str]:
     if not stages:
         return
     base = next((one for one in stages if one["model"] == "warm"), None)
-    title, parts = stages[0]["result"]["title"], list(stages[0]["parts"])
+    title, parts = (
+        stages[0]["result"]["title"],
+        list(dict.fromkeys(name for one in stages for name in one.get("parts", ()))),
+    )
     yield f"| model | {title}, greedy | problems | points above the warm start | {' | '.join(parts)} |"
     yield "|---" * (4 + len(parts)) + "|"
     for one in stages:
         result = one["result"]
         value, (low, high) = result["metrics"]["accuracy"], result["interval"]["accuracy"]
-        gain = "" if base is None or one["model"] in ("untrained", "warm") else gained(base["right"], one["right"])
-        shares = " | ".join(f"{one['parts'][name]:.1%}" for name in parts)
+        known = base is not None and "right" in base and "right" in one and one["model"] not in ("untrained", "warm")
+        gain = gained(base["right"], one["right"]) if base and known else ""
+        shares = " | ".join(f"{one['parts'][name]:.1%}" if "parts" in one else "" for name in parts)
         yield f"| {one['model']} | {value:.1%} ({low:.1%} to {high:.1%}) | {result['problems']} | {gain} | {shares} |"
 
 

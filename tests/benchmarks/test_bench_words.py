@@ -387,6 +387,7 @@ def test_the_interval_of_an_auc_holds_it_and_narrows():
         (["warm", "--device", "cuda24"], "{}", "begin with `rl`"),
         (["rl"], "{}", "warm --train FILE"),
         (["credit", "--seed", "3"], "{}", "rl --method prime --seed 3"),
+        (["rl", "--settings", "none.yaml"], "{}", "got 'none.yaml'"),
     ],
 )
 def test_what_is_missing_is_said_in_a_line(stage, train, said, tmp_path):
@@ -415,3 +416,21 @@ def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
     gain = f"+40.0 ({40 - spread:+.1f} to {40 + spread:+.1f})"
     assert f"| prime-seed0 | 60.0% (0.0% to 100.0%) | 10 | {gain} | 50.0% | 25.0% |" in table
     assert "| untrained | 0.0% (0.0% to 100.0%) | 10 |  |" in table
+
+
+def test_a_stage_of_an_older_evaluation_leaves_its_cells_empty():
+    result = {"title": "SVAMP", "problems": 1, "metrics": {"accuracy": 0.0}, "interval": {"accuracy": [0, 1]}}
+    old = {"stage": "eval", "model": "prime-seed0", "result": result}
+    new = old | {"model": "warm", "parts": {"few": 0.5}, "right": [0.0]}
+    assert "| prime-seed0 | 0.0% (0.0% to 100.0%) | 1 |  |  |" in word_problems_summary.summary([old, new])
+
+
+def test_other_problems_make_another_run(small, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(word_problems, "once", lambda out, key, run: done.append(key["settings"]))
+    monkeypatch.setattr(word_problems, "summary", lambda stages: "")
+    (tmp_path / "warm" / "policy").mkdir(parents=True)
+    for rows in ([{"problem": "2"}], [{"problem": "3"}], [{"problem": "2"}]):
+        teach.write(tmp_path / "train.jsonl", rows)
+        word_problems.main(["rl", *small, "--out", str(tmp_path)])
+    assert done[0] == done[2] != done[1]
