@@ -21,7 +21,7 @@ def smoothed(curve: Curve, window: float) -> list[tuple[float, float]]:
 
     Example:
         >>> smoothed([(10, 0.0), (10, 0.3), (10, 0.6)], window=30)
-        [(20, 0.3)]
+        [(20.0, 0.3)]
     """
     if not curve:
         return []
