@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import yaml
 from pays import merged
-from word_problems_credit import credit
+from word_problems_credit import credit, number_format
 from word_problems_lessons import lessons, numbers, rows_of, write
 from word_problems_practice import practice
 from word_problems_summary import summary
@@ -37,6 +37,7 @@ from word_problems_summary import summary
 from prime_lightning.cli.commands.evaluate import main as evaluate
 from prime_lightning.cli.commands.quickstart import config, quiet
 from prime_lightning.cli.lightning_cli import lightning
+from prime_lightning.evaluation.folder import fingerprint
 from prime_lightning.report.runs import read_run
 from prime_lightning.rollout.files import append_rows, whole_rows
 
@@ -83,7 +84,7 @@ def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) ->
         raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
 
     rows = rows_of(file)
-    write(out / "train.jsonl", practice(rows[: -chosen["held_out"]], chosen["of_each"]))
+    write(out / "train.jsonl", practice(rows[: -chosen["held_out"]], chosen["of_each"], chosen["variants"]))
     write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
     folder = out / "warm"
     folder.mkdir(exist_ok=True)
@@ -111,8 +112,9 @@ def rl(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> N
         rows = read_run(folder).rows.values()
         return {"seconds": seconds, "curve": {name: [row[name] for row in rows if name in row] for name in CURVE}}
 
-    given = [path.name for path in configs], rows_of(out / "train.jsonl") if "warm" in chosen else None
-    once(out, {"stage": "rl", "method": options.method, "seed": options.seed, "settings": digest(layer, *given)}, run)
+    given = [layer, [path.name for path in configs], fingerprint(layer["model"]["policy"])]
+    given += [rows_of(out / "train.jsonl")] if "warm" in chosen else []
+    once(out, {"stage": "rl", "method": options.method, "seed": options.seed, "settings": digest(*given)}, run)
 
 
 def rl_layers(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -122,7 +124,8 @@ def rl_layers(options: argparse.Namespace, settings: Mapping[str, Any], out: Pat
     start: dict[str, Any] = {"model": {"policy": model_of(options, settings)}}
     if "warm" in chosen:
         rows = {"init_args": {"path": str(out / "train.jsonl")}}
-        start = {"model": {"policy": str(out / "warm" / "policy")}, "data": {"train": rows, "validation": rows}}
+        data = {"train": rows, "validation": rows, "engine": {"init_args": engine_of(options)}}
+        start = {"model": {"policy": str(out / "warm" / "policy")}, "data": data}
     return [config(name) for name in ("prime.yaml", *chosen["configs"])], merged(layer, start)
 
 
@@ -167,11 +170,12 @@ def made(path: str, **given: Any) -> dict[str, Any]:
 
 def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
     """Greedy answers of every model that there is: as it comes, warm, and trained."""
-    asked = settings[options.device]["evaluation"]
+    asked = merged(settings[options.device]["evaluation"], {"engine": engine_of(options)})
     found = {"untrained": model_of(options, settings)}
     found |= {path.parent.name: str(path) for path in sorted(out.glob("*/policy"))}
     for name, model in found.items():
-        folder = out / "evaluations" / name
+        key = {"stage": "eval", "model": name, "settings": digest(asked, fingerprint(model))}
+        folder = out / "evaluations" / f"{name}-{key['settings']}"
         words = ["--model", model, "--benchmark", asked["benchmark"], "--template", "chat", "--out", str(folder)]
         words += ["--limit", str(asked["limit"]), "--max_tokens", str(asked["max_tokens"])]
         words += ["--data", options.test] if options.test else []
@@ -184,7 +188,12 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
             rows = rows_of(folder / f"{asked['benchmark']}.jsonl")
             return {"result": result, "parts": by_numbers(rows), "right": [row["score"] for row in rows]}
 
-        once(out, {"stage": "eval", "model": name, "settings": digest(asked)}, run)
+        once(out, key, run)
+
+
+def engine_of(options: argparse.Namespace) -> dict[str, str]:
+    """The number format of a CPU; others know theirs."""
+    return {"dtype": number_format()} if options.device == "cpu" else {}
 
 
 def by_numbers(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -204,8 +213,10 @@ def by_numbers(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def blame(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
     """Does the process reward fall at the first wrong word of an answer to a problem that was never trained on?"""
     needed(folder_of(out, options) / "prm", f"rl --method prime --seed {options.seed}")
-    key = {"stage": "credit", "method": options.method, "seed": options.seed}
-    once(out, key, lambda: credit(folder_of(out, options), out / "held_out.jsonl", template()))
+    models = [out / "warm" / "policy", *(folder_of(out, options) / role for role in ("policy", "prm"))]
+    settings_of = digest(*(fingerprint(str(folder)) for folder in models))
+    key = {"stage": "credit", "method": options.method, "seed": options.seed, "settings": settings_of}
+    once(out, key, lambda: credit(*models, out / "held_out.jsonl", template()))
 
 
 STAGES: dict[str, Callable[[argparse.Namespace, Mapping[str, Any], Path], None]] = {
@@ -239,7 +250,7 @@ def template() -> dict[str, Any]:
 
 
 def digest(*settings: Any) -> str:
-    """Settings in short; a stage of other settings is run anew."""
+    """Settings and models in short; a stage of others is run anew."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -60,7 +60,7 @@ def small(tmp_path_factory, chat_model):
     folder = tmp_path_factory.mktemp("words")
     settings = json.loads(json.dumps(SETTINGS))
     cpu = settings["cpu"]
-    cpu |= {"lessons": 8, "of_each": 10, "held_out": 4, "save_every": 1}
+    cpu |= {"lessons": 8, "of_each": 10, "variants": 1, "held_out": 4, "save_every": 1}
     cpu["warm"]["data"]["batch_size"] = 4
     cpu["rl"]["trainer"]["max_steps"] = 2
     cpu["rl"]["model"]["policy_lora"]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
@@ -280,7 +280,10 @@ def test_rl_gets_no_problem_whose_answer_is_rounded():
     assert mislead.one_step([rounded], 4) == []
 
 
-def test_a_misleading_problem_says_the_same_and_counts_other_things():
+OTHERS = mislead.Others(names=["Ann", "Dan", "Eve"], things=["eggs", "hens", "cats"])
+
+
+def test_other_things_are_counted_beside_or_in_a_sentence_more():
     given = "Ann has 5 big Eggs. Bo has 7 eggs. Cy has none. How many eggs are there?"
     other = r"(hens|cats)"
     within = [
@@ -294,8 +297,8 @@ def test_a_misleading_problem_says_the_same_and_counts_other_things():
     forms += ["".join(kept) + more[1]]
     seen = set()
     for seed in range(100):
-        made = mislead.misleading(given, ["eggs", "hens", "cats"], random.Random(seed))
-        assert made == mislead.misleading(given, ["eggs", "hens", "cats"], random.Random(seed))
+        made = mislead.other_things(given, OTHERS, random.Random(seed))
+        assert made == mislead.other_things(given, OTHERS, random.Random(seed))
         (which,) = (
             i
             for i, form in enumerate(forms)
@@ -305,6 +308,40 @@ def test_a_misleading_problem_says_the_same_and_counts_other_things():
         assert len(set(found)) == len(found) == (4 if which < 2 else 3)
         seen.add(which)
     assert seen == set(range(6))
+
+
+def test_things_of_another_kind_are_counted_where_the_question_asks_for_one_kind():
+    given = "Ann has 5 Eggs. Bo has 7 eggs. How many more eggs has Bo, in red cups?"
+    for seed in range(50):
+        made = mislead.other_kinds(given, OTHERS, random.Random(seed))
+        this, other = re.search(r"How many more (\w+) eggs has Bo, in red cups\?$", made)[1], set()
+        for number, kind in re.findall(r"(\d+) (\w+) eggs", made):
+            assert (kind == this) == (number in "57")
+            other |= {kind} - {this}
+        assert len(other) == 1
+        assert other | {this} <= set(mislead.KINDS) - {"red"}
+
+
+def test_other_people_have_or_do_the_same_in_a_sentence_before():
+    given = "Bo has 5 eggs. Cy gives Bo 7 eggs. He eats none. How many eggs does Bo have?"
+    seen = set()
+    for seed in range(50):
+        made = mislead.other_people(given, OTHERS, random.Random(seed))
+        name, number = re.search(r"(Ann|Dan|Eve)", made)[1], max(set(map(int, re.findall(r"\d+", made))) - {5, 7})
+        first, second = f"{name} has {number} eggs. ", f"Cy gives {name} {number} eggs. "
+        assert made in (first + given, given.replace("Cy", second + "Cy", 1))
+        seen.add(made.startswith(name))
+    assert seen == {True, False}
+
+
+def test_each_way_to_mislead_is_taken_and_no_other():
+    given = "Ann has 2 eggs. Bo gives her 3 eggs. How many eggs does Ann have?"
+    made = [mislead.misleading(given, OTHERS, random.Random(seed)) for seed in range(60)]
+    people = [text for text in made if re.match("Dan|Eve", text)]
+    things = [text for text in made if re.search("hens|cats", text)]
+    kinds = [text for text in made if not text.endswith("How many eggs does Ann have?")]
+    assert min(len(people), len(things), len(kinds)) > 5
+    assert len(people) + len(things) + len(kinds) == 60
 
 
 @given(st.lists(st.integers(1, 999), min_size=2, max_size=2, unique=True), st.integers(0, 1000))
@@ -317,12 +354,13 @@ def test_practice_keeps_answers_and_the_numbers_that_lead_to_them(values, seed):
         {"problem": text, "answer": str(values[0] - values[1]), "equation": "- number0 number1"}
         for text in (*texts, texts[0].replace("hens", "cats"))
     ]
-    made = mislead.practice(rows, of_each=3, seed=seed)
-    assert [row["answer"] for row in made] == [row["answer"] for row in rows]
-    for row, old in zip(made, rows, strict=True):
-        assert set(map(Fraction, values)) <= set(teach.numbers(row["problem"]))
-        assert row["problem"].endswith(old["problem"].split(". ")[-1])
-    assert made[1]["problem"] == texts[1]  # not a plural with an s
+    made = mislead.practice(rows, of_each=3, variants=2, seed=seed)
+    assert len({row["problem"] for row in made}) == len(made) == 5
+    assert {row["answer"] for row in made} == {str(values[0] - values[1])}
+    assert all(
+        set(map(Fraction, values)) < set(teach.numbers(row["problem"])) for row in made if row["problem"] != texts[1]
+    )
+    assert texts[1] in [row["problem"] for row in made]  # men are not a plural with an s
 
 
 @pytest.mark.parametrize(
@@ -332,17 +370,16 @@ def test_practice_keeps_answers_and_the_numbers_that_lead_to_them(values, seed):
         "Ann has 2 eggs and gets 3 eggs. How many eggs?",  # no sentence with one number
         "Ann has 2 of them. Bo has 3. How many eggs?",  # none that counts what is asked for
         "Ann has 2 eggs. Bo has 3 eggs. What is their price?",  # does not say what it asks for
-        "Ann has 2 eggs. Bo has 3 eggs. Hens? How many eggs?",  # nothing that it does not speak of
     ],
 )
 def test_a_problem_that_cannot_mislead_stays(problem):
-    assert mislead.misleading(problem, ["eggs", "hens"], random.Random(0)) == problem
+    assert mislead.misleading(problem, OTHERS, random.Random(0)) == problem
 
 
 def test_no_sentence_comes_between_things_and_more_of_them():
     given = "Ann has 2 eggs. If she gets 9 more, how many eggs has she?"
     for seed in range(20):
-        made = mislead.misleading(given, ["hens"], random.Random(seed))
+        made = mislead.other_things(given, mislead.Others([], ["hens"]), random.Random(seed))
         assert re.fullmatch(r"Ann has (\d+ hens\. Ann has 2 eggs|2 eggs and \d+ hens|\d+ hens and 2 eggs)\. .+", made)
         assert made.endswith(given.split(". ")[1])
 
@@ -425,12 +462,32 @@ def test_a_stage_of_an_older_evaluation_leaves_its_cells_empty():
     assert "| prime-seed0 | 0.0% (0.0% to 100.0%) | 1 |  |  |" in word_problems_summary.summary([old, new])
 
 
-def test_other_problems_make_another_run(small, tmp_path, monkeypatch):
+def test_other_problems_and_another_warm_start_make_another_run(small, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(word_problems, "once", lambda out, key, run: done.append(key["settings"]))
     monkeypatch.setattr(word_problems, "summary", lambda stages: "")
     (tmp_path / "warm" / "policy").mkdir(parents=True)
-    for rows in ([{"problem": "2"}], [{"problem": "3"}], [{"problem": "2"}]):
+    for warm, rows in (("{}", [{"problem": "2"}]), ("{}", [{"problem": "3"}]), ("[]", [{"problem": "2"}])) * 2:
+        (tmp_path / "warm" / "policy" / "config.json").write_text(warm)
         teach.write(tmp_path / "train.jsonl", rows)
         word_problems.main(["rl", *small, "--out", str(tmp_path)])
-    assert done[0] == done[2] != done[1]
+    assert done[:3] == done[3:]
+    assert len(set(done)) == 3
+
+
+def test_models_that_changed_are_asked_and_judged_again(small, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(word_problems, "once", lambda out, key, run: done.append(key))
+    monkeypatch.setattr(word_problems, "summary", lambda stages: "")
+    folders = [tmp_path / "warm" / "policy", tmp_path / "prime-seed0" / "policy", tmp_path / "prime-seed0" / "prm"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for changed in (None, *folders):
+        if changed:
+            (changed / "config.json").write_text("{}")
+        for stage in ("eval", "credit"):
+            word_problems.main([stage, *small, "--out", str(tmp_path)])
+    asked = {name: [key["settings"] for key in done if key.get("model") == name] for name in ("untrained", "warm")}
+    assert len(set(asked["untrained"])) == 1
+    assert len(set(asked["warm"])) == 2
+    assert len({key["settings"] for key in done if key["stage"] == "credit"}) == 4
