@@ -212,11 +212,16 @@ def by_numbers(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def blame(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -> None:
     """Does the process reward fall at the first wrong word of an answer to a problem that was never trained on?"""
-    needed(folder_of(out, options) / "prm", f"rl --method prime --seed {options.seed}")
-    models = [out / "warm" / "policy", *(folder_of(out, options) / role for role in ("policy", "prm"))]
-    settings_of = digest(*(fingerprint(str(folder)) for folder in models))
-    key = {"stage": "credit", "method": options.method, "seed": options.seed, "settings": settings_of}
-    once(out, key, lambda: credit(*models, out / "held_out.jsonl", template()))
+    if "warm" not in settings[options.device]:
+        raise SystemExit(
+            f"Expected settings with a warm start, whose equations tell what is wrong, got {options.device!r}."
+        )
+    folder = folder_of(out, options)
+    needed(folder / "prm", f"rl --method prime --seed {options.seed}")
+    models = [folder / "policy", folder / "prm", out / "warm" / "policy"]  # the last is the reference
+    key = {"stage": "credit", "method": options.method, "seed": options.seed}
+    key["settings"] = digest(*(fingerprint(str(model)) for model in models))
+    once(out, key, lambda: credit(folder, out / "held_out.jsonl", template()))
 
 
 STAGES: dict[str, Callable[[argparse.Namespace, Mapping[str, Any], Path], None]] = {

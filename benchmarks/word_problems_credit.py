@@ -51,14 +51,10 @@ class Judged:
         return Parts(truths=[self.right], rewards=[self.reward])
 
 
-def credit(
-    reference: Path, policy: Path, prm: Path, held_out: Path, template: Mapping[str, Any], wrong: int = 100
-) -> dict[str, Any]:
-    """AUC of a PRM against its reference on fresh answers of a policy, until so many have a known wrong word."""
-    scorer = ImplicitPRM.from_pretrained(
-        prm, reference=str(reference), loading=Loading(dtype=number_format()), device="cpu"
-    )
-    judged = list(until(answers(str(policy), held_out, Template(**template), scorer), wrong))
+def credit(folder: Path, held_out: Path, template: Mapping[str, Any], wrong: int = 100) -> dict[str, Any]:
+    """AUC of a run's PRM on fresh answers of its policy, until so many have a known wrong word."""
+    prm = ImplicitPRM.from_pretrained(folder / "prm", loading=Loading(dtype=number_format()), device="cpu")
+    judged = list(until(answers(str(folder / "policy"), held_out, Template(**template), prm), wrong))
     words = [one.words for one in judged if not one.right]
     later = [one for one in words if len(one.truths) > 1]
     falls = [float(one.rewards[-1] < fmean(one.rewards[:-1])) for one in later]

@@ -27,7 +27,7 @@ from typing import Any
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SAID = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
 NEAR = Fraction(1, 1000)
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def numbers(text: str) -> list[Fraction]:
         >>> numbers("27 rows with 16.5 chairs")
         [Fraction(27, 1), Fraction(33, 2)]
     """
-    return [Fraction(found) for found in _NUMBER.findall(text)]
+    return [Fraction(found) for found in NUMBER.findall(text)]
 
 
 def calculation(problem: str, equation: str) -> Calculation:

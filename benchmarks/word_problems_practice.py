@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from word_problems_lessons import Calculation, checked, numbers
+from word_problems_lessons import NUMBER, Calculation, checked, numbers
 
 _SENTENCE = re.compile(r"(?<=[.?!])\s+")
 _ASKED = re.compile(r"\bhow many (?:more |fewer |other |of the )?([a-z]+s)\b", re.IGNORECASE)
 _PERSON = re.compile(r"\b(?:does|did|do|has|had|have|will|is|was|can|must|should) ([A-Z][a-z]+)\b")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 KINDS = ("red", "blue", "green", "yellow", "white", "black", "small", "large", "old", "new", "cheap", "broken")
 
 
@@ -138,7 +137,7 @@ def other_people(problem: str, others: Others, rng: random.Random) -> str | None
         return None
     place = rng.choice(places)
     copy = said.sub(rng.choice(free), sentences[place])
-    sentences.insert(place, _NUMBER.sub(new_number(problem, rng), copy))
+    sentences.insert(place, NUMBER.sub(new_number(problem, rng), copy))
     return " ".join(sentences)
 
 
@@ -162,7 +161,7 @@ def other_kinds(problem: str, others: Others, rng: random.Random) -> str | None:
 def added(problem: str, thing: str, other: str, rng: random.Random) -> str | None:
     """A problem that counts another thing, too, where it counts the one; None where it does not count it."""
     sentences = _SENTENCE.split(problem)
-    counted = re.compile(rf"\d+(?:\.\d+)?( (?:[a-z]+ )?){thing}\b", re.IGNORECASE)
+    counted = re.compile(rf"{NUMBER.pattern}( (?:[a-z]+ )?){thing}\b", re.IGNORECASE)
     places = [
         place
         for place, text in enumerate(sentences)

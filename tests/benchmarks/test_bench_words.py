@@ -423,6 +423,7 @@ def test_the_interval_of_an_auc_holds_it_and_narrows():
         (["warm"], "# Problems", "a JSON object in line 1"),
         (["warm", "--device", "cuda24"], "{}", "begin with `rl`"),
         (["rl"], "{}", "warm --train FILE"),
+        (["credit", "--device", "cuda24"], "{}", "with a warm start"),
         (["credit", "--seed", "3"], "{}", "rl --method prime --seed 3"),
         (["rl", "--settings", "none.yaml"], "{}", "got 'none.yaml'"),
     ],
