@@ -32,6 +32,7 @@ from pays import merged
 from word_problems_credit import credit, number_format
 from word_problems_lessons import lessons, numbers, rows_of, write
 from word_problems_practice import practice
+from word_problems_stories import stories
 from word_problems_summary import summary
 
 from prime_lightning.cli.commands.evaluate import main as evaluate
@@ -50,6 +51,11 @@ def main(args: Sequence[str]) -> None:
     if not Path(options.settings).is_file():
         raise SystemExit(f"Expected a file of settings such as {str(SETTINGS)!r}, got {options.settings!r}.")
     settings, out = yaml.safe_load(Path(options.settings).read_text()), Path(options.out)
+    lacking = sorted(set(yaml.safe_load(SETTINGS.read_text())[options.device]) - set(settings.get(options.device, ())))
+    if lacking:
+        raise SystemExit(
+            f"Expected {options.settings!r} to have {lacking} for {options.device!r}, as {str(SETTINGS)!r}."
+        )
     if options.stage != "summary":
         quiet()
         torch.set_num_threads(options.threads)
@@ -84,7 +90,8 @@ def warm(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) ->
         raise SystemExit(f"Expected --train with a jsonl file of problem, answer and equation, got {options.train!r}.")
 
     rows = rows_of(file)
-    write(out / "train.jsonl", practice(rows[: -chosen["held_out"]], chosen["of_each"], chosen["variants"]))
+    problems = practice(rows[: -chosen["held_out"]], chosen["of_each"], chosen["variants"])
+    write(out / "train.jsonl", [*problems, *stories(chosen["stories"])])
     write(out / "held_out.jsonl", rows[-chosen["held_out"] :])
     folder = out / "warm"
     folder.mkdir(exist_ok=True)
@@ -159,7 +166,7 @@ def placed(what: str, folder: Path, every: int) -> dict[str, Any]:
     ]
     if what == "fit":
         callbacks.append(made("prime_lightning.training.callbacks.RolloutLog", folder=str(folder)))
-    logger = made("lightning.pytorch.loggers.CSVLogger", save_dir=str(folder), name="csv")
+    logger = made("lightning.pytorch.loggers.CSVLogger", save_dir=str(folder), name="csv", flush_logs_every_n_steps=1)
     return {"trainer": {"default_root_dir": str(folder), "callbacks": callbacks, "logger": [logger]}}
 
 

@@ -1,5 +1,6 @@
 """The benchmark on word problems: lessons from equations, its stages in their smallest form, and whom it blames."""
 
+import itertools
 import json
 import math
 import random
@@ -26,6 +27,7 @@ import word_problems
 import word_problems_credit as blame
 import word_problems_lessons as teach
 import word_problems_practice as mislead
+import word_problems_stories as tell
 import word_problems_summary
 
 from prime_lightning.__main__ import main
@@ -60,7 +62,7 @@ def small(tmp_path_factory, chat_model):
     folder = tmp_path_factory.mktemp("words")
     settings = json.loads(json.dumps(SETTINGS))
     cpu = settings["cpu"]
-    cpu |= {"lessons": 8, "of_each": 10, "variants": 1, "held_out": 4, "save_every": 1}
+    cpu |= {"lessons": 8, "of_each": 10, "variants": 1, "stories": 3, "held_out": 4, "save_every": 1}
     cpu["warm"]["data"]["batch_size"] = 4
     cpu["rl"]["trainer"]["max_steps"] = 2
     cpu["rl"]["model"]["policy_lora"]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
@@ -92,7 +94,7 @@ def test_all_stages_run_once_and_are_told(small, tmp_path, capsys):
         word_problems.main([*stage, *words])
     stages = noted(tmp_path)
     assert [one["stage"] for one in stages] == ["warm", "rl", "rl", *["eval"] * 4, "credit"]
-    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 10  # of one step
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 10 + 3  # of one step, and stories
     assert stages[0]["lessons"] == 8
     for run in stages[1:3]:
         assert run["curve"]["rollout/responses"] == [8.0, 8.0]  # equal cost
@@ -363,6 +365,69 @@ def test_practice_keeps_answers_and_the_numbers_that_lead_to_them(values, seed):
     assert texts[1] in [row["problem"] for row in made]  # men are not a plural with an s
 
 
+@given(st.integers(0, 10_000))
+def test_a_story_gives_at_least_three_numbers_and_two_of_them_answer_it(seed):
+    problem, answer = tell.told(random.Random(seed))
+    numbers = teach.numbers(problem)
+    assert 3 <= len(numbers) == len(set(numbers)) <= 4
+    assert re.fullmatch(r"[\w ,.]+\?", problem)
+    assert int(answer) > 1
+    pairs = itertools.permutations(numbers, 2)
+    assert Fraction(answer) in {apply(*pair) for pair in pairs for apply in teach.OPERATIONS.values()}
+
+
+THING = rf"(?:(?:{'|'.join(tell.TOLD['kinds'])}) )?(?:{'|'.join(tell.TOLD['things'])})"
+LOST, FOUND = ("|".join(tell.TOLD[verb]) for verb in ("lost", "found"))
+COUNTED = re.compile(rf"(?:Now |Then )?\w+ (has|had|{LOST}|{FOUND}) (?:\d+ {THING}(?:, | and )?)+(?: left)?\.")
+
+
+def read(sentences):
+    """A slow reader of who has, loses and finds what: the stock before, what was moved, and the stock after."""
+    before, moved, after = Counter(), Counter(), Counter()
+    for sentence in sentences:
+        counts = Counter({thing: int(count) for count, thing in re.findall(rf"(\d+) ({THING})", sentence)})
+        verb = COUNTED.fullmatch(sentence)[1]
+        if verb == "has":
+            after = counts
+        elif verb == "had":
+            before = counts
+        else:
+            moved, sign = counts, 1 if verb in tell.TOLD["found"] else -1
+    for thing in moved:
+        before[thing] = before[thing] or after[thing] - sign * moved[thing]
+        after[thing] = before[thing] + sign * moved[thing]
+    return before, moved, after
+
+
+def test_stories_are_answered_as_a_slow_reader_does():
+    known = 0
+    for row in tell.stories(3000, seed=1):
+        *sentences, question = re.split(r"(?<=\.) ", row["problem"])
+        if not all(map(COUNTED.fullmatch, sentences)):
+            continue
+        known += 1
+        before, moved, after = read(sentences)
+        counts = after if "does" in question else before if " have " in question else moved
+        assert min(after.values()) > 0
+        first, *second = [counts[thing] for thing in re.findall(THING, question)]
+        expected = first + sum(second)
+        if comparison := re.search("more|fewer", question):
+            expected = (first - second[0]) * (1 if comparison[0] == "more" else -1)
+        assert str(expected) == row["answer"], row["problem"]
+    assert known > 500
+
+
+def test_every_question_is_asked_and_operations_have_their_shares():
+    made = tell.stories(3000, seed=2)
+    texts = [row["problem"] for row in made]
+    assert len(set(texts)) == 3000
+    assert made[:1000] == tell.stories(1000, seed=2)
+    for story, question, calculation in tell.QUESTIONS:
+        form = re.sub(r"\\\{\w+\\\}", r"[\\w ]+", re.escape(f"{story['text']} {question}"))
+        assert any(re.fullmatch(form, text) for text in texts), question
+        assert set(calculation[::4]) <= set(re.findall(r"\{([a-d])\}", story["text"]))
+
+
 @pytest.mark.parametrize(
     "problem",
     [
@@ -435,6 +500,14 @@ def test_what_is_missing_is_said_in_a_line(stage, train, said, tmp_path):
         word_problems.main([*stage, *words])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_before_say_what_they_lack(tmp_path):
+    settings = json.loads(json.dumps(SETTINGS))
+    del settings["cpu"]["stories"]
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match=r"to have \['stories'\] for 'cpu'"):
+        word_problems.main(["rl", "--settings", str(tmp_path / "old.yaml"), "--out", str(tmp_path)])
 
 
 def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
