@@ -50,12 +50,11 @@ def main(args: Sequence[str]) -> None:
     options = parser().parse_args(args)
     if not Path(options.settings).is_file():
         raise SystemExit(f"Expected a file of settings such as {str(SETTINGS)!r}, got {options.settings!r}.")
-    settings, out = yaml.safe_load(Path(options.settings).read_text()), Path(options.out)
-    lacking = sorted(set(yaml.safe_load(SETTINGS.read_text())[options.device]) - set(settings.get(options.device, ())))
+    settings, out = yaml.safe_load(Path(options.settings).read_text()) or {}, Path(options.out)
+    shipped, parts = yaml.safe_load(SETTINGS.read_text()), (options.device, "methods")
+    lacking = [f"{part}.{name}" for part in parts for name in shipped[part] if name not in (settings.get(part) or ())]
     if lacking:
-        raise SystemExit(
-            f"Expected {options.settings!r} to have {lacking} for {options.device!r}, as {str(SETTINGS)!r}."
-        )
+        raise SystemExit(f"Expected {options.settings!r} to have {', '.join(lacking)}, as {str(SETTINGS)!r} has.")
     if options.stage != "summary":
         quiet()
         torch.set_num_threads(options.threads)

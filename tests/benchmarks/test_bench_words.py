@@ -502,11 +502,21 @@ def test_what_is_missing_is_said_in_a_line(stage, train, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_settings_of_before_say_what_they_lack(tmp_path):
-    settings = json.loads(json.dumps(SETTINGS))
-    del settings["cpu"]["stories"]
-    (tmp_path / "old.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(SystemExit, match=r"to have \['stories'\] for 'cpu'"):
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (
+            {"cpu": {key: value for key, value in SETTINGS["cpu"].items() if key != "stories"}},
+            "to have cpu.stories, as",
+        ),
+        ({"methods": {"rloo": {}}}, "to have methods.prime, as"),
+        ({"methods": None}, "to have methods.rloo, methods.prime, as"),
+        (dict.fromkeys(SETTINGS), "to have cpu.model, cpu.configs, "),
+    ],
+)
+def test_settings_of_before_say_what_they_lack(kept, said, tmp_path):
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(SETTINGS | kept))
+    with pytest.raises(SystemExit, match=said):
         word_problems.main(["rl", "--settings", str(tmp_path / "old.yaml"), "--out", str(tmp_path)])
 
 
