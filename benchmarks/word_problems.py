@@ -44,6 +44,7 @@ from prime_lightning.rollout.files import append_rows, whole_rows
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 CURVE = ("rollout/accuracy", "rollout/responses", "rollout/tokens", "policy/entropy", "prm/accuracy", "prm/ce")
+CURVE += ("gate/weight", "process/advantage_share")
 
 
 def main(args: Sequence[str]) -> None:

@@ -57,14 +57,16 @@ def gained(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def runs(stages: Sequence[Stage]) -> Iterator[str]:
-    """Training accuracy in fifths of each run, and what it cost."""
+    """Training accuracy of each run and what its PRM knew and weighed, in fifths, and what it cost."""
     if not stages:
         return
-    yield "| run | accuracy while training, by fifths | rollouts | tokens | seconds |"
-    yield "|---|---|---|---|---|"
+    measured = "accuracy while training | PRM ranks right above wrong | its share of the advantages"
+    yield f"| run | {measured} | rollouts | tokens | seconds |"
+    yield "|---|---|---|---|---|---|---|"
     for one in stages:
         curve = one["curve"]
-        shares = ", ".join(f"{value:.1%}" for value in fifths(curve["rollout/accuracy"]))
+        names = ("rollout/accuracy", "prm/accuracy", "process/advantage_share")
+        shares = " | ".join(", ".join(f"{value:.1%}" for value in fifths(curve.get(name, ()))) for name in names)
         counts = f"{sum(curve['rollout/responses']):,.0f} | {sum(curve['rollout/tokens']):,.0f}"
         yield f"| {one['method']}, seed {one['seed']} | {shares} | {counts} | {one['seconds']:,.0f} |"
 

@@ -19,6 +19,7 @@ from prime_lightning.algorithms import (
     kto,
     nca,
     pairwise_accuracy,
+    rloo,
 )
 
 seeds = pytest.mark.parametrize("seed", range(8))
@@ -194,6 +195,17 @@ def test_huge_rewards_stay_finite(loss, size):
     assert total.isfinite()
     assert total >= (2.0 if loss is kto else size)  # KTO is bounded by its weights
     assert torch.autograd.grad(total, reward_B)[0].isfinite().all()
+
+
+@seeds
+def test_the_first_step_of_dpo_is_that_of_rloo(seed):
+    """At `r = 0`, `-grad dpo = sum over groups of (K - 1) / 2 * A_i`, with `A_i` the outcome credit of `rloo`."""
+    c = batch(seed)
+    reward_B, right_B = torch.zeros(len(c.group_B), requires_grad=True), (c.outcome_B > 0.5).float()
+    (gradient_B,) = torch.autograd.grad(dpo(reward_B, right_B, c.group_B, c.valid_B)[0], reward_B)
+    outcome_BT, _ = rloo(right_B, None, torch.ones_like(c.mask_BT), c.group_B, c.valid_B)
+    others_B = torch.tensor([float(len(members(c, i)) - 1) for i in range(len(c.group_B))])
+    assert_close(-gradient_B, others_B / 2 * outcome_BT[:, 0])
 
 
 @seeds

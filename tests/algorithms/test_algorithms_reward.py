@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from ragged import batch
 from torch.testing import assert_close
 
-from prime_lightning.algorithms import ProcessGate, normalise, process_reward, reverse_cumsum, to_granularity
+from prime_lightning.algorithms import (
+    ProcessGate,
+    normalise,
+    process_reward,
+    reinforce,
+    reverse_cumsum,
+    to_granularity,
+)
 
 seeds = pytest.mark.parametrize("seed", range(8))
 
@@ -25,6 +32,30 @@ def test_process_reward_by_hand():
 def test_a_prm_that_equals_its_reference_rewards_nothing():
     logprobs_BT = torch.randn(3, 5)
     assert process_reward(logprobs_BT, logprobs_BT, torch.ones(3, 5).bool(), beta=1.0).abs().max() == 0
+
+
+@seeds
+def test_a_reward_against_the_policy_pulls_it_to_the_prm(seed):
+    """`E[sum_t A_t grad log pi(t)] = -beta sum_s P(s) grad KL(pi || prm)` over prefixes s, with `gamma_process: 0`."""
+    rng, beta, count = torch.Generator().manual_seed(seed), 0.3, 4
+    first, second, prm_first, prm_second = (
+        torch.randn(*shape, count, generator=rng, dtype=torch.float64).log_softmax(-1) for shape in [(), (count,)] * 2
+    )
+    logits = first.requires_grad_(), second.requires_grad_()
+    pi = [x.log_softmax(-1) for x in logits]
+    policy_BT = torch.stack([pi[0].repeat_interleave(count), pi[1].flatten()], 1)  # every answer of two tokens, once
+    prm_BT = torch.stack([prm_first.repeat_interleave(count), prm_second.flatten()], 1)
+    mask_BT, n = torch.ones(count**2, 2).bool(), count**2
+    reward_BT = process_reward(prm_BT, policy_BT.detach(), mask_BT, beta=beta)
+    rows = mask_BT, torch.zeros(n).long(), torch.ones(n).bool()
+    _, credit_BT = reinforce(torch.zeros(n), reward_BT, *rows, gamma_process=0.0)
+    expected = (policy_BT.detach().sum(1).exp() * (policy_BT * credit_BT).sum(1)).sum()
+
+    kl = (pi[0].exp() * (pi[0] - prm_first)).sum()
+    kl = kl + (pi[0].detach().exp() * (pi[1].exp() * (pi[1] - prm_second)).sum(1)).sum()
+    paid = torch.autograd.grad(expected, logits, retain_graph=True)
+    for mine, theirs in zip(paid, torch.autograd.grad(-beta * kl, logits), strict=True):
+        assert_close(mine, theirs, atol=1e-6, rtol=1e-5)  # rewards are float32
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])

@@ -65,7 +65,8 @@ def small(tmp_path_factory, chat_model):
     cpu |= {"lessons": 8, "of_each": 10, "variants": 1, "stories": 3, "held_out": 4, "save_every": 1}
     cpu["warm"]["data"]["batch_size"] = 4
     cpu["rl"]["trainer"]["max_steps"] = 2
-    cpu["rl"]["model"]["policy_lora"]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
+    for adapters in ("policy_lora", "prm_lora"):
+        cpu["rl"]["model"][adapters]["target_modules"] = r".*\.layers\.1\..*_proj"  # its upper half
     cpu["rl"]["data"] |= {"prompts_per_batch": 2, "sampling": {"samples": 4, "max_tokens": 6}}
     cpu["evaluation"] |= {"limit": 2, "max_tokens": 6}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
