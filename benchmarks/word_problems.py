@@ -43,8 +43,15 @@ from prime_lightning.report.runs import read_run
 from prime_lightning.rollout.files import append_rows, whole_rows
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-CURVE = ("rollout/accuracy", "rollout/responses", "rollout/tokens", "policy/entropy", "prm/accuracy", "prm/ce")
-CURVE += ("gate/weight", "process/advantage_share")
+CURVE = (
+    "rollout/accuracy",
+    "rollout/responses",
+    "rollout/tokens",
+    "policy/entropy",
+    "prm/accuracy",
+    "prm/ce",
+    "process/advantage_share",
+)
 
 
 def main(args: Sequence[str]) -> None:

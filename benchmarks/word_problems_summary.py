@@ -60,7 +60,7 @@ def runs(stages: Sequence[Stage]) -> Iterator[str]:
     """Training accuracy of each run and what its PRM knew and weighed, in fifths, and what it cost."""
     if not stages:
         return
-    measured = "accuracy while training | PRM ranks right above wrong | its share of the advantages"
+    measured = "accuracy while training, by fifths | the PRM ranks right above wrong | its share of the advantages"
     yield f"| run | {measured} | rollouts | tokens | seconds |"
     yield "|---|---|---|---|---|---|---|"
     for one in stages:
