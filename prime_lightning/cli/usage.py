@@ -96,7 +96,8 @@ def explained(parser: Any, message: str, given: Sequence[str]) -> Iterator[str]:
         yield f"prime-lightning: {bad_file}"
         return
     inner, _ = parser_of(parser, given)
-    command = inner.prog.replace(" [options]", "").replace("__main__.py", "prime-lightning")
+    _, *named = inner.prog.replace(" [options]", "").split()
+    command = " ".join(["prime-lightning", *named])  # whatever program calls it
     nested, unknown, key = NESTED.search(message), UNKNOWN.search(message), KEY.match(message)
     group = ""
     if nested:

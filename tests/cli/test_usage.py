@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prime_lightning.__main__ import main
-from prime_lightning.cli.lightning_cli import PrimeCLI
+from prime_lightning.cli.lightning_cli import PrimeCLI, lightning
 from prime_lightning.cli.usage import accepted_by, line_of, place_of
 from prime_lightning.sampling.datamodule import RolloutDataModule
 from prime_lightning.training.module import PrimeModule
@@ -99,6 +99,15 @@ def test_a_mistake_in_another_command(arguments, words, hint, capsys):
     assert words in text
     assert hint in text
     assert text.count("\n") <= 6, text
+
+
+def test_a_mistake_in_a_script_that_calls_fit(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--mine=3"])
+    with pytest.raises(SystemExit):
+        lightning([*FIT, "--model.polcy", "x"])
+    text = capsys.readouterr().err
+    assert "`model.polcy` is no option of `prime-lightning fit`" in text
+    assert "`prime-lightning fit --help model` lists the options." in text
 
 
 def test_help_of_one_group(capsys):
