@@ -35,9 +35,8 @@ from word_problems_practice import practice
 from word_problems_stories import stories
 from word_problems_summary import summary
 
-from prime_lightning.cli.commands.evaluate import main as evaluate
+from prime_lightning.__main__ import main as prime_lightning
 from prime_lightning.cli.commands.quickstart import config, quiet
-from prime_lightning.cli.lightning_cli import lightning
 from prime_lightning.evaluation.folder import fingerprint
 from prime_lightning.report.runs import read_run
 from prime_lightning.rollout.files import append_rows, whole_rows
@@ -149,7 +148,7 @@ def trained(what: str, configs: Sequence[Path], layer: dict[str, Any], folder: P
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "layer.yaml").write_text(yaml.safe_dump(merged(layer, placed(what, folder, every))))
     try:
-        lightning(command(what, configs, folder, seed))
+        called(command(what, configs, folder, seed))
     finally:
         append_rows(clock, [{"seconds": time.time() - begun}])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes; the models are beside it
@@ -161,6 +160,12 @@ def command(what: str, configs: Sequence[Path], folder: Path, seed: int) -> list
     last = folder / "checkpoints" / "last.ckpt"
     words = [word for path in (*configs, folder / "layer.yaml") for word in ("--config", str(path))]
     return [what, *words, "--seed_everything", str(seed), *(["--ckpt_path", str(last)] if last.exists() else [])]
+
+
+def called(words: Sequence[str]) -> None:
+    """Run `prime-lightning`; what it has to complain about it says itself, in a line, and the stage ends."""
+    if status := prime_lightning(words):
+        raise SystemExit(status)
 
 
 def placed(what: str, folder: Path, every: int) -> dict[str, Any]:
@@ -190,14 +195,15 @@ def score(options: argparse.Namespace, settings: Mapping[str, Any], out: Path) -
     for name, model in found.items():
         key = {"stage": "eval", "model": name, "settings": digest(asked, fingerprint(model))}
         folder = out / "evaluations" / f"{name}-{key['settings']}"
-        words = ["--model", model, "--benchmark", asked["benchmark"], "--template", "chat", "--out", str(folder)]
+        words = ["evaluate", "--model", model, "--template", "chat", "--out", str(folder)]
+        words += ["--benchmark", asked["benchmark"]]
         words += ["--limit", str(asked["limit"]), "--max_tokens", str(asked["max_tokens"])]
         words += ["--data", options.test] if options.test else []
         given = dict(asked["engine"])
         words += ["--engine", given.pop("class_path"), *(f"--engine.{name}={value}" for name, value in given.items())]
 
         def run(folder: Path = folder, words: Sequence[str] = tuple(words)) -> dict[str, Any]:
-            evaluate(words)
+            called(words)
             result = json.loads((folder / "results.json").read_text())["benchmarks"][asked["benchmark"]]
             rows = rows_of(folder / f"{asked['benchmark']}.jsonl")
             return {"result": result, "parts": by_numbers(rows), "right": [row["score"] for row in rows]}
