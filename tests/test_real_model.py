@@ -121,27 +121,27 @@ def test_an_exported_policy_answers_as_the_runs_own_and_keeps_its_embeddings_tie
     assert torch.equal(*answers)
 
 
-def slow_rewards(run, prompt, response):
+def slow_rewards(prm, reference, prompt, response):
     """Beta times the log-ratio of each token, by one forward pass of each model."""
-    tokenizer = AutoTokenizer.from_pretrained(run / "prm")
+    tokenizer = AutoTokenizer.from_pretrained(prm)
     head = tokenizer(prompt)["input_ids"]
     tail = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     found = []
-    for role in ("prm", "policy"):
-        loaded = AutoModelForCausalLM.from_pretrained(run / role, dtype=torch.float32)
+    for folder in (prm, reference):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
             table = loaded(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
         found.append(table.gather(1, torch.tensor(tail)[:, None])[:, 0])
     return 0.5 * (found[0] - found[1])
 
 
-def test_an_answer_of_two_lines_has_two_step_rewards_that_add_up(run, tmp_path):
+def test_an_answer_of_two_lines_has_two_step_rewards_that_add_up(run, model, tmp_path):
     prompt = json.loads((run / "rollouts.jsonl").open().readline())["prompt"]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "response": STEPS}])
     words = ["--prm.folder", str(run / "prm"), "--input", str(rows), "--out", str(tmp_path / "scored.jsonl")]
     assert main(["score", *words]) == 0
     scored = json.loads((tmp_path / "scored.jsonl").read_text())
-    expected = slow_rewards(run, prompt, STEPS)
+    expected = slow_rewards(run / "prm", model, prompt, STEPS)
     assert scored["token_rewards"] == pytest.approx(expected.tolist(), abs=1e-4)
     first, second = scored["step_texts"]
     assert first + second == STEPS
