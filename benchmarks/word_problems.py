@@ -49,6 +49,7 @@ CURVE = (
     "policy/entropy",
     "prm/accuracy",
     "prm/ce",
+    "process/accuracy",
     "process/advantage_share",
 )
 

@@ -60,12 +60,12 @@ def runs(stages: Sequence[Stage]) -> Iterator[str]:
     """Training accuracy of each run and what its PRM knew and weighed, in fifths, and what it cost."""
     if not stages:
         return
-    measured = "accuracy while training, by fifths | the PRM ranks right above wrong | its share of the advantages"
-    yield f"| run | {measured} | rollouts | tokens | seconds |"
-    yield "|---|---|---|---|---|---|---|"
+    measured = "accuracy while training, by fifths | the PRM ranks right above wrong | what is paid does"
+    yield f"| run | {measured} | its share of the advantages | rollouts | tokens | seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
     for one in stages:
         curve = one["curve"]
-        names = ("rollout/accuracy", "prm/accuracy", "process/advantage_share")
+        names = ("rollout/accuracy", "prm/accuracy", "process/accuracy", "process/advantage_share")
         shares = " | ".join(", ".join(f"{value:.1%}" for value in fifths(curve.get(name, ()))) for name in names)
         counts = f"{sum(curve['rollout/responses']):,.0f} | {sum(curve['rollout/tokens']):,.0f}"
         yield f"| {one['method']}, seed {one['seed']} | {shares} | {counts} | {one['seconds']:,.0f} |"

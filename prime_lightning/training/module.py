@@ -175,6 +175,7 @@ class PrimeModule(pl.LightningModule):
             known = proximal_BT if batch.plain else None
             reference_BT = self.stepper.score("policy", batch) if known is None else known
         reward_BT = alg.process_reward(prm_BT, reference_BT, batch.mask_BT, beta=self.reward.beta)
+        self.panel.measure_pairs("process/accuracy", batch.of_accepted(), reward_BT.sum(1))
         reward_BT = alg.to_granularity(reward_BT, batch.mask_BT, self.reward.granularity, self.step_ids(batch))
         rule, all_reduce = self.reward.normalise, self.stepper.all_reduce
         reward_BT, scale = alg.normalise(reward_BT, batch.mask_BT, rule, all_reduce=all_reduce)

@@ -83,11 +83,15 @@ class Panel:
 
     def measure_prm(self, batch: Batch, reward_B: Tensor, intercept: float, when: str = "") -> Tensor:
         """Cross entropy and pairwise accuracy; returns their sums and counts on this rank."""
-        labels = batch.outcome_B, batch.group_B, batch.valid_B
-        ce, pairs = alg.ce(reward_B + intercept, *labels), alg.pairwise_accuracy(reward_B, *labels)
+        ce = alg.ce(reward_B + intercept, batch.outcome_B, batch.group_B, batch.valid_B)
         self.measures.add(f"prm/ce{when}", *ce)
-        self.measures.add(f"prm/accuracy{when}", *pairs)
-        return torch.stack([*ce, *pairs]).double()
+        return torch.stack([*ce, *self.measure_pairs(f"prm/accuracy{when}", batch, reward_B)]).double()
+
+    def measure_pairs(self, name: str, batch: Batch, reward_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs of one group that rewards order as the verifier does; returns them and all pairs, of this rank."""
+        pairs = alg.pairwise_accuracy(reward_B, batch.outcome_B, batch.group_B, batch.valid_B)
+        self.measures.add(name, *pairs)
+        return pairs
 
     def numbers(self, iteration: Iteration) -> dict[str, float]:
         """All that was measured in an iteration, the same on all ranks; the next one begins anew."""

@@ -224,13 +224,14 @@ def test_the_last_of_a_stage_counts_and_gains_are_points_above_the_warm_start():
 def test_a_run_is_told_in_fifths_and_one_without_a_prm_leaves_its_cells_empty():
     curve = {"rollout/responses": [600.0] * 5, "rollout/tokens": [1000.0] * 5, "rollout/accuracy": [0.1, 0.2] * 5}
     judged = {"prm/accuracy": [0.5, 0.6, 0.7, 0.8, 0.9], "process/advantage_share": [0.0, 0.02, 0.04, 0.03, 0.01]}
+    judged |= {"process/accuracy": [0.4] * 5}
     stage = {"stage": "rl", "seed": 1, "seconds": 2000.4}
     table = word_problems_summary.summary(
         [stage | {"method": "rloo", "curve": curve}, stage | {"method": "prime", "curve": curve | judged}]
     )
     cost = "| 3,000 | 5,000 | 2,000 |"
-    known = "50.0%, 60.0%, 70.0%, 80.0%, 90.0% | 0.0%, 2.0%, 4.0%, 3.0%, 1.0% "
-    assert f"| rloo, seed 1 | {', '.join(['15.0%'] * 5)} |  |  {cost}" in table
+    known = f"50.0%, 60.0%, 70.0%, 80.0%, 90.0% | {', '.join(['40.0%'] * 5)} | 0.0%, 2.0%, 4.0%, 3.0%, 1.0% "
+    assert f"| rloo, seed 1 | {', '.join(['15.0%'] * 5)} |  |  |  {cost}" in table
     assert f"| prime, seed 1 | {', '.join(['15.0%'] * 5)} | {known}{cost}" in table
 
 

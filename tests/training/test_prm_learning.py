@@ -185,7 +185,21 @@ def test_the_reward_is_paid_against_the_policy_and_the_loss_keeps_its_reference(
         torch.testing.assert_close(reference_BT[i, :n], torch.tensor(prm), rtol=0, atol=1e-4)
         expected = 0.5 * (torch.tensor(prm) - torch.tensor(policy))
         torch.testing.assert_close(out.process_BT[i, :n], expected, rtol=0, atol=1e-4)
+    assert history.rows[0]["process/accuracy"] == pytest.approx(pairs_ranked(out))
+    assert history.rows[0]["prm/accuracy"] == 0.5
     assert history.rows[0]["prm/ce"] == pytest.approx(math.log(2), abs=1e-5)  # judged by what the loss is about
+
+
+def pairs_ranked(iteration):
+    """Of the pairs of a group, one right and one wrong, those of which the right one is paid more."""
+    rows = list(zip(iteration.batch.group_B, iteration.batch.outcome_B, iteration.process_BT.sum(1), strict=True))
+    ranked = [
+        float(paid > less) + 0.5 * float(paid == less)
+        for group, right, paid in rows
+        for other, wrong, less in rows
+        if group == other and right > wrong
+    ]
+    return sum(ranked) / len(ranked)
 
 
 def everything(model):
@@ -269,6 +283,8 @@ def test_one_step_over_all_lessons_gives_rewards_of_before(warm_model, sharp_fol
             one = Update(minibatches=1, micro_tokens=128)
             options = {"reference": str(sharp_folder), "prm_update": one, "policy_update": one}
             rows.append(run(tmp_path / str(own), warm_model, 3, reward, **options)[0].rows)
+    same = [row["process/accuracy"] == row["prm/accuracy"] for row in rows[0]]
+    assert all(same) if against == "reference" else not all(same)
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
