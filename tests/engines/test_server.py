@@ -3,6 +3,7 @@
 One is killed and comes back.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -28,7 +29,7 @@ if find_spec("vllm"):  # which brings it
 
 from prime_lightning.engines import Engine
 from prime_lightning.engines.hf import HFEngine, truncate
-from prime_lightning.engines.server.client import ServerClient
+from prime_lightning.engines.server.client import SampleCall, ServerClient
 from prime_lightning.engines.server.engine import ServerEngine
 from prime_lightning.engines.vllm import group as vllm_group
 from prime_lightning.models.pretrained import load_causal_lm
@@ -219,35 +220,43 @@ def test_closing_a_stream_aborts_the_rest(engine, prompts):
     assert running(engine) == 0
 
 
-def test_an_update_amid_sampling_cuts_samples_and_goes_on(engine, model, prompts):
-    engine.load_weights(weights(model, noise=4), 4)
-    lm = {4: load_causal_lm(model).eval(), 5: load_causal_lm(model).eval()}
-    for version, one in lm.items():
-        one.load_state_dict(dict(weights(model, noise=version)))
-    named = weights(model, noise=5)
-    sync = threading.Thread(target=engine.load_weights, args=(named, 5))
+def test_updates_amid_sampling_cut_samples_that_go_on(engine, model, prompts, monkeypatch):
+    """No update loses a sample, and each token is of the version that it says."""
+    lost = []
+    monkeypatch.setattr(SampleCall, "cut", lost.append)
+    versions = range(4, 9)
+    named = {version: weights(model, noise=version) for version in versions}
+    engine.load_weights(named[4], 4)
     stream = engine.stream(prompts * 4, Sampling(samples=4, max_tokens=100, seed=2))
-    groups = [next(stream)]
-    sync.start()
+    groups = []
+    for version in versions[1:]:
+        groups += itertools.islice(stream, 8)
+        update = threading.Thread(target=engine.load_weights, args=(named[version], version))
+        update.start()
+        groups += itertools.islice(stream, 4)
+        update.join()
     groups += stream
-    sync.join()
     assert len(groups) == 4 * len(prompts)
+    assert lost == []
     done = [(prompt, c) for prompt, group in groups for c in group]
-    assert {v for _, c in done for v in c.versions} == {4, 5}
+    assert {v for _, c in done for v in c.versions} == {*versions}
     assert all(c.versions == sorted(c.versions) for _, c in done)
-    mixed = [(prompt, c) for prompt, c in done if len(set(c.versions)) == 2]
+    mixed = [(prompt, c) for prompt, c in done if len(set(c.versions)) > 1]
     assert mixed
-    for prompt, c in mixed:
-        tokens = torch.tensor([[*prompt.token_ids, *c.token_ids]])
-        for version, one in lm.items():
+    for version in versions:
+        lm = load_causal_lm(model).eval()
+        lm.load_state_dict(dict(named[version]))
+        for prompt, c in mixed:
             with torch.no_grad():
-                logprobs = one(tokens).logits[0, len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+                logits = lm(torch.tensor([[*prompt.token_ids, *c.token_ids]])).logits
+            logprobs = logits[0, len(prompt.token_ids) - 1 : -1].log_softmax(-1)
             picked = torch.tensor([v == version for v in c.versions])
             expected = logprobs.gather(1, torch.tensor(c.token_ids)[:, None])[:, 0][picked]
             torch.testing.assert_close(torch.tensor(c.logprobs)[picked], expected, atol=1e-4, rtol=0)
 
 
 def test_wrong_weights_and_long_prompts_are_refused(engine, model, prompts):
+    engine.load_weights(weights(model, noise=5), 5)
     with pytest.raises(ValueError, match="got none for"):
         engine.load_weights(weights(model, noise=4)[:-1], 9)
     assert (engine.version, engine.context) == (5, 128)

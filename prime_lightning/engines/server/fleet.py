@@ -23,7 +23,8 @@ from prime_lightning.engines.samples import Outcome, Sample
 from prime_lightning.engines.server.client import SampleCall, ServerClient, ServerDownError
 
 PIECE = 32  # tokens a message; the last message comes at once
-LETTING_GO = 3.0  # seconds that servers have to abort what they compute, before it is cut
+LETTING_GO = 10.0  # seconds that servers have to abort what they compute, before it is cut
+AGAIN = 0.25  # seconds between two calls to abort it
 
 
 class Server:
@@ -261,16 +262,20 @@ class ServerChannel:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While nothing is in flight, of any rank: servers abort what they compute; what they do not let go is cut."""
+        """While nothing is in flight, of any rank: servers abort what they compute; what they do not let go is cut.
+
+        A request that reaches a paused server waits there, and the next pause aborts it. So pauses are repeated.
+        """
         with self._turn:
             self._turn.wait_for(lambda: not self._updating)
             self._updating = True
         of_all_ranks()  # no rank begins a sample from here on
-        if rank() == 0:
+        deadline = time.monotonic() + LETTING_GO
+        Fleet(self.servers).pause()
+        while not self._none_within(AGAIN) and time.monotonic() < deadline:
             Fleet(self.servers).pause()
-        self._wait_for_none()
         self._cut(list(self._calls))
-        self._wait_for_none()
+        self._none_within(LETTING_GO)
         of_all_ranks()  # and none of any rank is in flight
         try:
             yield
@@ -281,9 +286,10 @@ class ServerChannel:
                 self._updating = False
                 self._turn.notify_all()
 
-    def _wait_for_none(self) -> None:
+    def _none_within(self, seconds: float) -> bool:
+        """Wait until nothing of this rank is in flight; whether that came."""
         with self._turn:
-            self._turn.wait_for(lambda: not self._calls, timeout=LETTING_GO)
+            return self._turn.wait_for(lambda: not self._calls, timeout=seconds)
 
     def _run(self, mail: queue.SimpleQueue[tuple[str, Outcome]], name: str, *request: Any) -> None:
         outcome: Outcome = None
