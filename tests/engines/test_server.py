@@ -214,7 +214,7 @@ def test_closing_a_stream_aborts_the_rest(engine, prompts):
     stream = engine.stream(prompts * 8, Sampling(samples=4, max_tokens=90))
     next(stream)
     stream.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while running(engine) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert running(engine) == 0
@@ -314,7 +314,7 @@ def test_a_server_dies_and_comes_back_with_the_present_weights(engine, model, se
     engine.load_weights(weights(model, noise=6), 6)  # the other one alone
     before = collect(engine, prompts, GREEDY)
     servings[0].start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not engine.servers[0].well and time.monotonic() < deadline:
         time.sleep(0.5)
     alone = ServerEngine([servings[0].url])
