@@ -35,26 +35,35 @@ def test_a_prm_that_equals_its_reference_rewards_nothing():
 
 
 @seeds
-def test_a_reward_against_the_policy_pulls_it_to_the_prm(seed):
-    """`E[sum_t A_t grad log pi(t)] = -beta sum_s P(s) grad KL(pi || prm)` over prefixes s, with `gamma_process: 0`."""
+@pytest.mark.parametrize("against", ["policy", "reference"])
+def test_what_a_token_reward_teaches_by_itself(seed, against):
+    """`E[sum_t A_t grad log pi(t)] = beta sum_s P(s) grad E_pi[log(prm / other)]` over prefixes s, `gamma_process: 0`.
+
+    Where the policy is the other one, this is `-beta sum_s P(s) grad KL(pi || prm)`.
+    """
     rng, beta, count = torch.Generator().manual_seed(seed), 0.3, 4
-    first, second, prm_first, prm_second = (
-        torch.randn(*shape, count, generator=rng, dtype=torch.float64).log_softmax(-1) for shape in [(), (count,)] * 2
+    first, second, prm_first, prm_second, reference_first, reference_second = (
+        torch.randn(*shape, count, generator=rng, dtype=torch.float64).log_softmax(-1) for shape in [(), (count,)] * 3
     )
     logits = first.requires_grad_(), second.requires_grad_()
     pi = [x.log_softmax(-1) for x in logits]
-    policy_BT = torch.stack([pi[0].repeat_interleave(count), pi[1].flatten()], 1)  # every answer of two tokens, once
-    prm_BT = torch.stack([prm_first.repeat_interleave(count), prm_second.flatten()], 1)
+    other = pi if against == "policy" else [reference_first, reference_second]
+
+    def answers(tables):
+        """Log-probs of every answer of two tokens, once."""
+        return torch.stack([tables[0].repeat_interleave(count), tables[1].flatten()], 1)
+
+    policy_BT, prm_BT, other_BT = answers(pi), answers([prm_first, prm_second]), answers(other)
     mask_BT, n = torch.ones(count**2, 2).bool(), count**2
-    reward_BT = process_reward(prm_BT, policy_BT.detach(), mask_BT, beta=beta)
+    reward_BT = process_reward(prm_BT, other_BT.detach(), mask_BT, beta=beta)
     rows = mask_BT, torch.zeros(n).long(), torch.ones(n).bool()
     _, credit_BT = reinforce(torch.zeros(n), reward_BT, *rows, gamma_process=0.0)
     expected = (policy_BT.detach().sum(1).exp() * (policy_BT * credit_BT).sum(1)).sum()
 
-    kl = (pi[0].exp() * (pi[0] - prm_first)).sum()
-    kl = kl + (pi[0].detach().exp() * (pi[1].exp() * (pi[1] - prm_second)).sum(1)).sum()
+    goal = (pi[0].exp() * (prm_first - other[0])).sum()
+    goal = goal + (pi[0].detach().exp() * (pi[1].exp() * (prm_second - other[1])).sum(1)).sum()
     paid = torch.autograd.grad(expected, logits, retain_graph=True)
-    for mine, theirs in zip(paid, torch.autograd.grad(-beta * kl, logits), strict=True):
+    for mine, theirs in zip(paid, torch.autograd.grad(beta * goal, logits), strict=True):
         assert_close(mine, theirs, atol=1e-6, rtol=1e-5)  # rewards are float32
 
 
